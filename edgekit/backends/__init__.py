@@ -1,0 +1,122 @@
+"""One door per engine: a module with `build` and `open_session`, imported only when its engine is asked for.
+
+Every engine's graph has the same interface. Input `noisy`, float32 (1, channels, height, width) with pixels in
+[0, 1] plus noise, unclipped; height and width multiples of the model's stride. Input `sigma`, float32 (1, 1, 1, 1), the
+noise's standard deviation on the same scale (25 / 255 for "sigma 25"), only where the model takes a noise level. Output
+`denoised`, float32, shaped as `noisy`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, cast
+
+from edgekit.errors import ToolMissingError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from edgekit.target import Engine, Precision, Target
+
+    Array = NDArray[np.float32]
+
+DOORS: dict[Engine, str] = {
+    "onnxruntime": "edgekit.backends.onnxruntime",
+    "openvino": "edgekit.backends.openvino",
+    "tvm": "edgekit.backends.tvm",
+    "coreml": "edgekit.backends.coreml",
+}
+EXTRAS: dict[Engine, str] = {"openvino": "openvino", "tvm": "tvm", "coreml": "coreml"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a backend compiles.
+
+    name: Model name, safe in a file name and a C identifier.
+    fp32_onnx: Fused, simplified FP32 graph with dynamic height and width.
+    int8_onnx: The same graph with per-channel QDQ pairs; None where the target is not INT8.
+    module: Returns the fused torch network in eval mode; `forward(noisy, sigma)`, or `forward(noisy)` when blind.
+    calibration: Noisy pictures with their sigma, as `(noisy (1, c, h, w), sigma)`, h and w multiples of stride.
+    """
+
+    name: str
+    fp32_onnx: Path
+    int8_onnx: Path | None
+    module: Callable[[], nn.Module]
+    channels: int
+    takes_sigma: bool
+    stride: int
+    calibration: Sequence[tuple[Array, float]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a backend wrote.
+
+    files: Role -> path relative to the bundle; the role `artifact` is what an app ships.
+    precision: The arithmetic that the artifact really uses.
+    tools: Name -> version of everything that had a hand in it.
+    facts: Figures about the artifact that are the same on every rerun, named with their unit.
+    notes: Sentences for the manifest and the README, such as what was left in float and why.
+    """
+
+    files: Mapping[str, str]
+    precision: Precision
+    tools: Mapping[str, str]
+    facts: Mapping[str, int | str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Session(Protocol):
+    """An opened artifact.
+
+    level: `native` when the target's own engine runs on the target's own kind of processor, `emulated` when its machine
+        code runs under an emulator, `reference` when its program is evaluated without its engine. Only `native`
+        may be timed.
+    """
+
+    level: Literal["native", "emulated", "reference"]
+
+    def __call__(self, noisy: Array, sigma: float) -> Array:
+        """Return the denoised picture, shaped as `noisy` (1, c, h, w)."""
+        ...
+
+
+class Backend(Protocol):
+    """What the module behind a door offers."""
+
+    def build(self, source: Source, target: Target, out: Path) -> Built:
+        """Compile into the folder `out`; raises UnsupportedError for what the engine cannot do."""
+        ...
+
+    def open_session(self, bundle: Path, built: Built, target: Target, *, threads: int = 1) -> list[tuple[str, Session]]:
+        """Open the artifact in every way the target's runner names: (label, session), as ("qemu cortex-a76", s)."""
+        ...
+
+
+def load(engine: Engine) -> Backend:
+    """Return the backend of an engine.
+
+    Raises:
+        ToolMissingError: The engine is not installed, or is installed and does not load (exit code 5).
+    """
+    try:
+        return cast(Backend, importlib.import_module(DOORS[engine]))
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("edgekit"):
+            raise
+        raise ToolMissingError(
+            f"the engine '{engine}' needs the package '{error.name}', which is not installed",
+            remedy=f"run: pip install 'edgekit[{EXTRAS.get(engine, 'all')}]'",
+        ) from error
+    except (ImportError, OSError) as error:
+        raise ToolMissingError(
+            f"the engine '{engine}' is installed but does not load: {error}",
+            remedy=f"reinstall it: pip install --force-reinstall 'edgekit[{EXTRAS.get(engine, 'all')}]'",
+        ) from error

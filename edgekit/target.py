@@ -1,0 +1,97 @@
+"""Targets: what an artifact is compiled for, how it is run here, and the limits that it must keep.
+
+The classes are plain dataclasses, so that they load where pydantic is not installed; `load` checks a YAML file
+against them strictly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+Precision = Literal["float32", "float16", "int8"]
+Engine = Literal["onnxruntime", "openvino", "tvm", "coreml"]
+STRICT = {"extra": "forbid", "strict": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Isa:
+    """The processor that machine code is made for; only engines that write machine code read it."""
+
+    __pydantic_config__: ClassVar = STRICT
+    triple: str
+    cpu: str
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputShape:
+    """Height and width in pixels of the artifact's input; None where any multiple of the stride is taken."""
+
+    __pydantic_config__: ClassVar = STRICT
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """How the artifact is run for verification.
+
+    kind: `local` natively on this machine, `qemu` under user-mode emulation as each of `cpus`,
+        `reference` by evaluating the artifact's own program without its engine.
+    latency: whether a time measured by this runner is a latency of the target.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    kind: Literal["local", "qemu", "reference"]
+    cpus: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the target demands of an artifact; None where it demands nothing.
+
+    speedup_vs_fp32: least ratio of the FP32 teacher's latency to the artifact's, on one machine in one run.
+    size_mib: most MiB of the files that an app ships.
+    peak_memory_mib: most MiB of working memory for one input of the target's shape.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    speedup_vs_fp32: float | None = None
+    size_mib: float | None = None
+    peak_memory_mib: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One place where a model shall run."""
+
+    __pydantic_config__: ClassVar = STRICT
+    schema_version: Literal[1]
+    name: str
+    description: str
+    engine: Engine
+    precision: Precision
+    input: InputShape = field(default_factory=InputShape)
+    isa: Isa | None = None
+    runner: Runner
+    limits: Limits = field(default_factory=Limits)
+
+
+def load(name_or_path: str | Path) -> Target:
+    """Return the shipped target of that name, or the target in that YAML file.
+
+    Raises:
+        InputError: No such target, or a file that does not follow the schema (exit code 2).
+    """
+    from edgekit import config
+
+    return config.load_named(name_or_path, kind="target", into=Target)
+
+
+def names() -> list[str]:
+    """Return the names of the shipped targets, sorted."""
+    from edgekit import config
+
+    return config.shipped("target")
