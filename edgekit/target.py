@@ -53,12 +53,14 @@ class Limits:
     """What the target demands of an artifact; None where it demands nothing.
 
     speedup_vs_fp32: least ratio of the FP32 teacher's latency to the artifact's, on one machine in one run.
+    min_integer_macs: least share, 0 to 1, of the multiply-accumulates that run in integers.
     size_mib: most MiB of the files that an app ships.
     peak_memory_mib: most MiB of working memory for one input of the target's shape.
     """
 
     __pydantic_config__: ClassVar = STRICT
     speedup_vs_fp32: float | None = None
+    min_integer_macs: float | None = None
     size_mib: float | None = None
     peak_memory_mib: float | None = None
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from edgekit.errors import ToolMissingError
+from edgekit.target import Engine, Precision, Target
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import nn
-
-    from edgekit.target import Engine, Precision, Target
 
     Array = NDArray[np.float32]
 
@@ -95,9 +94,24 @@ class Backend(Protocol):
         """Compile into the folder `out`; raises UnsupportedError for what the engine cannot do."""
         ...
 
-    def open_session(self, bundle: Path, built: Built, target: Target, *, threads: int = 1) -> list[tuple[str, Session]]:
+    def open_session(
+        self, bundle: Path, built: Built, target: Target, *, threads: int = 1
+    ) -> list[tuple[str, Session]]:
         """Open the artifact in every way the target's runner names: (label, session), as ("qemu cortex-a76", s)."""
         ...
+
+
+class OnnxBackend(Backend, Protocol):
+    """A backend that also runs an ONNX file as it is, which the FP32 references need."""
+
+    def open_onnx(self, path: Path, *, threads: int = 1) -> Session:
+        """Open an ONNX file in its own precision."""
+        ...
+
+
+def load_onnx(engine: Literal["onnxruntime", "openvino"]) -> OnnxBackend:
+    """Return an engine that runs ONNX files; raises as `load`."""
+    return cast(OnnxBackend, load(engine))
 
 
 def load(engine: Engine) -> Backend:

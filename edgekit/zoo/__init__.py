@@ -1,0 +1,72 @@
+"""The weights that edgekit ships, each with a card that says how it was trained and what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekit.errors import InputError, IntegrityError, nearest
+from edgekit.files import sha256
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A PSNR of the shipped file: on which pictures, at which sigma (0 to 255), the mean over pictures and seeds."""
+
+    pictures: str
+    sigma: int
+    seeds: int
+    psnr_mdb: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """Where shipped weights come from.
+
+    model, options: What `models.create` needs. sha256: Of the weights file.
+    trained: Data, noise, steps, batch, patch, seconds, device, precision, seed and teacher.
+    """
+
+    name: str
+    model: str
+    options: dict[str, bool | int | str]
+    sha256: str
+    parameters: int
+    trained: dict[str, str | int | float]
+    measured: tuple[Measured, ...]
+    notes: tuple[str, ...]
+
+
+def names() -> list[str]:
+    """Return the names of the shipped weights, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.json"))
+
+
+def card(name: str) -> Card:
+    """Return the card of shipped weights.
+
+    Raises:
+        InputError: No weights of that name are shipped.
+    """
+    path = _FOLDER / f"{name}.json"
+    if not path.is_file():
+        raise InputError(f"no weights are shipped for '{name}'; {nearest(name, names())}")
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw["measured"] = tuple(Measured(**m) for m in raw["measured"])
+    return Card(**(raw | {"notes": tuple(raw["notes"])}))
+
+
+def weights(name: str) -> Path:
+    """Return the path of shipped weights, whose bytes are those that the card tells of.
+
+    Raises:
+        InputError: No weights of that name are shipped. IntegrityError: The file is missing or changed.
+    """
+    path = _FOLDER / f"{name}.safetensors"
+    wanted = card(name).sha256
+    if not path.is_file() or sha256(path) != wanted:
+        raise IntegrityError(f"{path}: is not the file that its card describes", remedy="reinstall edgekit")
+    return path

@@ -1,0 +1,136 @@
+"""The door to ONNX Runtime: the artifact is the ONNX file itself, run on the CPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from edgekit.backends import Built, Source
+from edgekit.errors import InputError, UnsupportedError
+from edgekit.graph.checks import DENOISED, SIGMA, read_onnx
+from edgekit.graph.cost import dequantized_weight, integer_permille
+from edgekit.graph.reference import feeds, session_options
+from edgekit.target import Precision, Target
+
+Array = NDArray[np.float32]
+FILES: dict[Precision, str] = {"float32": "model.fp32.onnx", "int8": "model.int8.onnx"}
+_INTEGER_OPS = frozenset({"QLinearConv", "ConvInteger"})
+
+
+class OnnxSession:
+    """An ONNX file opened in ONNX Runtime's CPU provider."""
+
+    level: Literal["native"] = "native"
+
+    def __init__(self, path: Path, threads: int) -> None:
+        """Open the file; see `open_onnx`."""
+        self._session = _inference_session(path, session_options(threads))
+        self._takes_sigma = SIGMA in {i.name for i in self._session.get_inputs()}
+
+    def __call__(self, noisy: Array, sigma: float) -> Array:
+        """Return the denoised picture, shaped as `noisy` (1, c, h, w)."""
+        (denoised,) = self._session.run([DENOISED], feeds(noisy, sigma, takes_sigma=self._takes_sigma))
+        return np.asarray(denoised, np.float32)
+
+
+def build(source: Source, target: Target, out: Path) -> Built:
+    """Copy the ONNX files into the folder `out`; the artifact is the one of the target's precision.
+
+    Raises:
+        UnsupportedError: The target asks for float16, or for INT8 that ONNX Runtime would compute in float.
+        InputError: There is no INT8 graph though the target asks for one, or a file is not ONNX.
+    """
+    if target.precision not in FILES:
+        raise UnsupportedError(
+            f"target '{target.name}': ONNX Runtime's CPU provider has no {target.precision} convolutions",
+            remedy="set its precision to int8 or float32",
+        )
+    if target.precision == "int8" and source.int8_onnx is None:
+        raise InputError(f"target '{target.name}' asks for int8, and the model '{source.name}' has no INT8 graph")
+    out.mkdir(parents=True, exist_ok=True)
+    files = {"fp32": FILES["float32"]} | ({"int8": FILES["int8"]} if source.int8_onnx else {})
+    shutil.copyfile(source.fp32_onnx, out / FILES["float32"])
+    if source.int8_onnx is not None:
+        shutil.copyfile(source.int8_onnx, out / FILES["int8"])
+    artifact = out / FILES[target.precision]
+    permille = integer_macs_permille(artifact)
+    if target.precision == "int8" and permille == 0:
+        raise UnsupportedError(
+            f"{artifact}: ONNX Runtime {onnxruntime.__version__} computes none of its convolutions in integers",
+            remedy="quantize it with edgekit, whose QDQ placement ONNX Runtime fuses",
+        )
+    return Built(
+        files={**files, "artifact": artifact.name},
+        precision=target.precision,
+        tools={"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__},
+        facts={"integer_macs_permille": permille},
+    )
+
+
+def open_session(bundle: Path, built: Built, target: Target, *, threads: int = 1) -> list[tuple[str, OnnxSession]]:
+    """Return the artifact, opened on this machine's CPU.
+
+    Raises:
+        InputError: The artifact is missing or is not ONNX.
+    """
+    return [("onnxruntime", open_onnx(bundle / built.files["artifact"], threads))]
+
+
+def open_onnx(path: Path, threads: int) -> OnnxSession:
+    """Return any ONNX denoiser, opened with `threads` threads inside an operator and one operator at a time.
+
+    Raises:
+        InputError: The file is missing or is not ONNX.
+        UnsupportedError: An operator that ONNX Runtime does not have.
+    """
+    return OnnxSession(path, threads)
+
+
+def integer_macs_permille(path: Path) -> int:
+    """Return the share of multiply-accumulates that ONNX Runtime computes in integers, in thousandths.
+
+    It is read from the graph that ONNX Runtime makes of the file, by the integer weights of its QLinearConv nodes,
+    which keep their names through its fusions and layout changes.
+
+    Raises:
+        InputError: The file is missing or is not ONNX.
+    """
+    model = read_onnx(path)
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(1)
+        options.optimized_model_filepath = str(Path(folder, "optimized.onnx"))
+        _inference_session(path, options)
+        optimized = onnx.load(options.optimized_model_filepath)
+    weights = {name for n in optimized.graph.node if n.op_type in _INTEGER_OPS for name in n.input}
+    return integer_permille(
+        model, frozenset(node for node, weight in dequantized_weight(model).items() if weight in weights)
+    )
+
+
+def _inference_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """Return the file opened in ONNX Runtime, its errors told in edgekit's."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    state = onnxruntime.capi.onnxruntime_pybind11_state
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except state.NotImplemented as error:
+        raise UnsupportedError(f"{path}: ONNX Runtime {onnxruntime.__version__}: {_reason(error)}") from error
+    except (state.Fail, state.InvalidProtobuf, state.InvalidGraph, state.InvalidArgument, state.NoSuchFile) as error:
+        raise InputError(
+            f"{path}: ONNX Runtime cannot load it ({path.stat().st_size} bytes): {_reason(error)}",
+            remedy="export or copy it again",
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error without ONNX Runtime's code in front."""
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).splitlines()[0])

@@ -1,0 +1,170 @@
+"""The shared library of a bundle, run under emulation by a small host program that loads it as Android would."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from edgekit.backends import Built
+from edgekit.backends.tvm import driver, link
+from edgekit.errors import InputError, IntegrityError, UnsupportedError
+from edgekit.runners import Runner, qemu
+from edgekit.target import Target
+
+if TYPE_CHECKING:
+    from edgekit.backends import Array, Session
+
+_LIBRARY = re.compile(r"lib(edgekit_\w+)\.so")
+_REQUEST = struct.Struct("<If")
+_REPLY = struct.Struct("<iI")
+
+log = logging.getLogger(__name__)
+
+
+class Trial(IntEnum):
+    """What the host hands to the library: correct arguments, or one wrong on purpose."""
+
+    CORRECT = 0
+    NULL_NOISY = 1
+    NULL_DENOISED = 2
+    NULL_WORKSPACE = 3
+    SMALL_WORKSPACE = 4
+    SKEWED_WORKSPACE = 5
+    IN_PLACE = 6
+    IN_WORKSPACE = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One call of the library."""
+
+    noisy: Array
+    sigma: float
+    trial: Trial = Trial.CORRECT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the library answered: its code, its text for that code, and the picture, (1, c, h, w)."""
+
+    code: int
+    text: str
+    denoised: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """The host program and the library that it loads.
+
+    shape: Shape of the picture that the library takes, (1, c, h, w).
+    folder: Holds the program; removed with this object.
+    """
+
+    runner: Runner
+    library: Path
+    prefix: str
+    shape: tuple[int, int, int, int]
+    folder: tempfile.TemporaryDirectory[str]
+
+    def ask(self, requests: Sequence[Request]) -> list[Answer]:
+        """Return the library's answers to calls that one process makes one after the other.
+
+        Raises:
+            InputError: A picture is not of the shape that the library was compiled for.
+            IntegrityError: The library does not load or was killed.
+        """
+        argv = [str(Path(self.folder.name) / "host"), str(self.library), self.prefix, str(math.prod(self.shape))]
+        done = self.runner.run(argv, b"".join(map(self._packed, requests)))
+        if done.code != 0:
+            why = done.stderr.decode(errors="replace").strip()
+            raise IntegrityError(f"{self.library.name} on {self.runner.label} ended with code {done.code}: {why}")
+        replies = io.BytesIO(done.stdout)
+        return [self._unpacked(replies) for _ in requests]
+
+    def _packed(self, request: Request) -> bytes:
+        if request.noisy.shape != self.shape:
+            raise InputError(f"{self.library.name} takes a tile of shape {self.shape}, found {request.noisy.shape}")
+        return _REQUEST.pack(request.trial, request.sigma) + np.ascontiguousarray(request.noisy, dtype="<f4").tobytes()
+
+    def _unpacked(self, replies: io.BytesIO) -> Answer:
+        code, text_bytes = _REPLY.unpack(replies.read(_REPLY.size))
+        text = replies.read(text_bytes).decode("ascii")
+        denoised = np.frombuffer(replies.read(4 * math.prod(self.shape)), dtype="<f4").astype(np.float32)
+        return Answer(code=code, text=text, denoised=denoised.reshape(self.shape))
+
+
+class EmulatedSession:
+    """The library as a function of a picture."""
+
+    level: Literal["native", "emulated", "reference"] = "emulated"
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def __call__(self, noisy: Array, sigma: float) -> Array:
+        """Return the denoised picture, shaped as `noisy` (1, c, h, w), which must be one tile.
+
+        Raises:
+            InputError: The picture is not of the tile's shape, or the library refuses sigma.
+            IntegrityError: The library does not load or was killed.
+        """
+        (answer,) = self._host.ask([Request(noisy=noisy, sigma=sigma)])
+        if answer.code != 0:
+            raise InputError(f"{self._host.library.name} refuses the picture: {answer.text}")
+        return answer.denoised
+
+
+def open_session(bundle: Path, built: Built, target: Target, *, threads: int = 1) -> list[tuple[str, Session]]:
+    """Open the bundle's library under QEMU, once for each core of `target.runner.cpus`.
+
+    Args:
+        bundle: The folder that `built.files` is relative to.
+        built: What `build` returned, or the same read from a manifest.
+        target: Names the cores.
+        threads: Ignored, as the library runs in its caller's thread.
+
+    Raises:
+        UnsupportedError: A runner other than qemu.
+        ToolMissingError: QEMU is not installed.
+    """
+    if target.runner.kind != "qemu":
+        raise UnsupportedError(
+            f"target '{target.name}': runner '{target.runner.kind}' cannot run Android code here",
+            remedy="use runner.kind: qemu",
+        )
+    runners = [qemu.find(cpu) for cpu in target.runner.cpus]
+    folder = host_folder()
+    library = bundle / built.files["artifact"]
+    return [(runner.label, EmulatedSession(open_host(library, built, runner, folder))) for runner in runners]
+
+
+def open_host(library: Path, built: Built, runner: Runner, folder: tempfile.TemporaryDirectory[str]) -> Host:
+    """Return a host for the library of a bundle, run by `runner`."""
+    if (match := _LIBRARY.fullmatch(library.name)) is None or not library.is_file():
+        raise IntegrityError(f"{library} is not a library that edgekit compiled")
+    width, height = (int(size) for size in str(built.facts["tile"]).split("x"))
+    shape = (1, int(built.facts["channels"]), height, width)
+    return Host(runner=runner, library=library.resolve(), prefix=match[1], shape=shape, folder=folder)
+
+
+def host_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a new folder with the program `host`, which lives as long as the returned object."""
+    log.info("compiling the program that loads the library under emulation")
+    folder = tempfile.TemporaryDirectory(prefix="edgekit-host-")
+    work = Path(folder.name)
+    for name in ("host.c", "memory.c"):
+        shutil.copyfile(driver.C_FOLDER / name, work / name)
+    link.link_program([link.compile_c(work / name, link.LINUX) for name in ("host.c", "memory.c")], work / "host")
+    return folder

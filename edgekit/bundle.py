@@ -1,0 +1,85 @@
+"""Bundles: the folder that an app engineer gets, and the manifest that says what everything in it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from edgekit.errors import InputError, IntegrityError
+from edgekit.files import sha256, write_json
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """One step of the chain from the teacher to the artifact: a file's kind and hash, and the hash it was made from."""
+
+    kind: str
+    sha256: str
+    made_from: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a bundle is.
+
+    target: The resolved target. model: Name, options, channels, takes_sigma, stride, parameters, macs.
+    budgets: Most dB that may be lost. protocol: How quality is measured. built: What the backend wrote.
+    chain: From the teacher to the artifact. files: Path -> sha256 of every other file of the bundle.
+    """
+
+    edgekit: str
+    target: dict[str, object]
+    model: dict[str, object]
+    budgets: dict[str, float]
+    protocol: dict[str, object]
+    built: dict[str, object]
+    chain: tuple[Link, ...]
+    files: dict[str, str]
+
+    def write(self, bundle: Path) -> None:
+        """Write `manifest.json`."""
+        write_json(bundle / MANIFEST, {"schema_version": SCHEMA_VERSION, "kind": "edgekit-bundle", **asdict(self)})
+
+
+def hashes(bundle: Path) -> dict[str, str]:
+    """Return path -> sha256 of every file of a bundle but the manifest, sorted."""
+    files = sorted(p for p in bundle.rglob("*") if p.is_file() and p != bundle / MANIFEST)
+    return {p.relative_to(bundle).as_posix(): sha256(p) for p in files}
+
+
+def read(bundle: Path) -> Manifest:
+    """Return the manifest of a bundle whose files are all what they were when it was written.
+
+    Raises:
+        InputError: The folder is no bundle.
+        IntegrityError: The manifest is damaged, or a file changed, is missing or was added.
+    """
+    path = bundle / MANIFEST
+    if not path.is_file():
+        raise InputError(
+            f"{bundle}: is not a bundle (it has no {MANIFEST})", remedy="make one: edgekit compile --target T"
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.pop("schema_version") != SCHEMA_VERSION or raw.pop("kind") != "edgekit-bundle":
+            raise InputError(f"{path}: was written by another version of edgekit", remedy="compile it again")
+        manifest = Manifest(**(raw | {"chain": tuple(Link(**link) for link in raw["chain"])}))
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path}: damaged manifest: {error}", remedy="compile the bundle again") from error
+    _check(bundle, manifest.files)
+    return manifest
+
+
+def _check(bundle: Path, recorded: Mapping[str, str]) -> None:
+    found = hashes(bundle)
+    for name in sorted(set(recorded) | set(found)):
+        if found.get(name) != recorded.get(name):
+            state = (
+                "is missing" if name not in found else "is not in the manifest" if name not in recorded else "changed"
+            )
+            raise IntegrityError(f"{bundle / name}: {state}", remedy="restore the bundle, or compile it again")

@@ -1,0 +1,568 @@
+"""The command line. Commands import what they need when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import click
+
+from edgekit import __version__
+from edgekit.errors import INTERRUPTED, EdgekitError
+
+if TYPE_CHECKING:
+    from edgekit.pipeline.distill import Distilled
+    from edgekit.report import Report
+    from edgekit.training.loop import Moment
+
+P = ParamSpec("P")
+R = TypeVar("R")
+JSON_SCHEMA_VERSION = 1
+
+
+class _Ordered(click.Group):
+    """Lists the commands in the order of the way through."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Ordered, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
+@click.version_option(__version__, prog_name="edgekit")
+@click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but results and errors.")
+@click.pass_context
+def cli(context: click.Context, verbose: bool, quiet: bool) -> None:
+    """Take a heavy image denoiser, put it on a phone, and prove that it still works.
+
+    The way through: recipe -> run folder -> target -> artifact -> verdict.
+
+    \b
+    edgekit run quickstart -t android-arm64 -t linux-x86_64 -t ios-arm64
+    """
+    level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("edgekit").setLevel(level)
+    context.obj = {"verbose": verbose, "quiet": quiet}
+
+
+def _recipe_argument(command: Callable[P, R]) -> Callable[P, R]:
+    return click.argument("recipe_name", metavar="[RECIPE]", default="quickstart")(command)
+
+
+def _settings_option(command: Callable[P, R]) -> Callable[P, R]:
+    return click.option(
+        "--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Change a setting of the recipe; dotted name."
+    )(command)
+
+
+def _targets_option(command: Callable[P, R]) -> Callable[P, R]:
+    return click.option(
+        "-t",
+        "--target",
+        "targets",
+        multiple=True,
+        metavar="TARGET",
+        default=("onnx",),
+        show_default=True,
+        help="A name of `edgekit targets`, or a YAML file; may be given several times.",
+    )(command)
+
+
+def _output_option(text: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    return click.option("-o", "--output", type=click.Path(path_type=Path), help=text)
+
+
+def _json_option(command: Callable[P, R]) -> Callable[P, R]:
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(command)
+
+
+def _overwrite_option(command: Callable[P, R]) -> Callable[P, R]:
+    return click.option("--overwrite", is_flag=True, help="Replace another run that is in the folder.")(command)
+
+
+def _dry_run_option(command: Callable[P, R]) -> Callable[P, R]:
+    return click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")(command)
+
+
+def _unverified_option(command: Callable[P, R]) -> Callable[P, R]:
+    return click.option(
+        "--allow-unverified", is_flag=True, help="Exit with 0 when a limit could not be decided here (else 7)."
+    )(command)
+
+
+@cli.command()
+@_recipe_argument
+@_output_option("Run folder [default: runs/<recipe>].")
+@_settings_option
+@_overwrite_option
+@_dry_run_option
+@_json_option
+def distill(
+    recipe_name: str, output: Path | None, overrides: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Train the recipe's student from its teacher, in a run folder that goes on where it stopped.
+
+    \b
+    edgekit distill
+    edgekit distill quickstart --set training.steps=2000 -o runs/longer
+    """
+    _distill(recipe_name, output, overrides, overwrite=overwrite, dry_run=dry_run, as_json=as_json, alone=False)
+
+
+@cli.command()
+@_recipe_argument
+@_output_option("Run folder [default: runs/<recipe>].")
+@_settings_option
+@_overwrite_option
+@_dry_run_option
+@_json_option
+def train(
+    recipe_name: str, output: Path | None, overrides: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Train the recipe's network on clean pictures alone: a teacher, or a student without one.
+
+    \b
+    edgekit train teacher-unet --set training.max_minutes=20
+    """
+    _distill(recipe_name, output, overrides, overwrite=overwrite, dry_run=dry_run, as_json=as_json, alone=True)
+
+
+def _distill(
+    name: str,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    *,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    alone: bool,
+) -> None:
+    from edgekit import recipe
+
+    loaded = recipe.load(name, overrides)
+    if dry_run:
+        _show_plan(name, overrides, (), output, as_json)
+        return
+    from edgekit.pipeline import distill as distilling
+
+    with _progress() as progress:
+        result = distilling.distill(loaded, output, overwrite=overwrite, progress=progress, alone=alone)
+    _emit(result, as_json, lambda: _print_distilled(result))
+
+
+@cli.command("compile")
+@click.argument("model", metavar="[RUN|MODEL]", required=False)
+@_targets_option
+@click.option("--weights", type=click.Path(path_type=Path), help="Weights of a package.module:Class.")
+@_output_option("Run folder of a MODEL [default: runs/<model>].")
+@_overwrite_option
+@_dry_run_option
+@_json_option
+def compile_(
+    model: str | None,
+    targets: tuple[str, ...],
+    weights: Path | None,
+    output: Path | None,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Compile a run's student (the newest run unless told), a shipped model, an ONNX file or a torch class.
+
+    \b
+    edgekit compile --target android-arm64
+    edgekit compile nano -t linux-x86_64 -o runs/nano
+    edgekit compile mynet.py_module:Net --weights net.safetensors -t onnx
+    """
+    from edgekit import target
+
+    wanted = [target.load(t) for t in targets]
+    if dry_run:
+        _emit([asdict(t) for t in wanted], as_json, lambda: _say_targets(model, [t.name for t in wanted]))
+        return
+    from edgekit.pipeline import compile as compiling
+
+    result = compiling.compile_model(model, wanted, weights=weights, folder=output, overwrite=overwrite)
+    lines = "\n".join(f"{name}: {path}" for name, path in result.bundles.items())
+    _emit(result, as_json, lambda: click.echo(lines))
+
+
+@cli.command()
+@click.argument("bundle", metavar="[BUNDLE|RUN]", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of each engine while timed."
+)
+@click.option(
+    "--seconds", default=12.0, show_default=True, type=click.FloatRange(1), help="Time for the interleaved runs."
+)
+@_output_option("Report file, of one bundle [default: <bundle>.report.json].")
+@_unverified_option
+@_json_option
+@click.pass_context
+def verify(
+    context: click.Context,
+    bundle: Path | None,
+    threads: int,
+    seconds: float,
+    output: Path | None,
+    allow_unverified: bool,
+    as_json: bool,
+) -> None:
+    """Run a bundle's artifact (all bundles of a run; the newest run unless told) and decide.
+
+    Exits with 0 when every limit is kept, 3 when one failed, 7 when one could not be decided here.
+
+    \b
+    edgekit verify
+    edgekit verify runs/quickstart/bundles/linux-x86_64
+    """
+    from edgekit import run
+    from edgekit.errors import InputError
+    from edgekit.pipeline import verify as verifying
+
+    paths = verifying.bundles_of(bundle or run.newest())
+    if output is not None and len(paths) > 1:
+        raise InputError(f"-o {output}: there are {len(paths)} bundles", remedy="name one bundle, or leave -o out")
+    settings = verifying.Settings(threads=threads, seconds=seconds)
+    reports = []
+    for path in paths:
+        report = verifying.verify(path, settings=settings)
+        verifying.write(report, output or verifying.default_path(path))
+        reports.append(report)
+    _emit([r.as_json() for r in reports], as_json, lambda: _print_reports(reports))
+    _exit_with(context, reports, allow_unverified)
+
+
+@cli.command()
+@_recipe_argument
+@_targets_option
+@_output_option("Run folder [default: runs/<recipe>].")
+@_settings_option
+@_overwrite_option
+@_dry_run_option
+@_unverified_option
+@_json_option
+@click.pass_context
+def run(
+    context: click.Context,
+    recipe_name: str,
+    targets: tuple[str, ...],
+    output: Path | None,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    dry_run: bool,
+    allow_unverified: bool,
+    as_json: bool,
+) -> None:
+    """Distil, compile and verify in one.
+
+    \b
+    edgekit run quickstart -t android-arm64 -t linux-x86_64 -t ios-arm64
+    """
+    from edgekit import recipe, target
+
+    loaded, wanted = recipe.load(recipe_name, overrides), [target.load(t) for t in targets]
+    if dry_run:
+        _show_plan(recipe_name, overrides, targets, output, as_json)
+        return
+    from edgekit import pipeline
+
+    with _progress() as progress:
+        result = pipeline.run_recipe(
+            loaded, wanted, output, overwrite=overwrite, progress=progress, say=logging.getLogger("edgekit").info
+        )
+
+    def show() -> None:
+        _print_distilled(result.distilled)
+        _print_reports(result.reports)
+
+    _emit(
+        {
+            "distilled": asdict(result.distilled),
+            "compiled": asdict(result.compiled),
+            "reports": [r.as_json() for r in result.reports],
+        },
+        as_json,
+        show,
+    )
+    _exit_with(context, result.reports, allow_unverified)
+
+
+@cli.command()
+@click.argument("model", default="teacher")
+@click.option(
+    "--seconds", default=10.0, show_default=True, type=click.FloatRange(0.1), help="For each shape and arithmetic."
+)
+@_output_option("Record [default: results/baselines/<model>-<device>.json].")
+@_json_option
+def baseline(model: str, seconds: float, output: Path | None, as_json: bool) -> None:
+    """Record the FP32 teacher on this machine's GPU, or its CPU; `verify` prints the record beside its own rows.
+
+    \b
+    edgekit baseline
+    """
+    from edgekit import target
+    from edgekit.data import sets
+    from edgekit.pipeline import baseline as measuring
+    from edgekit.pipeline import compile as compiling
+    from edgekit.pipeline import networks
+
+    network = networks.from_run(Path(model)) if Path(model).is_dir() else networks.shipped(model)
+    evaluation = sets.embedded("evaluation", channels=3 if network.net.channels == 3 else 1)
+    golden = {compiling.golden_pictures(evaluation, target.load(t)) for t in target.names()}
+    unique = {sets.digest(g): g for g in (evaluation, *golden)}
+    record = measuring.measure(network, list(unique.values()), seconds=seconds, say=logging.getLogger("edgekit").info)
+    path = measuring.write(record, output)
+
+    def show() -> None:
+        _table(
+            f"{record.teacher} on {record.device} {record.driver}",
+            ("shape", "arithmetic", "median ms", "p10", "p90", "runs"),
+            [
+                (
+                    f"{x.height}x{x.width}",
+                    x.arithmetic,
+                    *(f"{t / 1000:.2f}" for t in (x.median_us, x.p10_us, x.p90_us)),
+                    str(x.runs),
+                )
+                for x in record.latencies
+            ],
+        )
+        click.echo(path)
+
+    _emit(record, as_json, show)
+
+
+@cli.command()
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option(
+    "-m",
+    "--model",
+    default="nano",
+    show_default=True,
+    help="Bundle, run folder, shipped name, ONNX file or torch class.",
+)
+@click.option("--weights", type=click.Path(path_type=Path), help="Weights of a package.module:Class.")
+@click.option("--sigma", default=25.0, show_default=True, type=click.FloatRange(0, 255), help="Noise level, 0 to 255.")
+@click.option("--add-noise", is_flag=True, help="Add this noise first, to try the model on a clean picture.")
+@_output_option("Result [default: <image>.denoised.png].")
+@_json_option
+def denoise(
+    image: Path, model: str, weights: Path | None, sigma: float, add_noise: bool, output: Path | None, as_json: bool
+) -> None:
+    """Denoise one picture.
+
+    \b
+    edgekit denoise photo.png --sigma 15
+    edgekit denoise photo.png -m runs/quickstart/bundles/linux-x86_64
+    """
+    from edgekit.pipeline import denoise as denoising
+
+    opened = denoising.open_model(model, weights=weights)
+    to = output or image.with_name(f"{image.stem}.denoised.png")
+    path = denoising.denoise_file(opened, image, to, sigma255=sigma, add_noise=add_noise)
+    _emit({"output": str(path), "how": opened.how}, as_json, lambda: click.echo(path))
+
+
+@cli.command()
+@_recipe_argument
+@_targets_option
+@_output_option("Run folder [default: runs/<recipe>].")
+@_settings_option
+@_json_option
+def plan(
+    recipe_name: str, targets: tuple[str, ...], output: Path | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
+    """Show what a run would do.
+
+    \b
+    edgekit plan quickstart -t android-arm64
+    """
+    _show_plan(recipe_name, overrides, targets, output, as_json)
+
+
+@cli.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Show which engines and tools are here, and what to install for the others."""
+    from edgekit.pipeline import doctor as examining
+
+    findings = examining.examine()
+    rows = [(f.name, "yes" if f.found else "no", f.detail, f.fix) for f in findings]
+    _emit(findings, as_json, lambda: _table("", ("what", "here", "detail", "to install"), rows))
+
+
+@cli.command()
+@_json_option
+def targets(as_json: bool) -> None:
+    """List the shipped targets."""
+    from edgekit import target
+
+    loaded = [target.load(name) for name in target.names()]
+    rows = [(t.name, t.engine, t.precision, t.runner.kind, t.description) for t in loaded]
+    _emit(loaded, as_json, lambda: _table("", ("target", "engine", "precision", "runner", "description"), rows))
+
+
+@cli.command()
+@_json_option
+def recipes(as_json: bool) -> None:
+    """List the shipped recipes."""
+    from edgekit import recipe
+
+    loaded = [recipe.load(name) for name in recipe.names()]
+    rows = [(r.name, r.student.model, r.teacher.model if r.teacher else "-", r.description) for r in loaded]
+    _emit(loaded, as_json, lambda: _table("", ("recipe", "student", "teacher", "description"), rows))
+
+
+@cli.command()
+@_json_option
+def models(as_json: bool) -> None:
+    """List the networks, and what the shipped weights reach."""
+    from edgekit import models as networks
+    from edgekit import zoo
+
+    cards = {name: zoo.card(name) for name in zoo.names()}
+    rows = []
+    for name in networks.names():
+        figures = (
+            [f"{m.psnr_mdb / 1000:.2f} dB on {m.pictures}" for m in cards[name].measured if m.sigma == 25]
+            if name in cards
+            else []
+        )
+        count = networks.parameter_count(networks.create(name))
+        rows.append((name, f"{count:,}", "yes" if name in cards else "no", "; ".join(figures)))
+    named = [dict(zip(("name", "parameters", "shipped", "sigma_25"), row, strict=True)) for row in rows]
+    _emit(named, as_json, lambda: _table("", ("model", "parameters", "weights shipped", "PSNR at sigma 25"), rows))
+
+
+@cli.command()
+@click.argument("kind", type=click.Choice(["recipe", "target"]))
+def schema(kind: str) -> None:
+    """Print the JSON Schema of a recipe or a target, for an editor."""
+    from edgekit import config
+    from edgekit.recipe import Recipe
+    from edgekit.target import Target
+
+    found = config.json_schema(Recipe) if kind == "recipe" else config.json_schema(Target)
+    click.echo(json.dumps(found, indent=2))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the lines that switch on completion: edgekit completion bash >> ~/.bashrc."""
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(cli, {}, "edgekit", "_EDGEKIT_COMPLETE").source())
+
+
+def main() -> None:
+    """Run the command line; every failure is one line on stderr and its own exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = _interrupted()
+    except KeyboardInterrupt:
+        code = _interrupted()
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except EdgekitError as error:
+        code = _failed(error, error.exit_code)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            os._exit(0)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        code = _failed(
+            EdgekitError("no space is left on the disk", remedy="free some and start the same command again"), 2
+        )
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupted() -> int:
+    click.echo("interrupted; start the same command again to go on", err=True)
+    return INTERRUPTED
+
+
+def _failed(error: EdgekitError, code: int) -> int:
+    if "-v" in sys.argv or "--verbose" in sys.argv:
+        logging.getLogger("edgekit").exception("traceback")
+    click.echo(f"error: {error}", err=True)
+    return code
+
+
+def _emit(result: object, as_json: bool, show: Callable[[], object]) -> None:
+    """Print a result for a person, or as JSON for a program."""
+    if not as_json:
+        show()
+        return
+    plain = _plain(result)
+    body = plain if isinstance(plain, dict) else {"items": plain}
+    click.echo(json.dumps({"schema_version": JSON_SCHEMA_VERSION, **body}, indent=2, default=str))
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _show_plan(
+    name: str, overrides: tuple[str, ...], targets: tuple[str, ...], output: Path | None, as_json: bool
+) -> None:
+    from edgekit import recipe, target
+    from edgekit.pipeline import plan as planning
+
+    steps = planning.plan(recipe.load(name, overrides), [target.load(t) for t in targets], output)
+    _emit(steps, as_json, lambda: _table("", ("step", "what", "state"), [(s.name, s.what, s.state) for s in steps]))
+
+
+def _say_targets(model: str | None, names: list[str]) -> None:
+    click.echo(f"would compile {model or 'the newest run'} for {', '.join(names)}")
+
+
+def _exit_with(context: click.Context, reports: Sequence[Report], allow_unverified: bool) -> None:
+    from edgekit import report
+
+    context.exit(report.exit_code([r.verdict for r in reports], allow_unverified=allow_unverified))
+
+
+def _progress() -> AbstractContextManager[Callable[[Moment], None]]:
+    from edgekit.display import training_progress
+
+    return training_progress()
+
+
+def _print_distilled(result: Distilled) -> None:
+    from edgekit.display import print_distilled
+
+    print_distilled(result)
+
+
+def _print_reports(reports: Sequence[Report]) -> None:
+    from edgekit.display import print_report
+
+    for report in reports:
+        print_report(report)
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from edgekit.display import print_table
+
+    print_table(title, header, rows)

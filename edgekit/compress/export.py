@@ -1,0 +1,188 @@
+"""From a torch network to an ONNX file that every engine takes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from torch import Tensor, nn
+from torch.onnx import register_custom_op_symbolic, symbolic_helper, unregister_custom_op_symbolic  # type: ignore[attr-defined]
+
+from edgekit.errors import IntegrityError, UnsupportedError
+from edgekit.files import atomic_file
+from edgekit.graph.checks import DENOISED, NOISY, SIGMA, interface, op_counts
+from edgekit.graph.cost import infer_shapes
+from edgekit.graph.reference import Reference, probe, relative_change
+from edgekit.graph.walk import consumers, initializers
+
+OPSET = 17
+MOST_CHANGE = 1e-4
+_CHECK_SIGMA = 25 / 255
+
+
+def export_onnx(net: nn.Module, *, channels: int, takes_sigma: bool, stride: int, out: Path) -> Path:
+    """Return `out`, now the network as ONNX with dynamic height and width; equal networks give equal bytes.
+
+    The TorchScript-based exporter is used: it needs no further package, and torch's newer one writes PixelUnshuffle
+    with the channels in the wrong order (pytorch/pytorch#186080). PixelUnshuffle becomes SpaceToDepth (with the next
+    convolution's weights re-ordered where there are several colours), PixelShuffle DepthToSpace.
+
+    Args:
+        net: `forward(noisy, sigma)`, or `forward(noisy)` if blind; BatchNorm folded. It is not changed.
+        channels: Planes of the picture.
+        takes_sigma: Whether the network takes a noise level.
+        stride: Height and width of the input are multiples of it.
+        out: Where the file goes; its folder is made.
+
+    Raises:
+        UnsupportedError: An operator that ONNX has no form for, or a BatchNorm that was not folded.
+        IntegrityError: The file's outputs differ from the network's by more than 1e-4.
+    """
+    net = copy.deepcopy(net).cpu().float().eval()
+    unit = math.lcm(8, stride)
+    sizes = ((8 * unit, 12 * unit), (5 * unit, 7 * unit))
+    model = _traced(net, _example(*sizes[0], channels, takes_sigma, seed=0))
+    if "BatchNormalization" in op_counts(model):
+        raise UnsupportedError(
+            f"{type(net).__name__}: the exported graph has a BatchNormalization", remedy="fold it first: compress.fuse"
+        )
+    _restore_channel_order(model, *sizes[0])
+    strip(model)
+    interface(model, out)
+    onnx.checker.check_model(model)
+    run = Reference(model)
+    for seed, (height, width) in enumerate(sizes):
+        example = _example(height, width, channels, takes_sigma, seed=seed)
+        with torch.inference_mode():
+            want = net(*example).numpy()
+        change = relative_change(run(example[0].numpy(), _CHECK_SIGMA), want)
+        if not change <= MOST_CHANGE:
+            raise IntegrityError(
+                f"{out}: at {height}x{width} the exported graph differs from the network by {change:.2g} of the "
+                f"largest value; at most {MOST_CHANGE:g} is right",
+                remedy="look for Python code in forward() that fixes a shape or a value while tracing",
+            )
+    write(model, out)
+    return out
+
+
+def strip(model: onnx.ModelProto) -> None:
+    """Take out of a model whatever does not compute: comments, inferred shapes, and the tools' versions and notes."""
+    model.producer_name, model.producer_version, model.doc_string = "edgekit", "", ""
+    model.graph.doc_string = ""
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    del model.graph.value_info[:]
+    for item in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        item.doc_string = ""
+        del item.metadata_props[:]
+
+
+def write(model: onnx.ModelProto, out: Path) -> None:
+    """Write a model, whole or not at all; equal models give equal bytes."""
+    with atomic_file(out) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _example(height: int, width: int, channels: int, takes_sigma: bool, *, seed: int) -> tuple[Tensor, ...]:
+    noisy = torch.from_numpy(probe(height, width, channels, seed=seed))
+    return (noisy, torch.full((1, 1, 1, 1), _CHECK_SIGMA)) if takes_sigma else (noisy,)
+
+
+def _traced(net: nn.Module, example: tuple[Tensor, ...]) -> onnx.ModelProto:
+    """Return the graph that the exporter makes of the network."""
+    size = {2: "height", 3: "width"}
+    with tempfile.TemporaryDirectory() as folder, _space_to_depth(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file = Path(folder, "traced.onnx")
+        try:
+            torch.onnx.export(
+                net,
+                example,
+                file,
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=[NOISY, SIGMA][: len(example)],
+                output_names=[DENOISED],
+                dynamic_axes={NOISY: size, DENOISED: size},
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise UnsupportedError(
+                f"{type(net).__name__}: {str(error).splitlines()[0]}", remedy="replace this operator in the network"
+            ) from error
+        return onnx.ModelProto.FromString(file.read_bytes())
+
+
+class _Graph(Protocol):
+    """The graph that the exporter builds; torch has no public name for it."""
+
+    def op(self, name: str, *inputs: torch.Value, blocksize_i: int) -> torch.Value:
+        """Return the output of a new node."""
+        ...
+
+
+@contextmanager
+def _space_to_depth() -> Iterator[None]:
+    """Have the exporter write PixelUnshuffle as SpaceToDepth; it writes three reshapes and a transpose otherwise."""
+
+    @symbolic_helper.parse_args("v", "i")
+    def symbolic(g: _Graph, x: torch.Value, size: int) -> torch.Value:
+        return g.op("SpaceToDepth", x, blocksize_i=size)
+
+    register_custom_op_symbolic("aten::pixel_unshuffle", symbolic, OPSET)
+    try:
+        yield
+    finally:
+        unregister_custom_op_symbolic("aten::pixel_unshuffle", OPSET)
+
+
+def _restore_channel_order(model: onnx.ModelProto, height: int, width: int) -> None:
+    """Bring the channels of every SpaceToDepth into torch's order.
+
+    ```
+    colour, row, column  (torch)      SpaceToDepth ─ conv(w)   ->   SpaceToDepth ─ conv(w, inputs re-ordered)
+    row, column, colour  (ONNX)       SpaceToDepth ─ other     ->   SpaceToDepth ─ Gather ─ other
+    ```
+    """
+    shapes = infer_shapes(model, height, width)
+    readers, weights = consumers(model), initializers(model)
+    for node in [n for n in model.graph.node if n.op_type == "SpaceToDepth"]:
+        block = next(a.i for a in node.attribute if a.name == "blocksize") ** 2
+        colours = shapes[node.input[0]][1]
+        if colours == 1:
+            continue
+        order = np.arange(block * colours).reshape(block, colours).T.ravel()
+        behind = readers[node.output[0]]
+        own = [n.input[1] for n in behind if n.op_type == "Conv" and n.input[1] in weights and _groups(n) == 1]
+        if len(own) == len(behind) and all(len(readers[name]) == 1 for name in own):
+            for name in own:
+                values = numpy_helper.to_array(weights[name])
+                weights[name].CopyFrom(
+                    numpy_helper.from_array(np.ascontiguousarray(values[:, np.argsort(order)]), name)
+                )
+        else:
+            _insert_gather(model, node, order)
+
+
+def _insert_gather(model: onnx.ModelProto, node: onnx.NodeProto, order: NDArray[np.int64]) -> None:
+    """Put a Gather over the channels behind a node; its output keeps the node's output name."""
+    result, unordered, indices = node.output[0], f"{node.output[0]}_unordered", f"{node.name}_order"
+    node.output[0] = unordered
+    model.graph.initializer.append(numpy_helper.from_array(order.astype(np.int64), indices))
+    gather = onnx.helper.make_node("Gather", [unordered, indices], [result], f"{node.name}_Gather", axis=1)
+    model.graph.node.insert(list(model.graph.node).index(node) + 1, gather)
+
+
+def _groups(node: onnx.NodeProto) -> int:
+    return next((int(a.i) for a in node.attribute if a.name == "group"), 1)

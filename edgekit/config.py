@@ -1,0 +1,187 @@
+"""YAML files into checked dataclasses; whatever is wrong is told with file, line and the nearest known name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from edgekit.errors import InputError, IntegrityError, nearest
+
+T = TypeVar("T")
+Kind = Literal["recipe", "target"]
+Location = tuple[str | int, ...]
+
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+_PACKAGE = Path(__file__).parent
+
+
+def folder(kind: Kind) -> Path:
+    """Return the folder of the shipped files: inside the package when installed, else the checkout's own."""
+    installed = _PACKAGE / f"{kind}s"
+    return installed if installed.is_dir() else _PACKAGE.parent / f"{kind}s"
+
+
+def shipped(kind: Kind) -> list[str]:
+    """Return the names of the shipped recipes or targets, sorted."""
+    return sorted(path.stem for path in folder(kind).glob("*.yaml"))
+
+
+def load_named(name_or_path: str | Path, *, kind: Kind, into: type[T], overrides: Sequence[str] = ()) -> T:
+    """Return the shipped file of that name, or the file at that path, as a checked `into`.
+
+    Raises:
+        InputError: Nothing of that name, or a broken file.
+    """
+    text = str(name_or_path)
+    if text.endswith((".yaml", ".yml")):
+        return load(Path(text), into, overrides)
+    if text not in (known := shipped(kind)):
+        raise InputError(f"unknown {kind} '{text}'; {nearest(text, known)}", remedy=f"see: edgekit {kind}s")
+    return load(folder(kind) / f"{text}.yaml", into, overrides)
+
+
+def load(path: Path, into: type[T], overrides: Sequence[str] = ()) -> T:
+    """Return a YAML file as a checked `into`, with dotted overrides put in first.
+
+    Raises:
+        InputError: A missing file, broken YAML, a duplicate or unknown key, a wrong type or value; one error, the first.
+    """
+    tree = _parse(path)
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return _adapter(into).validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        errors = error.errors()
+        first = next((e for e in errors if e["type"] in _UNKNOWN), errors[0])
+        raise InputError(_explain(path, tree, into, first, overrides)) from error
+
+
+def checked(value: object, into: type[T], path: Path) -> T:
+    """Return a value that was read from JSON as a checked `into`.
+
+    Raises:
+        IntegrityError: It does not follow the schema; it was written by edgekit, so the file at `path` was changed.
+    """
+    try:
+        return _adapter(into).validate_json(json.dumps(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise IntegrityError(
+            f"{path}: '{key}': {first['msg']}", remedy="start the run again in another folder"
+        ) from error
+
+
+def json_schema(kind: type[T]) -> dict[str, object]:
+    """Return the JSON Schema of a recipe or target, for editors."""
+    return _adapter(kind).json_schema()
+
+
+def _adapter(into: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(into)
+
+
+def _parse(path: Path) -> CommentedMap:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text: {error}") from error
+    try:
+        tree = YAML(typ="rt").load(text)
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1
+        key = str(error.problem).split('"')[1] if '"' in str(error.problem) else str(error.problem)
+        raise InputError(f"{path}:{line}: key '{key}' stands here a second time", remedy="remove one") from error
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InputError(f"{path}:{line}: broken YAML: {error.problem}") from error
+    except YAMLError as error:
+        raise InputError(f"{path}: broken YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(tree, CommentedMap):
+        raise InputError(f"{path}:1: expected settings as 'key: value' lines")
+    return tree
+
+
+def _override(tree: CommentedMap, text: str) -> None:
+    """Put `a.b=value` into the tree; the value is YAML."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise InputError(f"--set {text}: expected NAME=VALUE", remedy="for example --set training.steps=100")
+    at: CommentedMap = tree
+    *parents, last = name.split(".")
+    for parent in parents:
+        if not isinstance(at.get(parent), CommentedMap):
+            at[parent] = CommentedMap()
+        at = at[parent]
+    try:
+        at[last] = YAML(typ="rt").load(StringIO(value))
+    except YAMLError as error:
+        raise InputError(f"--set {text}: the value is not YAML") from error
+
+
+def _explain(path: Path, tree: CommentedMap, into: type[T], error: ErrorDetails, overrides: Sequence[str]) -> str:
+    """Return one line: file, line, what is wrong, what was found, what is meant."""
+    location = tuple(part for part in error["loc"] if not _is_union_tag(part))
+    dotted = ".".join(str(part) for part in location)
+    where = f"{path}:{_line(tree, location)}"
+    if any(o.partition("=")[0] == dotted for o in overrides):
+        where = f"--set {dotted}"
+    found = repr(error["input"])[:80]
+    match error["type"]:
+        case kind if kind in _UNKNOWN:
+            known = _fields(into, location[:-1])
+            return f"{where}: unknown key '{dotted}'; {nearest(str(location[-1]), known)}"
+        case "missing" | "missing_argument" | "missing_keyword_only_argument":
+            return f"{where}: key '{dotted}' is missing; add it"
+        case _:
+            message = error["msg"].replace("Input should be", "expected")
+            return f"{where}: '{dotted}' is {found}; {message}"
+
+
+def _is_union_tag(part: str | int) -> bool:
+    return isinstance(part, str) and ("[" in part or part in ("int", "float", "str", "bool", "constrained-int"))
+
+
+def _line(tree: CommentedMap, location: Location) -> int:
+    """Return the line of a key or item, or of the nearest thing around it that has one; from 1."""
+    line, at = 1, tree
+    for part in location:
+        if isinstance(at, CommentedMap) and part in at:
+            marks = at.lc.data.get(part)
+        elif isinstance(at, CommentedSeq) and isinstance(part, int) and part < len(at):
+            marks = at.lc.data.get(part)
+        else:
+            break
+        line = marks[0] + 1 if marks else line
+        at = at[part]
+    return line
+
+
+def _fields(into: type[T], location: Location) -> list[str]:
+    """Return the names that are known at a place of the schema."""
+    kind: object = into
+    for part in location:
+        kind = _dataclass(typing.get_type_hints(kind)[str(part)]) if isinstance(kind, type) else kind
+    return (
+        [f.name for f in dataclasses.fields(kind)] if isinstance(kind, type) and dataclasses.is_dataclass(kind) else []
+    )
+
+
+def _dataclass(hint: object) -> object:
+    candidates: Iterator[object] = iter((hint, *get_args(hint)))
+    return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), hint)

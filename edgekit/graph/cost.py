@@ -1,0 +1,145 @@
+"""What a graph costs: parameters, multiply-accumulates and bytes, the same on every machine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import onnx
+
+from edgekit.errors import UnsupportedError
+from edgekit.graph.checks import DENOISED, NOISY
+from edgekit.graph.walk import initializers, producers
+
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """The cost of one picture.
+
+    parameters: Learned numbers, in whatever type; scales, zero points and shapes are not counted.
+    macs: Multiply-accumulates of convolutions and matrix products for a picture of height x width.
+    model_bytes: Size of the serialized graph.
+    """
+
+    parameters: int
+    macs: int
+    height: int
+    width: int
+    model_bytes: int
+
+
+def cost(model: onnx.ModelProto, height: int, width: int) -> Cost:
+    """Return the cost of one picture of height x width pixels.
+
+    Raises:
+        UnsupportedError: A shape that cannot be inferred.
+    """
+    return Cost(
+        parameters=parameters(model),
+        macs=sum(macs_by_node(model, height, width).values()),
+        height=height,
+        width=width,
+        model_bytes=model.ByteSize(),
+    )
+
+
+def parameters(model: onnx.ModelProto) -> int:
+    """Return the number of learned parameters: float tensors and the integers that are dequantized to them."""
+    scales = {
+        name for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear") for name in n.input[1:]
+    }
+    stored = {n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    return sum(
+        math.prod(tensor.dims)
+        for name, tensor in initializers(model).items()
+        if name not in scales and (tensor.data_type == onnx.TensorProto.FLOAT or name in stored)
+    )
+
+
+def macs_by_node(model: onnx.ModelProto, height: int, width: int) -> dict[str, int]:
+    """Return node name -> multiply-accumulates, for convolutions and matrix products.
+
+    Raises:
+        UnsupportedError: A shape that cannot be inferred, or a convolution without a name.
+    """
+    shapes = infer_shapes(model, height, width)
+    result: dict[str, int] = {}
+    for node in model.graph.node:
+        if node.op_type not in _WEIGHTED:
+            continue
+        if not node.name or node.name in result:
+            raise UnsupportedError(
+                f"two nodes are named '{node.name}' ({node.op_type}); names must be unique and not empty"
+            )
+        result[node.name] = _macs(node, shapes)
+    return result
+
+
+def infer_shapes(model: onnx.ModelProto, height: int, width: int) -> dict[str, Shape]:
+    """Return tensor name -> shape for one picture of height x width pixels.
+
+    Raises:
+        UnsupportedError: The size does not fit the graph.
+    """
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    del fixed.graph.value_info[:]
+    for value in fixed.graph.input:
+        if value.name == NOISY:
+            for axis, size in ((0, 1), (2, height), (3, width)):
+                value.type.tensor_type.shape.dim[axis].dim_value = size
+    for value in fixed.graph.output:
+        if value.name == DENOISED:
+            for dim in value.type.tensor_type.shape.dim:
+                dim.Clear()
+    try:
+        inferred = onnx.shape_inference.infer_shapes(fixed, strict_mode=True, data_prop=True).graph
+    except onnx.shape_inference.InferenceError as error:
+        raise UnsupportedError(f"no shapes for a picture of {height}x{width}: {str(error).splitlines()[0]}") from error
+    shapes = {i.name: tuple(i.dims) for i in model.graph.initializer}
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        dims = value.type.tensor_type.shape.dim
+        if all(d.HasField("dim_value") for d in dims):
+            shapes[value.name] = tuple(d.dim_value for d in dims)
+    return shapes
+
+
+def integer_permille(model: onnx.ModelProto, integer_nodes: frozenset[str]) -> int:
+    """Return the share of all multiply-accumulates that the named nodes make up, in thousandths.
+
+    The share hardly depends on the size of the picture; 256x256 is looked at.
+    """
+    macs = macs_by_node(model, 256, 256)
+    return round(
+        1000 * sum(count for name, count in macs.items() if name in integer_nodes) / max(1, sum(macs.values()))
+    )
+
+
+def dequantized_weight(model: onnx.ModelProto) -> dict[str, str]:
+    """Return node name -> integer initializer, for the nodes of a QDQ graph whose weight is a dequantized constant."""
+    made_by, stored = producers(model), initializers(model)
+    found: dict[str, str] = {}
+    for node in model.graph.node:
+        source = made_by.get(node.input[1]) if node.op_type in _WEIGHTED else None
+        if source is not None and source.op_type == "DequantizeLinear" and source.input[0] in stored:
+            found[node.name] = source.input[0]
+    return found
+
+
+def _macs(node: onnx.NodeProto, shapes: dict[str, Shape]) -> int:
+    missing = [name for name in (node.input[0], node.input[1], node.output[0]) if name not in shapes]
+    if missing:
+        raise UnsupportedError(f"node '{node.name}' ({node.op_type}): the shape of '{missing[0]}' cannot be inferred")
+    source, weight, result = (shapes[name] for name in (node.input[0], node.input[1], node.output[0]))
+    if node.op_type == "ConvTranspose":
+        return math.prod(source) * math.prod(weight[1:])
+    if node.op_type == "Conv":
+        return math.prod(result) * math.prod(weight[1:])
+    return math.prod(result) * source[-2 if _transposed(node) else -1]
+
+
+def _transposed(node: onnx.NodeProto) -> bool:
+    return any(a.name == "transA" and a.i for a in node.attribute)

@@ -1,0 +1,185 @@
+"""How far a network looks: the halo that a tile needs, computed from the graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from edgekit.errors import UnsupportedError
+from edgekit.graph.checks import DENOISED, NOISY
+from edgekit.graph.walk import initializers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceptiveField:
+    """What one pixel of the output depends on.
+
+    halo_px: Pixels on each side, ways through global operators not counted.
+    global_nodes: Names of the operators that look at the whole picture; with any, no halo makes tiles exact.
+    """
+
+    halo_px: int
+    global_nodes: tuple[str, ...]
+
+    def aligned(self, stride: int) -> int:
+        """Return the halo in pixels, rounded up to a multiple of the stride."""
+        return -(-self.halo_px // stride) * stride
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Element i along an axis depends on the input pixels from `jump * i + low` to `jump * i + high`."""
+
+    jump: Fraction
+    low: Fraction
+    high: Fraction
+
+
+def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
+    """Return how far the output looks, exactly for the operators of our networks.
+
+    Every tensor gets the span of input pixels that one of its elements depends on, along height and width (Araujo 2019,
+    "Computing Receptive Fields of Convolutional Neural Networks", with rational strides for up-sampling).
+
+    Raises:
+        UnsupportedError: An operator whose span is not known, or operands of different resolution.
+    """
+    unit = _Span(Fraction(1), Fraction(0), Fraction(0))
+    spans: dict[str, tuple[_Span, _Span]] = {NOISY: (unit, unit)}
+    global_nodes: list[str] = []
+    constants = {name: numpy_helper.to_array(t) for name, t in initializers(model).items() if math.prod(t.dims) < 64}
+    for node in model.graph.node:
+        operands = [spans[name] for name in node.input if name in spans]
+        if not operands:
+            continue
+        if _is_global(node, constants):
+            global_nodes.append(node.name)
+            continue
+        if node.op_type not in _RULES:
+            raise UnsupportedError(
+                f"node '{node.name}' ({node.op_type}): how far it looks is not known",
+                remedy="export the network with convolutions, SpaceToDepth, DepthToSpace and element-wise operators",
+            )
+        height, width = _union(node, operands)
+        rule, attributes = _RULES[node.op_type], _attributes(node)
+        for name in node.output:
+            spans[name] = (rule(height, attributes, 0), rule(width, attributes, 1))
+    if DENOISED not in spans:
+        raise UnsupportedError(f"'{DENOISED}' does not depend on the pixels of '{NOISY}' one by one")
+    if any(span.jump != 1 for span in spans[DENOISED]):
+        raise UnsupportedError(f"'{DENOISED}' has another resolution than '{NOISY}'")
+    halo = max(max(-span.low, span.high) for span in spans[DENOISED])
+    return ReceptiveField(halo_px=math.ceil(halo), global_nodes=tuple(global_nodes))
+
+
+_Attributes = Mapping[str, tuple[int, ...]]
+_Rule = Callable[[_Span, _Attributes, int], _Span]
+
+
+def _window(span: _Span, a: _Attributes, axis: int) -> _Span:
+    """Element i reads elements i * stride - pad + k * dilation."""
+    reach = (a["kernel_shape"][axis] - 1) * _at(a, "dilations", axis, 1)
+    pad = _at(a, "pads", axis, 0)
+    return _Span(
+        span.jump * _at(a, "strides", axis, 1), span.low - span.jump * pad, span.high + span.jump * (reach - pad)
+    )
+
+
+def _transposed(span: _Span, a: _Attributes, axis: int) -> _Span:
+    """Element i reads the elements (i + pad - k * dilation) / stride that are whole."""
+    reach = (a["kernel_shape"][axis] - 1) * _at(a, "dilations", axis, 1)
+    pad, jump = _at(a, "pads", axis, 0), span.jump / _at(a, "strides", axis, 1)
+    return _Span(jump, span.low + jump * (pad - reach), span.high + jump * pad)
+
+
+def _space_to_depth(span: _Span, a: _Attributes, axis: int) -> _Span:
+    size = a["blocksize"][0]
+    return _Span(span.jump * size, span.low, span.high + span.jump * (size - 1))
+
+
+def _depth_to_space(span: _Span, a: _Attributes, axis: int) -> _Span:
+    size = a["blocksize"][0]
+    jump = span.jump / size
+    return _Span(jump, span.low - jump * (size - 1), span.high)
+
+
+def _same(span: _Span, a: _Attributes, axis: int) -> _Span:
+    return span
+
+
+_ELEMENTWISE = (
+    *("Add", "Sub", "Mul", "Div", "Relu", "LeakyRelu", "PRelu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh"),
+    *("Identity", "Neg", "Abs", "Min", "Max", "Pow", "Sqrt", "Exp", "Cast", "QuantizeLinear", "DequantizeLinear"),
+    *("Concat", "Split", "Gather", "BatchNormalization", "ReduceMean", "ReduceMax"),
+)
+_RULES: dict[str, _Rule] = {
+    "Conv": _window,
+    "MaxPool": _window,
+    "AveragePool": _window,
+    "ConvTranspose": _transposed,
+    "SpaceToDepth": _space_to_depth,
+    "DepthToSpace": _depth_to_space,
+    **dict.fromkeys(_ELEMENTWISE, _same),
+}
+_CHANNEL_AXES = ((1,), (-3,))
+
+
+def _is_global(node: onnx.NodeProto, constants: Mapping[str, NDArray[np.generic]]) -> bool:
+    """Return whether a node mixes all pixels; reductions over channels alone do not."""
+    if node.op_type in ("GlobalAveragePool", "GlobalMaxPool", "InstanceNormalization", "LayerNormalization"):
+        return True
+    if node.op_type not in ("ReduceMean", "ReduceMax", "Concat", "Split", "Gather"):
+        return False
+    axes = _axes(node, constants)
+    if node.op_type in ("ReduceMean", "ReduceMax"):
+        return axes not in _CHANNEL_AXES
+    if axes not in _CHANNEL_AXES:
+        raise UnsupportedError(f"node '{node.name}' ({node.op_type}): it acts on axis {axes}, expected the channels")
+    return False
+
+
+def _axes(node: onnx.NodeProto, constants: Mapping[str, NDArray[np.generic]]) -> tuple[int, ...]:
+    for attribute in node.attribute:
+        if attribute.name == "axes":
+            return tuple(attribute.ints)
+        if attribute.name == "axis":
+            return (attribute.i,)
+    given = constants.get(node.input[1]) if node.op_type.startswith("Reduce") and len(node.input) > 1 else None
+    return () if given is None else tuple(int(v) for v in np.ravel(given))
+
+
+def _union(node: onnx.NodeProto, operands: list[tuple[_Span, _Span]]) -> tuple[_Span, _Span]:
+    """Return the spans that cover all operands along height and width."""
+    if len({(height.jump, width.jump) for height, width in operands}) > 1:
+        raise UnsupportedError(f"node '{node.name}' ({node.op_type}): its operands have different resolutions")
+    axes = zip(*operands, strict=True)
+    height, width = (_Span(spans[0].jump, min(s.low for s in spans), max(s.high for s in spans)) for spans in axes)
+    return height, width
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, tuple[int, ...]]:
+    """Return the integer attributes of a node as tuples.
+
+    Raises:
+        UnsupportedError: Padding that depends on the size of the picture, or a window of unknown size.
+    """
+    found = {a.name: tuple(a.ints) if a.ints else (a.i,) for a in node.attribute}
+    padding = next((a.s.decode() for a in node.attribute if a.name == "auto_pad"), "NOTSET")
+    if padding not in ("NOTSET", "VALID"):
+        raise UnsupportedError(
+            f"node '{node.name}' ({node.op_type}): auto_pad {padding}", remedy="export explicit padding"
+        )
+    if _RULES[node.op_type] in (_window, _transposed) and "kernel_shape" not in found:
+        raise UnsupportedError(f"node '{node.name}' ({node.op_type}): it has no attribute kernel_shape")
+    return found
+
+
+def _at(attributes: _Attributes, name: str, axis: int, default: int) -> int:
+    return attributes[name][axis] if name in attributes else default

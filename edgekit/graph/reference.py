@@ -1,0 +1,69 @@
+"""Running a graph as ONNX Runtime does it, and how far two pictures are apart."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from edgekit.graph.checks import DENOISED, NOISY, SIGMA
+
+Array = NDArray[np.float32]
+ERRORS_ONLY = 3
+
+
+def feeds(noisy: Array, sigma: float, *, takes_sigma: bool) -> dict[str, Array]:
+    """Return the inputs of a graph by name."""
+    if not takes_sigma:
+        return {NOISY: noisy}
+    return {NOISY: noisy, SIGMA: np.full((1, 1, 1, 1), sigma, np.float32)}
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """Return options for repeatable results: `threads` inside an operator, one operator at a time, quiet."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = ERRORS_ONLY
+    return options
+
+
+class Reference:
+    """A graph opened in ONNX Runtime on the CPU with one thread."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._session = onnxruntime.InferenceSession(
+            model.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
+        )
+        self._takes_sigma = SIGMA in {i.name for i in self._session.get_inputs()}
+
+    def __call__(self, noisy: Array, sigma: float) -> Array:
+        """Return the denoised picture, shaped as `noisy` (1, c, h, w)."""
+        (denoised,) = self._session.run([DENOISED], feeds(noisy, sigma, takes_sigma=self._takes_sigma))
+        return np.asarray(denoised, np.float32)
+
+
+def relative_change(got: Array, want: Array) -> float:
+    """Return the largest absolute difference over the largest absolute value of `want`; nan if either has one."""
+    if got.shape != want.shape:
+        return math.inf
+    return float(np.abs(got - want).max() / max(float(np.abs(want).max()), np.finfo(np.float32).tiny))
+
+
+def agreement_db(got: Array, want: Array) -> float:
+    """Return the PSNR of `got` against `want` for a peak of 1; inf where equal, nan if either has one."""
+    error = float(np.mean(np.square(got.astype(np.float64) - want.astype(np.float64))))
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def probe(height: int, width: int, channels: int, *, seed: int) -> Array:
+    """Return a made-up noisy picture (1, c, h, w): smooth waves and noise, about as bright as a photograph."""
+    random = np.random.RandomState(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    phase = random.rand(channels, 1, 1) * 6.0
+    waves = 0.5 + 0.25 * np.sin(x / 7.0 + phase) + 0.2 * np.cos(y / 11.0 - phase)
+    noisy: Array = (waves + random.randn(channels, height, width) * 0.1)[None].astype(np.float32)
+    return noisy

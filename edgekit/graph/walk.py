@@ -1,0 +1,92 @@
+"""Walks over an ONNX graph: who makes a tensor, who reads it, and which convolutions come first and last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import onnx
+
+CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+
+
+def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Return tensor name -> the node that makes it; inputs and initializers have none."""
+    return {name: node for node in model.graph.node for name in node.output if name}
+
+
+def consumers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    """Return tensor name -> the nodes that read it, in the graph's order."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in dict.fromkeys(node.input):
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Return the initializers by name."""
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def derived_from(model: onnx.ModelProto, tensor: str) -> set[str]:
+    """Return the names of all tensors that depend on `tensor`, itself included."""
+    reached = {tensor}
+    for node in model.graph.node:
+        if not reached.isdisjoint(node.input):
+            reached.update(node.output)
+    return reached
+
+
+def first_convolutions(model: onnx.ModelProto, tensor: str) -> tuple[str, ...]:
+    """Return the names of the convolutions that are reached first on every way down from `tensor`."""
+    readers = consumers(model)
+    return _reach([tensor], lambda name: readers.get(name, []), lambda node: node.output)
+
+
+def last_convolutions(model: onnx.ModelProto, tensor: str) -> tuple[str, ...]:
+    """Return the names of the convolutions that are reached first on every way up from `tensor`."""
+    made_by = producers(model)
+    return _reach([tensor], lambda name: [made_by[name]] if name in made_by else [], lambda node: node.input)
+
+
+def float_convolutions(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Return the names of the convolutions of a QDQ graph whose weights are not dequantized integers."""
+    made_by = producers(model)
+    return tuple(
+        n.name for n in model.graph.node if n.op_type in CONVOLUTIONS and not _dequantized(made_by, n.input[1])
+    )
+
+
+def float_additions(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Return the names of the additions and subtractions of a QDQ graph that have an operand kept in float."""
+    made_by = producers(model)
+    return tuple(
+        n.name
+        for n in model.graph.node
+        if n.op_type in ("Add", "Sub") and not all(_dequantized(made_by, name) for name in n.input)
+    )
+
+
+def _dequantized(made_by: dict[str, onnx.NodeProto], name: str) -> bool:
+    return name in made_by and made_by[name].op_type == "DequantizeLinear"
+
+
+def _reach(
+    start: list[str],
+    step: Callable[[str], Iterable[onnx.NodeProto]],
+    onward: Callable[[onnx.NodeProto], Iterable[str]],
+) -> tuple[str, ...]:
+    """Return the convolutions at which a walk from the tensors `start` stops."""
+    found: dict[str, None] = {}
+    seen: set[str] = set()
+    while start:
+        name = start.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for node in step(name):
+            if node.op_type in CONVOLUTIONS:
+                found[node.name] = None
+            else:
+                start.extend(onward(node))
+    return tuple(found)

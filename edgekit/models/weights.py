@@ -1,0 +1,82 @@
+"""Weights in safetensors files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from edgekit.errors import InputError, IntegrityError
+from edgekit.files import atomic_file
+
+_PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors atomically to a safetensors file."""
+    ready = {name: t.detach().cpu().contiguous() for name, t in sorted(tensors.items())}
+    with atomic_file(path) as temporary:
+        save_file(ready, temporary, dict(metadata or {}))
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, or of a torch checkpoint that holds tensors only.
+
+    Raises:
+        InputError: The file is missing, or is a pickle that holds more than tensors (it is not executed).
+        IntegrityError: The file is truncated or damaged.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file", remedy="name a .safetensors file of weights")
+    if path.suffix in _PICKLES:
+        return _read_checkpoint(path)
+    try:
+        return dict(load_file(path))
+    except safetensors.SafetensorError as error:
+        raise IntegrityError(
+            f"{path}: damaged or truncated weights: {error}", remedy="copy or train them again"
+        ) from error
+
+
+def load_into(net: nn.Module, path: Path) -> None:
+    """Copy the weights of a file into a network of the same architecture; half-precision files are widened.
+
+    Raises:
+        InputError: The weights are of another architecture; names the first parameter that differs.
+        IntegrityError: The file is damaged, or a weight is not finite.
+    """
+    given, wanted = read(path), net.state_dict()
+    for name, tensor in wanted.items():
+        if name not in given:
+            raise InputError(f"{path}: has no '{name}'", remedy="these weights are of another architecture or option")
+        if given[name].shape != tensor.shape:
+            found, want = tuple(given[name].shape), tuple(tensor.shape)
+            raise InputError(f"{path}: '{name}' is {found}, the network has {want}", remedy="name the matching model")
+        if not torch.isfinite(given[name].float()).all():
+            raise IntegrityError(
+                f"{path}: '{name}' holds values that are not finite", remedy="use an earlier checkpoint"
+            )
+    if extra := sorted(set(given) - set(wanted)):
+        raise InputError(f"{path}: '{extra[0]}' has no place in the network", remedy="name the matching model")
+    net.load_state_dict({name: given[name].to(tensor.dtype) for name, tensor in wanted.items()})
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}: holds more than tensors, and loading it could run code",
+            remedy="save its state_dict() with safetensors and name that file",
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise IntegrityError(f"{path}: damaged or truncated checkpoint", remedy="copy or train it again") from error
+    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise InputError(f"{path}: is not a state_dict", remedy="save the network's state_dict()")
+    return loaded

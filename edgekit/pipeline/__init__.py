@@ -1,0 +1,58 @@
+"""The way through edgekit: recipe -> run folder -> target -> artifact -> verdict.
+
+`distill` makes a run folder from a recipe, `compile` makes bundles from a run folder or a model, `verify` makes a report
+from a bundle; each is a module of this package, and `run_recipe` is the three in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from edgekit import backends, run
+from edgekit.pipeline import compile as compiling
+from edgekit.pipeline import distill, networks, verify
+from edgekit.pipeline.compile import Compiled
+from edgekit.pipeline.distill import Distilled, Progress
+from edgekit.recipe import Recipe
+from edgekit.report import Report
+from edgekit.target import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Everything that a run made."""
+
+    distilled: Distilled
+    compiled: Compiled
+    reports: tuple[Report, ...]
+
+
+def run_recipe(
+    recipe: Recipe,
+    targets: Sequence[Target],
+    folder: Path | None = None,
+    *,
+    overwrite: bool = False,
+    settings: verify.Settings | None = None,
+    progress: Progress = distill.silent,
+    say: Callable[[str], None],
+) -> Result:
+    """Distil the recipe's student, compile it for each target and verify every artifact.
+
+    Raises:
+        EdgekitError: As `distill.distill`, `compile.compile_model` and `verify.verify`.
+    """
+    for target in targets:
+        backends.load(target.engine)
+    root = folder or run.RUNS / recipe.name
+    with run.open_run(root, {"recipe": asdict(recipe)}, overwrite=overwrite) as opened:
+        distilled = distill.train_student(opened, recipe, progress=progress)
+        compiled = compiling.compile_student(opened, recipe, networks.from_run(root), targets)
+        reports = []
+        for path in compiled.bundles.values():
+            report = verify.verify(path, settings=settings, say=say)
+            verify.write(report, verify.default_path(path))
+            reports.append(report)
+    return Result(distilled=distilled, compiled=compiled, reports=tuple(reports))

@@ -1,0 +1,462 @@
+"""run folder -> bundles: fuse, export, simplify, quantize, and compile for each target what is not there yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from edgekit import __version__, backends, bundle, config, run
+from edgekit.backends import Built, Source
+from edgekit.bundle import Link, Manifest
+from edgekit.compress import export, fuse, quantize, simplify
+from edgekit.data import noise
+from edgekit.data.sets import Picture, PictureSet
+from edgekit.errors import InputError, ToolMissingError, UnsupportedError
+from edgekit.files import sha256
+from edgekit.graph import checks, cost
+from edgekit.graph.receptive_field import receptive_field
+from edgekit.measure.quality import Array
+from edgekit.models.denoiser import Denoiser
+from edgekit.pipeline import networks, pages, pictures
+from edgekit.pipeline.networks import Network
+from edgekit.recipe import Model, Quantization, Recipe
+from edgekit.run import Run, Stage
+from edgekit.target import Target
+
+log = logging.getLogger(__name__)
+GOLDEN_SIDE = 256
+_ENGINE_PACKAGES = {
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino", "nncf"),
+    "tvm": ("apache-tvm", "apache-tvm-ffi", "ziglang"),
+    "coreml": ("coremltools", "torch"),
+}
+_READS_QDQ = ("onnxruntime",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """The run folder and its bundles by target. reused: Stages that were there already."""
+
+    folder: Path
+    bundles: Mapping[str, Path]
+    reused: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Graph:
+    """The student as graphs, with its interface; network is None when it came as an ONNX file."""
+
+    name: str
+    network: Network | None
+    fp32: Path
+    channels: int
+    takes_sigma: bool
+    stride: int
+    links: tuple[Link, ...]
+
+
+def compile_model(
+    what: str | None,
+    targets: Sequence[Target],
+    *,
+    weights: Path | None = None,
+    folder: Path | None = None,
+    overwrite: bool = False,
+) -> Compiled:
+    """Compile a run's student, a shipped model, an ONNX file or a torch class for each target, and return the bundles.
+
+    Args:
+        what: A run folder, or a MODEL; the newest run unless told.
+        targets: What to compile for.
+        weights: Weights of a `package.module:Class`.
+        folder: Where a MODEL's run folder goes; `runs/<name>` unless told. A run folder's bundles go into it.
+        overwrite: Replace another run that is in the folder.
+
+    Raises:
+        InputError: Nothing of that name, or a broken file. UnsupportedError: The target does not take the model.
+        ToolMissingError: The target's engine is not installed. IntegrityError: A file changed, or outputs moved.
+    """
+    for target in targets:
+        backends.load(target.engine)
+    root = run.newest() if what is None else Path(what)
+    if root.is_dir():
+        with run.open_run(root, None) as opened:
+            return compile_student(opened, _recipe_of(root), networks.from_run(root), targets)
+    assert what is not None
+    if what.endswith(".onnx"):
+        return _compile_onnx(Path(what), targets, folder, overwrite)
+    network = networks.from_class(what, weights) if ":" in what else networks.shipped(what)
+    recipe = _default_recipe(network.name, network.net.channels)
+    identity = {"recipe": asdict(recipe), "compiles": {"model": what, "sha256": network.sha256}}
+    with run.open_run(folder or run.RUNS / network.name, identity, overwrite=overwrite) as opened:
+        return compile_student(opened, recipe, network, targets)
+
+
+def compile_student(opened: Run, recipe: Recipe, network: Network, targets: Sequence[Target]) -> Compiled:
+    """Compile a network with its weights inside an open run; raises as `compile_model`."""
+    return _compile_graph(opened, recipe, _to_graph(opened, network), targets)
+
+
+def _compile_onnx(path: Path, targets: Sequence[Target], folder: Path | None, overwrite: bool) -> Compiled:
+    interface = checks.interface(checks.load_onnx(path), path)
+    name = path.stem.replace(".", "_").replace("-", "_")
+    recipe = _default_recipe(name, interface.channels)
+    identity = {"recipe": asdict(recipe), "compiles": {"model": path.name, "sha256": sha256(path)}}
+    with run.open_run(folder or run.RUNS / name, identity, overwrite=overwrite) as opened:
+        first = Link(kind="onnx", sha256=sha256(path), made_from=None)
+        stage, link = _simplified(opened, path, first)
+        graph = _Graph(
+            name=name,
+            network=None,
+            fp32=opened.file(stage, "student.fp32.onnx"),
+            channels=interface.channels,
+            takes_sigma=interface.takes_sigma,
+            stride=8,
+            links=(first, link),
+        )
+        return _compile_graph(opened, recipe, graph, targets)
+
+
+def _to_graph(opened: Run, network: Network) -> _Graph:
+    """Make the stages `fuse`, `export` and `simplify` of a torch network."""
+    net = network.net
+    noisy, sigma = _example(net)
+
+    def fuse_net(out: Path) -> Mapping[str, object]:
+        fused = fuse.fuse(net, noisy, sigma)
+        from edgekit.models import weights
+
+        weights.save(fused.state_dict(), out / "fused.safetensors")
+        return {"batchnorms_folded": sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())}
+
+    def export_net(out: Path) -> Mapping[str, object]:
+        fused = fuse.fuse(net, noisy, sigma)
+        export.export_onnx(
+            fused, channels=net.channels, takes_sigma=net.takes_sigma, stride=net.stride, out=out / "student.onnx"
+        )
+        return {}
+
+    made_from = {"student": network.sha256}
+    fused = opened.stage(
+        "fuse",
+        number=3,
+        inputs=made_from,
+        settings={},
+        code=("models", "compress/fuse"),
+        packages=("torch",),
+        work=fuse_net,
+    )
+    exported = opened.stage(
+        "export",
+        number=4,
+        inputs={"fused": opened.sha256(fused, "fused.safetensors")},
+        settings={},
+        code=("models", "compress/fuse", "compress/export"),
+        packages=("torch", "onnx"),
+        work=export_net,
+    )
+    student = Link(kind="student", sha256=network.sha256, made_from=None)
+    folded = Link(kind="fused", sha256=opened.sha256(fused, "fused.safetensors"), made_from=student.sha256)
+    onnx = Link(kind="onnx", sha256=opened.sha256(exported, "student.onnx"), made_from=folded.sha256)
+    stage, simplified = _simplified(opened, opened.file(exported, "student.onnx"), onnx)
+    return _Graph(
+        name=network.name,
+        network=network,
+        fp32=opened.file(stage, "student.fp32.onnx"),
+        channels=net.channels,
+        takes_sigma=net.takes_sigma,
+        stride=net.stride,
+        links=(student, folded, onnx, simplified),
+    )
+
+
+def _simplified(opened: Run, onnx: Path, link: Link) -> tuple[Stage, Link]:
+    def work(out: Path) -> Mapping[str, object]:
+        path = simplify.simplify(onnx, out / "student.fp32.onnx")
+        counted = cost.cost(checks.load_onnx(path), GOLDEN_SIDE, GOLDEN_SIDE)
+        return {"parameters": counted.parameters, "macs_256": counted.macs}
+
+    stage = opened.stage(
+        "simplify",
+        number=5,
+        inputs={"onnx": link.sha256},
+        settings={},
+        code=("compress/simplify", "graph"),
+        packages=("onnx", "onnxsim", "onnxruntime"),
+        work=work,
+    )
+    return stage, Link(kind="simplified", sha256=opened.sha256(stage, "student.fp32.onnx"), made_from=link.sha256)
+
+
+def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence[Target]) -> Compiled:
+    evaluation = pictures.evaluation(recipe.data)
+    teacher = _export_teacher(opened, recipe)
+    bundles = {}
+    for target in targets:
+        quantized = _quantized(opened, recipe, graph) if _wants_qdq(target) else None
+        stage = _bundle(opened, recipe, graph, quantized, teacher, target, evaluation)
+        bundles[target.name] = opened.root / stage.folder
+    return Compiled(folder=opened.root, bundles=bundles, reused=tuple(opened.reused))
+
+
+def _wants_qdq(target: Target) -> bool:
+    return target.precision == "int8" and target.engine in _READS_QDQ
+
+
+def _quantized(opened: Run, recipe: Recipe, graph: _Graph) -> Path:
+    def work(out: Path) -> Mapping[str, object]:
+        report = quantize.quantize_static(
+            graph.fp32, _calibration(recipe, graph), out / "student.int8.onnx", recipe.quantization
+        )
+        return asdict(report)
+
+    held_out = pictures.held_out(recipe.data)
+    stage = opened.stage(
+        "quantize",
+        number=6,
+        inputs={"simplified": sha256(graph.fp32)} | {p.name: p.sha256 for p in held_out},
+        settings=asdict(recipe.quantization) | asdict(recipe.noise),
+        code=("compress/quantize", "data", "pipeline/pictures"),
+        packages=("onnxruntime", "onnx", "numpy"),
+        work=work,
+    )
+    return opened.file(stage, "student.int8.onnx")
+
+
+def _export_teacher(opened: Run, recipe: Recipe) -> tuple[Path, Link] | None:
+    """Make the stage `teacher`: the FP32 network that everything is compared with, as an ONNX file."""
+    teacher = networks.from_recipe(recipe.teacher, recipe.data.channels) if recipe.teacher else None
+    if teacher is None:
+        return None
+    net = teacher.net
+
+    def work(out: Path) -> Mapping[str, object]:
+        raw = export.export_onnx(
+            net, channels=net.channels, takes_sigma=net.takes_sigma, stride=net.stride, out=out / "raw.onnx"
+        )
+        simplify.simplify(raw, out / "teacher.fp32.onnx")
+        raw.unlink()
+        return {}
+
+    stage = opened.stage(
+        "teacher",
+        number=7,
+        inputs={"teacher": teacher.sha256},
+        settings={},
+        code=("models", "compress/export", "compress/simplify"),
+        packages=("torch", "onnx", "onnxsim"),
+        work=work,
+    )
+    return opened.file(stage, "teacher.fp32.onnx"), Link(kind="teacher", sha256=teacher.sha256, made_from=None)
+
+
+def _bundle(
+    opened: Run,
+    recipe: Recipe,
+    graph: _Graph,
+    quantized: Path | None,
+    teacher: tuple[Path, Link] | None,
+    target: Target,
+    evaluation: PictureSet,
+) -> Stage:
+    """Make the stage of one target: the backend's files, golden pictures, pages and the manifest."""
+    golden = golden_pictures(evaluation, target)
+
+    def work(out: Path) -> Mapping[str, object]:
+        built = backends.load(target.engine).build(_source(recipe, graph, quantized, target), target, out)
+        _link(graph.fp32, out / "reference" / "student.fp32.onnx")
+        if teacher:
+            _link(teacher[0], out / "reference" / "teacher.fp32.onnx")
+        ran = _write_golden(out, built, target, golden, recipe)
+        manifest = _manifest(recipe, graph, quantized, teacher, target, built, golden, out, ran)
+        pages.write(out, manifest)
+        dataclasses.replace(manifest, files=bundle.hashes(out)).write(out)
+        return {"precision": built.precision, "golden_outputs": ran}
+
+    inputs = {"simplified": sha256(graph.fp32)} | {p.name: p.sha256 for p in golden}
+    if quantized:
+        inputs["int8"] = sha256(quantized)
+    if teacher:
+        inputs["teacher"] = sha256(teacher[0])
+    return opened.stage(
+        f"bundles/{target.name}",
+        number=0,
+        inputs=inputs,
+        settings=asdict(target)
+        | {
+            "noise": asdict(recipe.noise),
+            "budgets": asdict(recipe.budgets),
+            "quantization": asdict(recipe.quantization),
+        },
+        code=("backends", "runners", "bundle", "pipeline/compile", "pipeline/pages", "models", "compress/fuse"),
+        packages=_ENGINE_PACKAGES[target.engine],
+        work=work,
+    )
+
+
+def _source(recipe: Recipe, graph: _Graph, quantized: Path | None, target: Target) -> Source:
+    def module() -> torch.nn.Module:
+        if graph.network is None:
+            raise UnsupportedError(
+                f"target '{target.name}' compiles from torch, and '{graph.name}' is an ONNX file",
+                remedy="name a run folder, a shipped model, or package.module:Class with --weights",
+            )
+        return fuse.fuse(graph.network.net, *_example(graph.network.net))
+
+    return Source(
+        name=graph.name.replace("-", "_"),
+        fp32_onnx=graph.fp32,
+        int8_onnx=quantized,
+        module=module,
+        channels=graph.channels,
+        takes_sigma=graph.takes_sigma,
+        stride=graph.stride,
+        calibration=_calibration(recipe, graph) if target.precision == "int8" else (),
+    )
+
+
+def _calibration(recipe: Recipe, graph: _Graph) -> list[tuple[Array, float]]:
+    return pictures.noisy_samples(
+        pictures.held_out(recipe.data),
+        recipe.noise,
+        count=recipe.quantization.calibration_pictures,
+        stride=graph.stride,
+    )
+
+
+def golden_pictures(evaluation: PictureSet, target: Target) -> PictureSet:
+    """Return the middle of each evaluation picture, in the target's input shape, or 256x256 where it takes any."""
+    height, width = target.input.height or GOLDEN_SIDE, target.input.width or GOLDEN_SIDE
+    crops = []
+    for picture in evaluation:
+        _, h, w = picture.pixels.shape
+        missing = (max(0, height - h), max(0, width - w))
+        pixels = np.pad(picture.pixels, ((0, 0), (0, missing[0]), (0, missing[1])), mode="symmetric")
+        top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
+        crop = pixels[:, top : top + height, left : left + width].copy()
+        crops.append(Picture(name=picture.name.replace("/", "-"), pixels=crop))
+    return PictureSet(name=f"{evaluation.name}-{height}x{width}", pictures=tuple(crops))
+
+
+def read_golden(folder: Path, name: str, files: Sequence[str]) -> PictureSet:
+    """Return the golden pictures of a bundle, in the order of the manifest."""
+    found = []
+    for file in files:
+        pixels = np.asarray(Image.open(folder / "golden" / f"{file}.png"))
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        found.append(Picture(name=file, pixels=pixels.copy()))
+    return PictureSet(name=name, pictures=tuple(found))
+
+
+def _write_golden(out: Path, built: Built, target: Target, golden: PictureSet, recipe: Recipe) -> str:
+    """Write clean, noisy and denoised golden pictures; return what denoised them, or why nothing did."""
+    folder = out / "golden"
+    folder.mkdir()
+    try:
+        label, session = backends.load(target.engine).open_session(out, built, target)[0]
+    except ToolMissingError as error:
+        label, session = f"not run: {error}", None
+    for index, picture in enumerate(golden):
+        plane = picture.pixels[0] if len(picture.pixels) == 1 else picture.pixels.transpose(1, 2, 0)
+        Image.fromarray(plane).save(folder / f"{picture.name}.png")
+        noisy = noise.add_gaussian(picture.pixels, recipe.noise.evaluate, index=index, seed=recipe.noise.seed)
+        noisy.astype("<f4").tofile(folder / f"{picture.name}.noisy.f32")
+        if session is not None:
+            denoised = session(noisy[None], recipe.noise.evaluate / 255)
+            denoised.astype("<f4").tofile(folder / f"{picture.name}.denoised.f32")
+    return label
+
+
+def _manifest(
+    recipe: Recipe,
+    graph: _Graph,
+    quantized: Path | None,
+    teacher: tuple[Path, Link] | None,
+    target: Target,
+    built: Built,
+    golden: PictureSet,
+    out: Path,
+    ran: str,
+) -> Manifest:
+    counted = cost.cost(loaded := checks.load_onnx(graph.fp32), GOLDEN_SIDE, GOLDEN_SIDE)
+    field = receptive_field(loaded)
+    links = list(graph.links)
+    if teacher:
+        links = [teacher[1], dataclasses.replace(links[0], made_from=teacher[1].sha256), *links[1:]]
+    if quantized:
+        links.append(Link(kind="int8", sha256=sha256(quantized), made_from=links[-1].sha256))
+    artifact = out / built.files["artifact"]
+    links.append(Link(kind="artifact", sha256=sha256(artifact), made_from=links[-1].sha256))
+    return Manifest(
+        edgekit=__version__,
+        target=asdict(target),
+        model={
+            "name": graph.name,
+            "channels": graph.channels,
+            "takes_sigma": graph.takes_sigma,
+            "stride": graph.stride,
+            "parameters": counted.parameters,
+            "macs_256": counted.macs,
+            "halo_px": field.halo_px,
+            "global_ops": list(field.global_nodes),
+        },
+        budgets=asdict(recipe.budgets),
+        protocol={
+            "noise": "gaussian",
+            "sigma255": recipe.noise.evaluate,
+            "seeds": [recipe.noise.seed],
+            "pictures": golden.name,
+            "files": [p.name for p in golden],
+            "golden_outputs": ran,
+        },
+        built=asdict(built),
+        chain=tuple(links),
+        files={},
+    )
+
+
+def _example(net: Denoiser) -> tuple[torch.Tensor, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+    side = 8 * net.stride
+    noisy = torch.rand(1, net.channels, side, side, generator=generator)
+    return noisy, torch.full((1, 1, 1, 1), 25 / 255) if net.takes_sigma else None
+
+
+def _default_recipe(name: str, channels: int) -> Recipe:
+    """Return the settings for a MODEL that no recipe made."""
+    from edgekit.recipe import Data
+
+    if channels not in (1, 3):
+        raise InputError(f"'{name}' takes {channels} channels", remedy="edgekit compiles networks for 1 or 3")
+    return Recipe(
+        schema_version=1,
+        name=name,
+        description=f"Compile '{name}' as it is.",
+        teacher=Model(model="teacher") if channels == 1 else None,
+        student=Model(model=name),
+        data=Data(channels=1 if channels == 1 else 3),
+        quantization=Quantization(),
+    )
+
+
+def _recipe_of(root: Path) -> Recipe:
+    return config.checked(run.read_identity(root)["recipe"], Recipe, root / "run.json")
+
+
+def _link(source: Path, to: Path) -> None:
+    """Put a file into the bundle without a second copy on the disk, where the file system can."""
+    to.parent.mkdir(exist_ok=True)
+    try:
+        os.link(source, to)
+    except OSError:
+        shutil.copyfile(source, to)

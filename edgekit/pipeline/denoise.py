@@ -1,0 +1,116 @@
+"""One picture through a model or an artifact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from edgekit import backends, bundle, config
+from edgekit.backends import Built
+from edgekit.data import noise, photos
+from edgekit.errors import InputError
+from edgekit.files import atomic_file
+from edgekit.graph import checks
+from edgekit.measure import quality
+from edgekit.measure.quality import Array, Denoise
+from edgekit.pipeline import networks
+from edgekit.target import Target
+
+_FORMATS = {
+    ".png": "PNG",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+    ".webp": "WEBP",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """Something that denoises. tile, halo: Of an artifact that takes one input size only; None for any size."""
+
+    denoise: Denoise
+    channels: int
+    stride: int
+    how: str
+    tile: tuple[int, int] | None = None
+    halo: int = 0
+
+    def __call__(self, noisy: Array, sigma: float) -> Array:
+        """Return a picture (1, c, h, w) of any size denoised."""
+        if self.tile is not None:
+            height, width = self.tile
+            return quality.denoise_tiled(
+                self.denoise, noisy, sigma, tile_height=height, tile_width=width, halo=self.halo, stride=self.stride
+            )
+        padded = quality.pad_to_multiple(noisy, self.stride)
+        return quality.crop(self.denoise(padded, sigma), *noisy.shape[-2:])
+
+
+def open_model(what: str, *, weights: Path | None = None, threads: int = 2) -> Opened:
+    """Return a bundle, run folder, shipped model, ONNX file or torch class, ready to denoise.
+
+    Raises:
+        InputError: Nothing of that name. ToolMissingError: The bundle's engine or runner is not there.
+    """
+    path = Path(what)
+    if (path / bundle.MANIFEST).is_file():
+        return _open_bundle(path, threads)
+    if what.endswith(".onnx"):
+        interface = checks.interface(checks.load_onnx(path), path)
+        session = backends.load_onnx("onnxruntime").open_onnx(path, threads=threads)
+        return Opened(denoise=session, channels=interface.channels, stride=8, how="onnxruntime")
+    if path.is_dir():
+        network = networks.from_run(path)
+    else:
+        network = networks.from_class(what, weights) if ":" in what else networks.shipped(what)
+    return Opened(
+        denoise=networks.as_function(network.net), channels=network.net.channels, stride=network.net.stride, how="torch"
+    )
+
+
+def denoise_file(opened: Opened, source: Path, to: Path, *, sigma255: float, add_noise: bool = False) -> Path:
+    """Denoise a picture file, and return where the result lies, 8 bits a channel.
+
+    Args:
+        opened: What denoises.
+        source: The picture.
+        to: The result; its ending names the format.
+        sigma255: Standard deviation of the noise on the scale 0 to 255.
+        add_noise: Add this noise (seed 0) to the picture first, to see the effect on a clean one.
+
+    Raises:
+        InputError: The picture cannot be read, or the ending names no format.
+    """
+    if to.suffix.lower() not in _FORMATS:
+        raise InputError(f"{to}: '{to.suffix}' is no picture format", remedy=f"use one of {', '.join(_FORMATS)}")
+    channels: photos.Channels = 1 if opened.channels == 1 else 3
+    pixels = photos.read_picture(source, channels).transpose(2, 0, 1)
+    noisy = noise.add_gaussian(pixels, sigma255, index=0) if add_noise else pixels.astype(np.float32) / np.float32(255)
+    denoised = noise.clipped_uint8(opened(np.ascontiguousarray(noisy[None]), sigma255 / 255))[0]
+    plane = denoised[0] if channels == 1 else denoised.transpose(1, 2, 0)
+    with atomic_file(to) as temporary:
+        Image.fromarray(plane).save(temporary, format=_FORMATS[to.suffix.lower()])
+    return to
+
+
+def _open_bundle(path: Path, threads: int) -> Opened:
+    manifest = bundle.read(path)
+    target = config.checked(manifest.target, Target, path / bundle.MANIFEST)
+    built = config.checked(manifest.built, Built, path / bundle.MANIFEST)
+    label, session = backends.load(target.engine).open_session(path, built, target, threads=threads)[0]
+    stride = int(str(manifest.model["stride"]))
+    fixed = target.input.height is not None and target.input.width is not None
+    return Opened(
+        denoise=session,
+        channels=int(str(manifest.model["channels"])),
+        stride=stride,
+        how=f"{label} ({session.level})",
+        tile=(target.input.height or 0, target.input.width or 0) if fixed else None,
+        halo=-(-int(str(manifest.model["halo_px"])) // stride) * stride,
+    )

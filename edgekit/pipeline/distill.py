@@ -1,0 +1,214 @@
+"""recipe -> run folder: the pictures, and the student that is trained from the teacher."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from edgekit import models, run
+from edgekit.data.sets import PictureSet
+from edgekit.errors import InputError
+from edgekit.files import json_sha256, write_json
+from edgekit.measure import quality
+from edgekit.models.denoiser import Denoiser
+from edgekit.pipeline import networks, pictures
+from edgekit.pipeline.networks import Network
+from edgekit.pipeline.pictures import Pictures
+from edgekit.recipe import Recipe
+from edgekit.run import Run, Stage
+from edgekit.training import loop
+from edgekit.training.loop import Moment
+
+log = logging.getLogger(__name__)
+_PACKAGES = ("torch", "accelerate", "safetensors", "numpy", "pillow", "scikit-image", "scikit-learn")
+_CODE = ("models", "data", "training", "recipe", "pipeline/distill")
+_STATE = "02-student.state"
+Progress = Callable[[Moment], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """What a run's student came to, on the evaluation pictures; PSNR in thousandths of a dB, None where nothing ran.
+
+    teacher_refused: Why the student learned from the clean pictures alone; empty when it had a teacher.
+    kept: `trained`, or `start` when training did not better the starting weights on the held-out pictures.
+    """
+
+    folder: Path
+    noisy_mdb: int
+    nlm_mdb: int
+    start_mdb: int | None
+    student_mdb: int
+    teacher_mdb: int | None
+    teacher_refused: str
+    kept: str
+
+
+def silent(moment: Moment) -> None:
+    """Show nothing."""
+
+
+def distill(
+    recipe: Recipe,
+    folder: Path | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    alone: bool = False,
+) -> Distilled:
+    """Train the recipe's student in a run folder and return how good it became; a run goes on where it stopped.
+
+    Args:
+        recipe: The recipe.
+        folder: The run folder; `runs/<recipe's name>` unless told.
+        overwrite: Replace another run that is in the folder.
+        progress: Called now and then with where training stands.
+        alone: Train without the recipe's teacher.
+
+    Raises:
+        InputError: Something of the recipe or the folder is wrong, or the folder is in use.
+        IntegrityError: A file of the run, or a checkpoint, changed or is damaged.
+    """
+    with run.open_run(folder or run.RUNS / recipe.name, {"recipe": asdict(recipe)}, overwrite=overwrite) as opened:
+        return train_student(opened, recipe, progress=progress, alone=alone)
+
+
+def train_student(opened: Run, recipe: Recipe, *, progress: Progress, alone: bool = False) -> Distilled:
+    """Make the stages `pictures` and `student` of an open run; raises as `distill`."""
+    start = networks.from_recipe(recipe.student, recipe.data.channels)
+    teacher = networks.from_recipe(recipe.teacher, recipe.data.channels) if recipe.teacher and not alone else None
+    for network in (start, teacher):
+        if network is not None and network.net.channels != recipe.data.channels:
+            raise InputError(
+                f"recipe '{recipe.name}': '{network.name}' takes {network.net.channels} channels, "
+                f"data.channels is {recipe.data.channels}"
+            )
+    chosen = pictures.load(recipe.data)
+    listed = _list_pictures(opened, chosen)
+    stage = opened.stage(
+        "student",
+        number=2,
+        inputs={"pictures": opened.sha256(listed, "pictures.json")}
+        | {role: n.sha256 for role, n in (("start", start), ("teacher", teacher)) if n is not None},
+        settings={
+            key: value
+            for key, value in asdict(recipe).items()
+            if key in ("student", "noise", "training", "distillation", "data")
+        }
+        | {"threads": torch.get_num_threads(), "device": "cuda" if torch.cuda.is_available() else "cpu"},
+        code=_CODE,
+        packages=_PACKAGES,
+        work=lambda out: _train(opened, recipe, chosen, start, teacher, out, progress),
+    )
+    shutil.rmtree(opened.root / _STATE, ignore_errors=True)
+    return _distilled(opened, stage)
+
+
+def _list_pictures(opened: Run, chosen: Pictures) -> Stage:
+    def write(out: Path) -> Mapping[str, object]:
+        named = {s.name: {p.name: p.sha256 for p in s} for s in (chosen.train, chosen.held_out, chosen.evaluation)}
+        write_json(out / "pictures.json", named)
+        return {"train": len(chosen.train), "held_out": len(chosen.held_out), "evaluation": len(chosen.evaluation)}
+
+    return opened.stage(
+        "pictures", number=1, inputs=chosen.digests(), settings={}, code=("data",), packages=(), work=write
+    )
+
+
+def _train(
+    opened: Run,
+    recipe: Recipe,
+    chosen: Pictures,
+    start: Network | None,
+    teacher: Network | None,
+    out: Path,
+    progress: Progress,
+) -> Mapping[str, object]:
+    torch.manual_seed(recipe.training.seed)
+    made = recipe.student
+    options = dict(made.options) | ({"channels": recipe.data.channels} if recipe.data.channels != 1 else {})
+    net = start.net if start else models.create(made.model, options)
+    sigma255 = recipe.noise.evaluate
+
+    def psnr_mdb(network: Denoiser, on: PictureSet) -> int:
+        found = quality.evaluate(networks.as_function(network), on, sigma255=sigma255, stride=network.stride)
+        return found.psnr_mdb
+
+    start_mdb = psnr_mdb(start.net, chosen.evaluation) if start else None
+    teacher_mdb = psnr_mdb(teacher.net, chosen.evaluation) if teacher else None
+    refused = _refusal(teacher, start, lambda n: psnr_mdb(n, chosen.held_out))
+    if refused:
+        log.warning("%s", refused)
+    values, outcome = loop.train(
+        loop.Job(
+            net=net,
+            teacher=teacher.net if teacher and not refused else None,
+            pictures=[p.pixels for p in chosen.train],
+            sigma=recipe.noise.train,
+            training=recipe.training,
+            distillation=recipe.distillation,
+            validate=lambda network: psnr_mdb(network, chosen.held_out) / 1000,
+            identity=json_sha256([asdict(recipe), chosen.digests(), run.code_sha256(_CODE), torch.get_num_threads()]),
+        ),
+        opened.root / _STATE,
+        progress,
+    )
+    loop.save_weights(values, out / networks.WEIGHTS)
+    networks.describe(out, made.model, start.options if start else options)
+    net.load_state_dict(values)
+    net.to("cpu").eval()
+    opened.measure("training", {"seconds": round(outcome.seconds, 1), "images": outcome.images})
+    return {
+        "steps": outcome.steps,
+        "ended_by": outcome.ended_by,
+        "kept": outcome.kept,
+        "held_out_start_mdb": round(1000 * outcome.start_psnr_db),
+        "held_out_trained_mdb": round(1000 * outcome.psnr_db),
+        "noisy_mdb": quality.evaluate(quality.noisy_input, chosen.evaluation, sigma255=sigma255).psnr_mdb,
+        "nlm_mdb": quality.evaluate(quality.nlm, chosen.evaluation, sigma255=sigma255).psnr_mdb,
+        "start_mdb": start_mdb,
+        "student_mdb": psnr_mdb(net, chosen.evaluation),
+        "teacher_mdb": teacher_mdb,
+        "teacher_refused": refused,
+    }
+
+
+def _refusal(teacher: Network | None, start: Network | None, held_out_mdb: Callable[[Denoiser], int]) -> str:
+    """Return why the teacher cannot teach this student; empty when it can."""
+    if teacher is None or start is None:
+        return ""
+    its, mine = held_out_mdb(teacher.net), held_out_mdb(start.net)
+    if its > mine:
+        return ""
+    return (
+        f"teacher '{teacher.name}' is refused: it reaches {its / 1000:.2f} dB on the held-out pictures, its student "
+        f"'{start.name}' {mine / 1000:.2f} dB before training; the student learns from the clean pictures alone"
+    )
+
+
+def _distilled(opened: Run, stage: Stage) -> Distilled:
+    facts = stage.facts
+    return Distilled(
+        folder=opened.root,
+        noisy_mdb=_whole(facts["noisy_mdb"]),
+        nlm_mdb=_whole(facts["nlm_mdb"]),
+        start_mdb=_maybe(facts["start_mdb"]),
+        student_mdb=_whole(facts["student_mdb"]),
+        teacher_mdb=_maybe(facts["teacher_mdb"]),
+        teacher_refused=str(facts["teacher_refused"]),
+        kept=str(facts["kept"]),
+    )
+
+
+def _whole(value: object) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def _maybe(value: object) -> int | None:
+    return None if value is None else _whole(value)

@@ -1,0 +1,77 @@
+"""What is installed here, and which targets can be compiled and verified with it."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+from dataclasses import dataclass
+
+from edgekit import backends, target
+from edgekit.measure import host
+
+_MODULES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tvm": "tvm", "coreml": "coremltools"}
+_QEMU = ("qemu-aarch64-static", "qemu-aarch64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that is there or missing. fix: The command to run; empty where nothing is to be done."""
+
+    name: str
+    found: bool
+    detail: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Return what edgekit needs and whether it is here; engines are looked up, not imported."""
+    versions = host.versions(
+        ("torch", "onnxruntime", "openvino", "nncf", "apache-tvm", "apache-tvm-ffi", "coremltools")
+    )
+    gpu = host.gpu()
+    machine = host.describe()
+    findings = [
+        Finding(
+            name="machine",
+            found=True,
+            detail=f"{machine.cpu.model}, {machine.usable_cores} cores, Python {machine.python}",
+        ),
+        Finding(
+            name="GPU", found=gpu is not None, detail=gpu.name if gpu else "none; training and baseline use the CPU"
+        ),
+    ]
+    distributions = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tvm": "apache-tvm", "coreml": "coremltools"}
+    for engine, module in _MODULES.items():
+        there = importlib.util.find_spec(module) is not None
+        extra = next((e for name, e in backends.EXTRAS.items() if name == engine), "all")
+        findings.append(
+            Finding(
+                name=engine,
+                found=there,
+                detail=versions.get(distributions[engine], "not installed"),
+                fix="" if there else f"pip install 'edgekit[{extra}]'",
+            )
+        )
+    qemu = next((path for name in _QEMU if (path := shutil.which(name))), None)
+    findings.append(
+        Finding(
+            name="qemu-aarch64",
+            found=qemu is not None,
+            detail="runs arm64 artifacts for verification" if qemu else "arm64 artifacts cannot be verified",
+            fix="" if qemu else "apt-get install qemu-user-static",
+        )
+    )
+    mac = platform.system() == "Darwin"
+    findings.append(
+        Finding(
+            name="Core ML", found=mac, detail="runs here" if mac else "needs a Mac; packages get a reference evaluation"
+        )
+    )
+    return findings
+
+
+def ready(findings: list[Finding]) -> dict[str, bool]:
+    """Return target -> whether its engine is installed."""
+    there = {finding.name for finding in findings if finding.found}
+    return {name: target.load(name).engine in there for name in target.names()}

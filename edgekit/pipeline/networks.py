@@ -1,0 +1,160 @@
+"""What a MODEL on the command line stands for: a shipped name, a run folder, an ONNX file, or a torch class."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgekit import models, recipe, run, zoo
+from edgekit.errors import InputError, nearest
+from edgekit.files import sha256, write_json
+from edgekit.models import weights
+from edgekit.models.denoiser import Denoiser
+
+Array = NDArray[np.float32]
+WEIGHTS = "student.safetensors"
+_DESCRIPTION = "network.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A torch network with its weights, in eval mode. sha256: Of the weights file."""
+
+    name: str
+    net: Denoiser
+    options: Mapping[str, models.Option]
+    weights: Path
+    sha256: str
+
+
+class Foreign(Denoiser):
+    """A user's own network behind edgekit's interface; it is called with `sigma` only if its forward takes it."""
+
+    def __init__(self, net: nn.Module, *, channels: int, stride: int, takes_sigma: bool) -> None:
+        super().__init__()
+        self.net, self.channels, self.stride, self.takes_sigma = net, channels, stride, takes_sigma
+
+    def forward(self, noisy: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """Return the denoised pictures, shaped as `noisy`."""
+        denoised: Tensor = self.net(noisy, sigma) if self.takes_sigma else self.net(noisy)
+        return denoised
+
+    def noise(self, noisy: Tensor, sigma: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return what the network takes away from the picture."""
+        return noisy - self.forward(noisy, sigma), None
+
+
+def from_recipe(wanted: recipe.Model, channels: int) -> Network | None:
+    """Return the network of a recipe with its weights; None when the recipe asks for random ones.
+
+    Raises:
+        InputError: Unknown name or option, or weights of another architecture.
+    """
+    if wanted.weights == "random":
+        return None
+    if wanted.weights == "shipped":
+        return shipped(wanted.model, wanted.options)
+    options = {**wanted.options, **({"channels": channels} if channels != 1 else {})}
+    return _load(wanted.model, wanted.model, options, Path(wanted.weights))
+
+
+def shipped(name: str, options: Mapping[str, models.Option] | None = None) -> Network:
+    """Return a network with the weights that edgekit ships for it.
+
+    Raises:
+        InputError: None are shipped, or they were trained with other options.
+    """
+    card = zoo.card(name)
+    defaults = models.options(card.model)
+    for key, value in (options or {}).items():
+        if key not in defaults:
+            raise InputError(f"model '{name}' has no option '{key}'; {nearest(key, defaults)}")
+        if (have := card.options.get(key, defaults[key])) != value:
+            raise InputError(
+                f"the shipped weights of '{name}' were trained with {key}={have!r}, not {value!r}",
+                remedy="set weights: random to train from scratch",
+            )
+    return _load(name, card.model, card.options, zoo.weights(name))
+
+
+def from_run(folder: Path) -> Network:
+    """Return the student of a run folder.
+
+    Raises:
+        InputError: The folder is no run, or its student is not finished.
+    """
+    for stage in run.read_stages(folder):
+        if stage.name == "student":
+            made = read_description(folder / stage.folder)
+            return _load(made.model, made.model, made.options, folder / stage.folder / WEIGHTS)
+    raise InputError(f"{folder}: its student is not finished", remedy="start the same edgekit distill again")
+
+
+def describe(folder: Path, model: str, options: Mapping[str, models.Option]) -> None:
+    """Write which network the weights in a folder belong to."""
+    write_json(folder / _DESCRIPTION, {"model": model, "options": dict(options)})
+
+
+def read_description(folder: Path) -> recipe.Model:
+    """Return which network the weights in a folder belong to."""
+    return recipe.Model(**json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8")))
+
+
+def from_class(name: str, path: Path | None) -> Network:
+    """Return the network of `package.module:Class`, made without arguments, with the weights of a file.
+
+    Raises:
+        InputError: No such class, no weights, or weights that do not fit.
+    """
+    module, _, attribute = name.partition(":")
+    if path is None:
+        raise InputError(f"'{name}' needs its weights", remedy="add --weights FILE.safetensors")
+    try:
+        made = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"'{name}' cannot be made: {error}", remedy="name an importable class without arguments"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise InputError(f"'{name}' is a {type(made).__name__}, not a torch.nn.Module")
+    net = made if isinstance(made, Denoiser) else _adapt(made)
+    weights.load_into(made, path)
+    return Network(name=attribute.lower(), net=net.eval(), options={}, weights=path, sha256=sha256(path))
+
+
+def _adapt(made: nn.Module) -> Foreign:
+    parameters = inspect.signature(made.forward).parameters
+    planes = [m.in_channels for m in made.modules() if isinstance(m, nn.Conv2d)]
+    return Foreign(
+        made,
+        channels=int(getattr(made, "channels", planes[0] if planes and planes[0] in (1, 3) else 1)),
+        stride=int(getattr(made, "stride", 16)),
+        takes_sigma=bool(getattr(made, "takes_sigma", len(parameters) > 1)),
+    )
+
+
+def _load(name: str, model: str, options: Mapping[str, models.Option], path: Path) -> Network:
+    net = models.create(model, options)
+    weights.load_into(net, path)
+    return Network(name=name, net=net.eval(), options=dict(options), weights=path, sha256=sha256(path))
+
+
+def as_function(net: Denoiser, device: str = "cpu") -> Callable[[Array, float], Array]:
+    """Return a network as a function of arrays: noisy (1, c, h, w) and sigma on the scale [0, 1]."""
+
+    @torch.no_grad()
+    def denoise(noisy: Array, sigma: float) -> Array:
+        level = torch.full((1, 1, 1, 1), sigma, device=device) if net.takes_sigma else None
+        denoised: Array = net(torch.from_numpy(noisy).to(device), level).cpu().numpy()
+        return denoised
+
+    return denoise

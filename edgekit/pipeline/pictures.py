@@ -1,0 +1,92 @@
+"""The three sets of pictures that a recipe names, none of which shares a picture with another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgekit.data import sets
+from edgekit.data.noise import add_gaussian
+from edgekit.data.sets import PictureSet, Shares, Split
+from edgekit.measure.quality import Array, pad_to_multiple
+from edgekit.recipe import Data, Noise
+
+EMBEDDED = "embedded"
+_CALIBRATION_SIGMAS = (5.0, 15.0, 25.0, 40.0, 50.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """train is learned from; held_out chooses weights and ranges; evaluation does neither."""
+
+    train: PictureSet
+    held_out: PictureSet
+    evaluation: PictureSet
+
+    def digests(self) -> dict[str, str]:
+        """Return the hash of each set."""
+        return {s.name: sets.digest(s) for s in (self.train, self.held_out, self.evaluation)}
+
+
+def load(data: Data) -> Pictures:
+    """Return the recipe's pictures.
+
+    Raises:
+        InputError: A folder is missing or empty, a picture cannot be read, or one picture is in two sets.
+    """
+    chosen = Pictures(train=_train(data), held_out=held_out(data), evaluation=evaluation(data))
+    sets.check_disjoint(chosen.train, chosen.held_out, chosen.evaluation)
+    return chosen
+
+
+def held_out(data: Data) -> PictureSet:
+    """Return the pictures that weights and ranges are chosen on; raises as `load`."""
+    if data.calibration is not None:
+        return sets.folder(Path(data.calibration), channels=data.channels)
+    return _part(data, data.train[0], "calibration")
+
+
+def evaluation(data: Data) -> PictureSet:
+    """Return the first `evaluation_pictures` of the pictures that nothing is chosen on; raises as `load`."""
+    if data.evaluation in data.train:
+        found = _part(data, data.evaluation, "evaluation")
+    elif data.evaluation == EMBEDDED:
+        found = sets.embedded("evaluation", channels=data.channels)
+    else:
+        found = sets.folder(Path(data.evaluation), channels=data.channels)
+    return PictureSet(name=found.name, pictures=found.pictures[: data.evaluation_pictures])
+
+
+def noisy_samples(pictures: PictureSet, noise: Noise, *, count: int, stride: int) -> list[tuple[Array, float]]:
+    """Return `count` noisy pictures (1, c, h, w) with their sigma on the scale [0, 1].
+
+    The noise levels are spread over the range that the network was trained for, with the evaluated one among them, and
+    follow each other, so that every level meets several pictures; pictures come again with other noise when
+    they are fewer than `count`.
+    """
+    low, high = noise.train
+    levels = [s for s in (*_CALIBRATION_SIGMAS, noise.evaluate) if low <= s <= high] or [noise.evaluate]
+    samples = []
+    for i in range(count):
+        sigma255 = levels[i % len(levels)]
+        picture = pictures.pictures[i % len(pictures)]
+        noisy = add_gaussian(picture.pixels, sigma255, index=i, seed=1)
+        samples.append((pad_to_multiple(noisy[None], stride), sigma255 / 255))
+    return samples
+
+
+def _train(data: Data) -> PictureSet:
+    parts = [_part(data, source, "train") for source in data.train]
+    return PictureSet(name="+".join(p.name for p in parts), pictures=tuple(p for part in parts for p in part))
+
+
+def _part(data: Data, source: str, split: Split) -> PictureSet:
+    """Return a split of a source; a folder gives up only the splits that nothing else provides."""
+    if source == EMBEDDED:
+        return sets.embedded(split, channels=data.channels)
+    shares = Shares(
+        train=70 + (15 if data.calibration else 0) + (0 if data.evaluation == source else 15),
+        calibration=0 if data.calibration else 15,
+        evaluation=15 if data.evaluation == source else 0,
+    )
+    return sets.folder(Path(source), channels=data.channels, split=split, shares=shares)

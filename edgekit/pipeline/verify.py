@@ -1,0 +1,360 @@
+"""bundle -> verdict: run the artifact itself, and hold what it does against every limit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from edgekit import backends, bundle, config
+from edgekit.backends import Built, Session
+from edgekit.bundle import Manifest
+from edgekit.data.sets import PictureSet
+from edgekit.errors import InputError, ToolMissingError
+from edgekit.files import sha256, write_json
+from edgekit.measure import host, latency, quality
+from edgekit.measure.latency import Paired, Ratio
+from edgekit.measure.quality import Array, QualityReport
+from edgekit.pipeline import baseline
+from edgekit.pipeline.baseline import Baseline
+from edgekit.pipeline.compile import GOLDEN_SIDE, read_golden
+from edgekit.recipe import Budgets
+from edgekit.report import Limit, Report, Row, Verdict, overall
+from edgekit.target import Target
+
+log = logging.getLogger(__name__)
+Say = Callable[[str], None]
+_MIN_PAIRS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How long verification measures. threads: Of every engine while it is timed. seconds: For the interleaved runs."""
+
+    threads: int = 1
+    seconds: float = 12.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Timing:
+    """Interleaved runs of the FP32 teacher and the artifact."""
+
+    paired: Paired
+    ratio: Ratio
+    engine: str
+    shape: tuple[int, ...]
+    threads: int
+
+
+def bundles_of(path: Path) -> list[Path]:
+    """Return the bundle at a path, or all bundles of a run folder.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if (path / bundle.MANIFEST).is_file():
+        return [path]
+    found = sorted(p.parent for p in (path / "bundles").glob(f"*/{bundle.MANIFEST}"))
+    if not found:
+        raise InputError(
+            f"{path}: is neither a bundle nor a run with bundles", remedy="make one: edgekit compile --target T"
+        )
+    return found
+
+
+def verify(path: Path, *, settings: Settings | None = None, say: Say = log.info) -> Report:
+    """Return the report on one bundle, decided from the bundle alone.
+
+    Args:
+        path: The bundle.
+        settings: How latency is measured.
+        say: Told what is being done.
+
+    Raises:
+        InputError: No bundle. IntegrityError: A file of it changed. UnsupportedError: A graph that cannot be evaluated.
+    """
+    settings = settings or Settings()
+    manifest = bundle.read(path)
+    target = config.checked(manifest.target, Target, path / bundle.MANIFEST)
+    budgets = config.checked(manifest.budgets, Budgets, path / bundle.MANIFEST)
+    built = config.checked(manifest.built, Built, path / bundle.MANIFEST)
+    golden = read_golden(path, str(manifest.protocol["pictures"]), _strings(manifest.protocol["files"]))
+    judge = _Judge(path, manifest, golden)
+
+    rows = [judge.row("noisy input", "protocol", quality.noisy_input, None, None)]
+    teacher = judge.reference("teacher FP32", "teacher.fp32.onnx", say)
+    student = judge.reference("student FP32", "student.fp32.onnx", say)
+    rows += [r for r in (teacher, student) if r is not None]
+    sessions, missing = _open(path, built, target, settings)
+    artifacts = []
+    for label, session in sessions:
+        say(f"{target.name}: running the artifact ({label}, {session.level}) on {len(golden)} pictures")
+        artifacts.append(
+            judge.row("artifact", f"{label} ({session.level})", session, student, path / built.files["artifact"])
+        )
+    timing = None
+    native = [s for _, s in sessions if s.level == "native"]
+    if native and teacher is not None:
+        say(f"{target.name}: timing against the FP32 teacher for {settings.seconds:.0f} s")
+        timing = _time(path, target, native[0], manifest, settings)
+        artifacts[0], rows[1] = (
+            _timed(artifacts[0], timing.paired.b_median_us),
+            _timed(rows[1], timing.paired.a_median_us),
+        )
+    baselines = baseline.recorded()
+    limits = [
+        _student_limit(manifest, budgets, teacher, student, golden, baselines),
+        *_artifact_limits(budgets, student, artifacts, missing),
+        *_deployment_limits(target, built, path, timing, [s.level for _, s in sessions], missing),
+    ]
+    return Report(
+        target=target.name,
+        model=str(manifest.model["name"]),
+        verdict=overall(limits),
+        limits=tuple(limits),
+        rows=(*rows, *artifacts),
+        protocol={**manifest.protocol, "threads": settings.threads},
+        speedup=None if timing is None else {"engine": timing.engine, "shape": timing.shape, **asdict(timing.ratio)},
+        baselines=tuple(asdict(b) for b in baselines),
+        host=asdict(host.describe()),
+        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        notes=built.notes,
+    )
+
+
+def write(report: Report, path: Path) -> Path:
+    """Write a report beside its bundle, or to a file of the user's; return where it lies."""
+    write_json(path, report.as_json())
+    return path
+
+
+def default_path(path: Path) -> Path:
+    """Return where the report on a bundle goes: beside it, for the bundle itself is never written to."""
+    return path.resolve().with_name(f"{path.resolve().name}.report.json")
+
+
+class _Judge:
+    """Measures rows by one protocol."""
+
+    def __init__(self, path: Path, manifest: Manifest, golden: PictureSet) -> None:
+        self._path, self._manifest, self._golden = path, manifest, golden
+
+    def row(
+        self, name: str, how: str, denoise: Callable[[Array, float], Array], before: Row | None, file: Path | None
+    ) -> Row:
+        """Return the quality of one denoiser."""
+        found = self._quality(denoise)
+        return Row(
+            name=name,
+            how=how,
+            sha256=sha256(file) if file else "",
+            psnr_mdb=found.psnr_mdb,
+            drop_mdb=None if before is None or before.psnr_mdb is None else before.psnr_mdb - found.psnr_mdb,
+            ssim_e5=found.ssim_e5,
+            size_bytes=size_bytes(file) if file else None,
+        )
+
+    def reference(self, name: str, file: str, say: Say) -> Row | None:
+        """Return the row of one of the bundle's FP32 graphs; None where the bundle has none."""
+        path = self._path / "reference" / file
+        if not path.is_file():
+            return None
+        say(f"{self._manifest.target['name']}: running {name} on {len(self._golden)} pictures")
+        session = backends.load_onnx("onnxruntime").open_onnx(path, threads=2)
+        return self.row(name, "onnxruntime (native)", session, None, path)
+
+    def _quality(self, denoise: Callable[[Array, float], Array]) -> QualityReport:
+        protocol = self._manifest.protocol
+        return quality.evaluate(
+            denoise,
+            self._golden,
+            sigma255=float(str(protocol["sigma255"])),
+            seeds=tuple(int(s) for s in _strings(protocol["seeds"])),
+            stride=int(str(self._manifest.model["stride"])),
+        )
+
+
+def _open(path: Path, built: Built, target: Target, settings: Settings) -> tuple[Sequence[tuple[str, Session]], str]:
+    """Return the artifact's sessions, or none and why there are none."""
+    try:
+        return backends.load(target.engine).open_session(path, built, target, threads=settings.threads), ""
+    except ToolMissingError as error:
+        return (), str(error)
+
+
+def _time(path: Path, target: Target, artifact: Session, manifest: Manifest, settings: Settings) -> _Timing:
+    # The teacher runs in the artifact's own engine where that takes it, so that the ratio is the model's and not the engine's.
+    engine: Literal["onnxruntime", "openvino"] = "openvino" if target.engine == "openvino" else "onnxruntime"
+    teacher = backends.load_onnx(engine).open_onnx(path / "reference" / "teacher.fp32.onnx", threads=settings.threads)
+    shape = (
+        1,
+        int(str(manifest.model["channels"])),
+        target.input.height or GOLDEN_SIDE,
+        target.input.width or GOLDEN_SIDE,
+    )
+    noisy = np.random.default_rng(0).random(shape, dtype=np.float32)
+    paired = latency.interleave(
+        lambda: _run(teacher, noisy), lambda: _run(artifact, noisy), min_pairs=_MIN_PAIRS, max_seconds=settings.seconds
+    )
+    return _Timing(
+        paired=paired, ratio=latency.ratio_with_bound(paired), engine=engine, shape=shape, threads=settings.threads
+    )
+
+
+def _run(session: Session, noisy: Array) -> None:
+    session(noisy, 25 / 255)
+
+
+def _timed(row: Row, latency_us: int) -> Row:
+    return Row(**{**asdict(row), "latency_us": latency_us})
+
+
+def _student_limit(
+    manifest: Manifest,
+    budgets: Budgets,
+    teacher: Row | None,
+    student: Row | None,
+    golden: PictureSet,
+    baselines: Sequence[Baseline],
+) -> Limit:
+    limit = f"at most {budgets.student_drop_db:.3f} dB"
+    hashes = {link.sha256 for link in manifest.chain if link.kind == "teacher"}
+    recorded = [b for b in baselines if b.teacher_sha256 in hashes and b.psnr_mdb(golden) is not None]
+    best = recorded[-1].psnr_mdb(golden) if recorded else teacher.psnr_mdb if teacher else None
+    if best is None or student is None or student.psnr_mdb is None:
+        return Limit(
+            name="student_drop_db",
+            limit=limit,
+            measured="not run",
+            verdict="incomplete",
+            reason="the bundle holds no teacher",
+        )
+    drop = best - student.psnr_mdb
+    source = f"teacher on {recorded[-1].device}" if recorded else "teacher measured here"
+    return Limit(
+        name="student_drop_db",
+        limit=limit,
+        measured=f"{drop / 1000:+.3f} dB",
+        verdict="pass" if drop <= 1000 * budgets.student_drop_db else "fail",
+        reason=source,
+    )
+
+
+def _artifact_limits(budgets: Budgets, student: Row | None, artifacts: Sequence[Row], missing: str) -> list[Limit]:
+    limit = f"at most {budgets.int8_drop_db:.3f} dB"
+    if missing or not artifacts:
+        return [Limit(name="int8_drop_db", limit=limit, measured="not run", verdict="incomplete", reason=missing)]
+    found = []
+    for row in artifacts:
+        assert row.drop_mdb is not None
+        assert student is not None
+        found.append(
+            Limit(
+                name="int8_drop_db",
+                limit=limit,
+                measured=f"{row.drop_mdb / 1000:+.3f} dB",
+                verdict="pass" if row.drop_mdb <= 1000 * budgets.int8_drop_db else "fail",
+                reason=row.how,
+            )
+        )
+    return found
+
+
+def _deployment_limits(
+    target: Target, built: Built, path: Path, timing: _Timing | None, levels: Sequence[str], missing: str
+) -> list[Limit]:
+    found = []
+    if target.limits.size_mib is not None:
+        size = size_bytes(path / built.files["artifact"])
+        found.append(_at_most("size_mib", target.limits.size_mib, size / 2**20, "MiB", "the files that an app ships"))
+    if target.limits.peak_memory_mib is not None:
+        arena = built.facts.get("arena_bytes")
+        if arena is None:
+            found.append(
+                _not_run(
+                    "peak_memory_mib", f"at most {target.limits.peak_memory_mib} MiB", "not measured for this engine"
+                )
+            )
+        else:
+            found.append(
+                _at_most(
+                    "peak_memory_mib",
+                    target.limits.peak_memory_mib,
+                    int(arena) / 2**20,
+                    "MiB",
+                    "planned arena, one tile",
+                )
+            )
+    if target.limits.min_integer_macs is not None:
+        share = built.facts.get("integer_macs_permille")
+        limit = f"at least {100 * target.limits.min_integer_macs:.0f} %"
+        if share is None:
+            found.append(_not_run("min_integer_macs", limit, "not measured for this engine"))
+        else:
+            verdict: Verdict = "pass" if int(share) >= 1000 * target.limits.min_integer_macs else "fail"
+            found.append(
+                Limit(
+                    name="min_integer_macs",
+                    limit=limit,
+                    measured=f"{int(share) / 10:.1f} %",
+                    verdict=verdict,
+                    reason="as the engine runs it",
+                )
+            )
+    if target.limits.speedup_vs_fp32 is not None:
+        found.append(_speed_limit(target, timing, levels, missing))
+    elif "native" not in levels:
+        found.append(_not_run("runs_on_target", "runs on the target", _why_not_native(levels, missing)))
+    return found
+
+
+def _speed_limit(target: Target, timing: _Timing | None, levels: Sequence[str], missing: str) -> Limit:
+    assert target.limits.speedup_vs_fp32 is not None
+    limit = f"at least {target.limits.speedup_vs_fp32:g}x"
+    if timing is None:
+        reason = _why_not_native(levels, missing) if "native" not in levels else "the bundle holds no teacher"
+        return _not_run("speedup_vs_fp32", limit, reason)
+    ratio = timing.ratio
+    decided = latency.decide(ratio, target.limits.speedup_vs_fp32)
+    return Limit(
+        name="speedup_vs_fp32",
+        limit=limit,
+        measured=f"{ratio.ratio_e3 / 1000:.1f}x ({ratio.low_e3 / 1000:.1f} to {ratio.high_e3 / 1000:.1f})",
+        verdict="incomplete" if decided == "inconclusive" else decided,
+        reason=f"{ratio.pairs} interleaved pairs, {timing.engine}, {timing.threads} thread"
+        + (", inconclusive: the bound straddles the limit" if decided == "inconclusive" else ""),
+    )
+
+
+def _why_not_native(levels: Sequence[str], missing: str) -> str:
+    if missing:
+        return missing
+    if "emulated" in levels:
+        return "emulated here; emulated time is not latency, a device has to be measured"
+    return "evaluated without its engine here; the engine itself was not run"
+
+
+def _not_run(name: str, limit: str, reason: str) -> Limit:
+    return Limit(name=name, limit=limit, measured="not run", verdict="incomplete", reason=reason)
+
+
+def _at_most(name: str, limit: float, found: float, unit: str, reason: str) -> Limit:
+    verdict: Verdict = "pass" if found <= limit else "fail"
+    return Limit(
+        name=name, limit=f"at most {limit:g} {unit}", measured=f"{found:.2f} {unit}", verdict=verdict, reason=reason
+    )
+
+
+def size_bytes(path: Path) -> int:
+    """Return the size of a file, or of all files of a folder."""
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def _strings(values: object) -> list[str]:
+    assert isinstance(values, list | tuple)
+    return [str(v) for v in values]

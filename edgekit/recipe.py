@@ -1,0 +1,198 @@
+"""Recipes: everything that decides what a run makes.
+
+The classes are plain dataclasses, so that a training machine without pydantic can read them from JSON; `load` checks a
+YAML file against them strictly, and names the line of whatever is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from edgekit.target import STRICT
+
+Option = bool | int | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """The range that a number of a recipe must lie in."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: Callable[[object], dict[str, object]]
+    ) -> dict[str, object]:
+        """Return pydantic's schema of the number with this range; called by pydantic, which need not be installed."""
+        limits = {"ge": self.least, "gt": self.above, "le": self.most}
+        return handler(source) | {name: value for name, value in limits.items() if value is not None}
+
+
+Count = Annotated[int, Bound(least=1)]
+Fraction = Annotated[float, Bound(least=0.0, most=1.0)]
+NotNegative = Annotated[float, Bound(least=0.0)]
+Positive = Annotated[float, Bound(above=0.0)]
+Sigma = Annotated[float, Bound(least=0.0, most=255.0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A network and where its weights come from.
+
+    model: A name of `edgekit models`.
+    weights: `shipped`, `random`, or the path of a safetensors file.
+    options: Options of the network that differ from its defaults.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    model: str
+    weights: str = "shipped"
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The pictures; `embedded` is the set that needs no download, anything else is a folder.
+
+    train: Pictures to learn from; several folders may be named.
+    evaluation: Pictures that nothing is learned or chosen from. One folder in both places is divided in three.
+    calibration: Pictures that ranges and the best weights are chosen on; None takes a part of `train`.
+    channels: 1 for gray, 3 for colour.
+    evaluation_pictures: Most pictures that verification looks at.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    train: tuple[str, ...] = ("embedded",)
+    evaluation: str = "embedded"
+    calibration: str | None = None
+    channels: Literal[1, 3] = 1
+    evaluation_pictures: Count = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Gaussian noise; standard deviations are on the scale of 0 to 255."""
+
+    __pydantic_config__: ClassVar = STRICT
+    train: tuple[Sigma, Sigma] = (0.0, 55.0)
+    evaluate: Sigma = 25.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The settings of the one training loop.
+
+    steps: Optimizer steps; the learning rate follows them. With 0, `max_minutes` alone decides and the rate follows time.
+    max_minutes: Training ends at the latest then; 0 sets no limit. A run that a time limit ends is not repeatable.
+    batch: Patches of one forward pass on one device. accumulate: Forward passes of one step.
+    patch: Side of a patch in pixels; from `late_from` (a fraction of the run) on it is `late_patch`.
+    peak_rate, final_rate: Learning rate after the warm-up and at the end of the cosine (AdamW).
+    mse_from: Fraction of the run from which the loss is the mean squared error instead of Charbonnier's.
+    ema: Decay of the moving average of the weights, which is what a run keeps.
+    precision: `bf16` computes the forward and backward pass in bfloat16, `float32` does not.
+    validate_every, checkpoint_seconds: How often the held-out PSNR is taken and the state is saved.
+    keep_better: Keep the starting weights if the trained ones are not better on the held-out pictures.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    steps: Annotated[int, Bound(least=0)] = 1000
+    max_minutes: NotNegative = 0.0
+    batch: Count = 16
+    accumulate: Count = 1
+    patch: Annotated[int, Bound(least=16)] = 96
+    late_patch: Annotated[int, Bound(least=16)] | None = None
+    late_from: Fraction = 0.8
+    peak_rate: Positive = 1e-3
+    final_rate: Positive = 1e-6
+    warmup_steps: Annotated[int, Bound(least=0)] = 100
+    weight_decay: NotNegative = 0.0
+    clip_norm: Positive = 1.0
+    ema: Fraction = 0.999
+    mse_from: Fraction = 0.9
+    precision: Literal["bf16", "float32"] = "bf16"
+    validate_every: Count = 250
+    checkpoint_seconds: Positive = 30.0
+    keep_better: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """How much of the loss comes from the teacher.
+
+    output_weight: Share of the loss that compares with the teacher's picture instead of the clean one.
+    feature_weight: Weight of the feature loss (1x1 adapters at the bottleneck and the deepest decoder level), which
+        falls to nothing at the fraction `feature_until` of the run.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    output_weight: Fraction = 0.5
+    feature_weight: NotNegative = 0.05
+    feature_until: Fraction = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """Static INT8: symmetric weights per channel, activations per tensor.
+
+    keep_float: Parts of the network that stay in float: `head` and `tail` are the first and the last convolution.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    method: Literal["minmax", "percentile", "entropy"] = "minmax"
+    calibration_pictures: Annotated[int, Bound(least=8)] = 32
+    keep_float: tuple[Literal["head", "tail"], ...] = ("head", "tail")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """Most dB that may be lost: from the teacher to the student, and from the student to the artifact."""
+
+    __pydantic_config__: ClassVar = STRICT
+    student_drop_db: float = 1.0
+    int8_drop_db: NotNegative = 0.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One way from a teacher to artifacts."""
+
+    __pydantic_config__: ClassVar = STRICT
+    schema_version: Literal[1]
+    name: str
+    description: str
+    teacher: Model | None = None
+    student: Model
+    data: Data = field(default_factory=Data)
+    noise: Noise = field(default_factory=Noise)
+    training: Training = field(default_factory=Training)
+    distillation: Distillation = field(default_factory=Distillation)
+    quantization: Quantization = field(default_factory=Quantization)
+    budgets: Budgets = field(default_factory=Budgets)
+
+
+def load(name_or_path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Return the shipped recipe of that name, or the recipe in that YAML file.
+
+    Args:
+        name_or_path: A shipped name, or a path that ends in .yaml or .yml.
+        overrides: Dotted settings such as `training.steps=100`, with YAML values.
+
+    Raises:
+        InputError: No such recipe, or something in it is wrong; names file, line and the nearest key (exit code 2).
+    """
+    from edgekit import config
+
+    return config.load_named(name_or_path, kind="recipe", into=Recipe, overrides=overrides)
+
+
+def names() -> list[str]:
+    """Return the names of the shipped recipes, sorted."""
+    from edgekit import config
+
+    return config.shipped("recipe")

@@ -1,0 +1,308 @@
+"""Run folders: numbered stages that are written whole, re-used while nothing that made them changed, and locked."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from edgekit import __version__
+from edgekit.errors import InputError, IntegrityError
+from edgekit.files import atomic_folder, json_sha256, sha256, storage_errors, write_json
+
+log = logging.getLogger(__name__)
+RUNS = Path("runs")
+_RECORD, _MEASURED, _LOCK = "run.json", "measured.json", "lock"
+Facts = Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One finished stage.
+
+    key: Hash of everything that decides its result: inputs, settings, edgekit's code, versions of the tools.
+    inputs: What it was made from: label -> sha256. files: Path relative to the run folder -> sha256.
+    facts: Figures that are the same on every rerun.
+    """
+
+    name: str
+    folder: str
+    key: str
+    inputs: dict[str, str]
+    settings: dict[str, object]
+    tools: dict[str, str]
+    files: dict[str, str]
+    facts: dict[str, object]
+
+
+class Run:
+    """An open, locked run folder."""
+
+    def __init__(self, root: Path, identity: Mapping[str, object]) -> None:
+        self.root = root
+        self._identity = dict(identity)
+        self._stages: dict[str, Stage] = {}
+        self.reused: list[str] = []
+
+    def stage(
+        self,
+        name: str,
+        *,
+        number: int,
+        inputs: Mapping[str, str],
+        settings: Mapping[str, object],
+        code: Sequence[str],
+        packages: Sequence[str],
+        work: Callable[[Path], Facts],
+    ) -> Stage:
+        """Return a stage's record; `work` fills its folder if it is not there already, made from the same things.
+
+        Args:
+            name: Name of the stage. number: Its place in the folder's order.
+            inputs: Label -> sha256 of what it is made from.
+            settings: Everything else that decides the result.
+            code: Sub-packages or modules of edgekit whose source decides the result.
+            packages: Distributions whose version decides the result.
+            work: Writes the stage's files into the folder that it is given, and returns the stage's facts.
+
+        Raises:
+            IntegrityError: A file of the stage changed since it was written.
+        """
+        tools = versions(packages)
+        key = json_sha256([name, dict(inputs), dict(settings), code_sha256(tuple(code)), tools])
+        if (known := self._stages.get(name)) and known.key == key and (self.root / known.folder).is_dir():
+            self._check(known)
+            self.reused.append(name)
+            log.info("%s: re-used", name)
+            return known
+        folder = f"{number:02d}-{name}" if number else name
+        began = time.monotonic()
+        log.info("%s ...", name)
+        with atomic_folder(self.root / folder) as temporary:
+            facts = work(temporary)
+            files = {
+                f"{folder}/{p.relative_to(temporary).as_posix()}": sha256(p)
+                for p in sorted(temporary.rglob("*"))
+                if p.is_file()
+            }
+        stage = Stage(
+            name=name,
+            folder=folder,
+            key=key,
+            inputs=dict(inputs),
+            settings=dict(settings),
+            tools=tools,
+            files=files,
+            facts=dict(facts),
+        )
+        self._stages[name] = stage
+        self._write()
+        self.measure(name, {"seconds": round(time.monotonic() - began, 3)})
+        return stage
+
+    def file(self, stage: Stage, name: str) -> Path:
+        """Return the path of a file of a stage."""
+        return self.root / stage.folder / name
+
+    def sha256(self, stage: Stage, name: str) -> str:
+        """Return the recorded hash of a file of a stage."""
+        return stage.files[f"{stage.folder}/{name}"]
+
+    def measure(self, name: str, figures: Mapping[str, object]) -> None:
+        """Record what differs from run to run (dates, seconds) beside the run, not in its record."""
+        path = self.root / _MEASURED
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        stamp = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        write_json(path, known | {name: stamp | dict(figures)})
+
+    def stages(self) -> Mapping[str, Stage]:
+        """Return the finished stages by name."""
+        return dict(self._stages)
+
+    def _check(self, stage: Stage) -> None:
+        for name, recorded in stage.files.items():
+            path = self.root / name
+            if not path.is_file() or sha256(path) != recorded:
+                state = "changed" if path.is_file() else "is missing"
+                raise IntegrityError(
+                    f"{path}: {state} since stage '{stage.name}' wrote it",
+                    remedy=f"restore it, or delete {self.root / stage.folder} to make it again",
+                )
+
+    def _write(self) -> None:
+        stages = [dataclasses.asdict(s) for s in sorted(self._stages.values(), key=lambda s: s.folder)]
+        write_json(
+            self.root / _RECORD,
+            {"schema_version": 1, "edgekit": __version__, "identity": self._identity, "stages": stages},
+        )
+
+    def _load(self) -> None:
+        self._stages = {s.name: s for s in read_stages(self.root)}
+
+
+@contextmanager
+def open_run(root: Path, identity: Mapping[str, object] | None, *, overwrite: bool = False) -> Iterator[Run]:
+    """Open a run folder for writing and hold its lock.
+
+    Args:
+        root: The folder; made if it is missing.
+        identity: What the run is (its resolved recipe); None takes the folder's own.
+        overwrite: Replace another run that is there.
+
+    Raises:
+        InputError: The folder is held by another process, belongs to another run, or is no run folder.
+        IntegrityError: The run's record is damaged.
+    """
+    with storage_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        strangers = sorted(p for p in root.iterdir() if p.name != _LOCK and not p.name.endswith(".tmp"))
+    with _lock(root):
+        _sweep(root)
+        if (root / _RECORD).exists():
+            recorded = read_identity(root)
+            if identity is None or recorded == json.loads(json.dumps(identity)):
+                run = Run(root, recorded)
+                run._load()
+                yield run
+                return
+            if not overwrite:
+                raise InputError(
+                    f"{root}: holds another run ({_difference(recorded, identity)})",
+                    remedy="choose another folder with -o, or replace it with --overwrite",
+                )
+            _empty(root)
+        elif strangers:
+            raise InputError(
+                f"{root}: is not a run folder, and not empty (found '{strangers[0].name}')",
+                remedy="choose another folder with -o",
+            )
+        run = Run(root, identity or {})
+        run._write()
+        yield run
+
+
+def read_stages(root: Path) -> list[Stage]:
+    """Return the finished stages of a run folder, in their order.
+
+    Raises:
+        InputError: The folder is no run folder. IntegrityError: Its record is damaged.
+    """
+    return _read(root)[1]
+
+
+def read_identity(root: Path) -> dict[str, object]:
+    """Return what a run is: its resolved recipe, or the model that it compiles; raises as `read_stages`."""
+    return _read(root)[0]
+
+
+def _read(root: Path) -> tuple[dict[str, object], list[Stage]]:
+    path = root / _RECORD
+    if not path.is_file():
+        raise InputError(f"{root}: is not a run folder (it has no {_RECORD})", remedy="start one: edgekit distill")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record["identity"], [Stage(**stage) for stage in record["stages"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{path}: damaged record: {error}", remedy="start the run again in another folder"
+        ) from error
+
+
+def newest() -> Path:
+    """Return the run folder below `runs/` that was written to last.
+
+    Raises:
+        InputError: There is none.
+    """
+    records = sorted(RUNS.glob(f"*/{_RECORD}"), key=lambda p: p.stat().st_mtime)
+    if not records:
+        raise InputError(f"there is no run in '{RUNS}/'", remedy="start one: edgekit distill")
+    return records[-1].parent
+
+
+@cache
+def code_sha256(modules: tuple[str, ...]) -> str:
+    """Return the hash of the source of sub-packages or modules of edgekit, such as ('models', 'training')."""
+    package = Path(__file__).parent
+    files: list[Path] = []
+    for module in modules:
+        path = package / module
+        files += sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    return json_sha256([sha256(f) for f in files])
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the installed version of each distribution; one that is missing is left out."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _lock(root: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system gives back even when the process is killed."""
+    path = root / _LOCK
+    with storage_errors(path):
+        handle = path.open("a+")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            owner = handle.read().strip() or "another process"
+            raise InputError(
+                f"{root}: is in use by {owner}", remedy="wait for it, or choose another folder with -o"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        handle.flush()
+        yield
+
+
+def _difference(recorded: Mapping[str, object], wanted: Mapping[str, object]) -> str:
+    """Return the first setting that differs, as `training.steps is 100 there, 200 here`."""
+    there, here = _flat(recorded), _flat(json.loads(json.dumps(wanted)))
+    for name in sorted(set(there) | set(here)):
+        if there.get(name) != here.get(name):
+            return f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+    return "same settings"
+
+
+def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _sweep(root: Path) -> None:
+    """Remove what a killed process left half written."""
+    for path in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _empty(root: Path) -> None:
+    for path in root.iterdir():
+        if path.name == _LOCK:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

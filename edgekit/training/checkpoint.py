@@ -1,0 +1,72 @@
+"""The whole state of a training run in one safetensors file, written atomically."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from edgekit.errors import InputError, IntegrityError
+from edgekit.models import weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands.
+
+    job: Hash of everything that decides the run; a checkpoint of another job is refused.
+    step: Optimizer steps done. seconds: Time spent in training, over all sittings.
+    """
+
+    job: str
+    step: int
+    seconds: float
+
+
+def save(
+    path: Path, position: Position, learner: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Write the weights, their moving average, and the optimizer's state."""
+    tensors = {f"net/{name}": t for name, t in learner.state_dict().items()}
+    tensors |= {f"ema/{name}": t for name, t in ema.items()}
+    for name, parameter in learner.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer/{name}/{key}"] = value
+    weights.save(tensors, path, {"position": json.dumps(asdict(position))})
+
+
+def restore(
+    path: Path, job: str, learner: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> Position:
+    """Load a checkpoint into the learner, the average and the optimizer; return where the run stands.
+
+    Raises:
+        InputError: The checkpoint is of another run.
+        IntegrityError: The file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            position = Position(**json.loads(file.metadata()["position"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"{path}: damaged checkpoint: {error}", remedy="delete it to start the training again"
+        ) from error
+    if position.job != job:
+        raise InputError(f"{path}: is the checkpoint of another run", remedy="choose another folder, or --overwrite")
+    learner.load_state_dict(_part(tensors, "net/"))
+    for name, value in _part(tensors, "ema/").items():
+        ema[name].copy_(value)
+    for name, parameter in learner.named_parameters():
+        state = _part(tensors, f"optimizer/{name}/")
+        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+    return position
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,260 @@
+"""The one training loop, for teachers and students.
+
+It needs torch, accelerate, safetensors and numpy only, so that it runs on a borrowed GPU machine; several GPUs or
+machines work through `accelerate launch` or `torchrun` without a change.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgekit.errors import EdgekitError
+from edgekit.models import weights
+from edgekit.models.denoiser import Denoiser
+from edgekit.recipe import Distillation, Training
+from edgekit.training import checkpoint, schedule
+from edgekit.training.distill import Learner, Lesson
+from edgekit.training.patches import PatchBank
+
+log = logging.getLogger(__name__)
+_LOOK_EVERY = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run.
+
+    net: The network to train, with its starting weights. teacher: Learned from if given; never changed.
+    pictures: Training pictures, uint8 (c, h, w). sigma: Range of the noise, on the scale of 0 to 255.
+    validate: Returns the held-out PSNR in dB of a network. identity: Hash of everything that decides the result.
+    """
+
+    net: Denoiser
+    teacher: Denoiser | None
+    pictures: Sequence[NDArray[np.uint8]]
+    sigma: tuple[float, float]
+    training: Training
+    distillation: Distillation
+    validate: Callable[[Denoiser], float]
+    identity: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What a progress display shows. psnr_db is the last held-out PSNR of the averaged weights, nan before that."""
+
+    step: int
+    steps: int
+    loss: float
+    psnr_db: float
+    images_per_second: float
+    seconds_left: float
+    done: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended.
+
+    start_psnr_db, psnr_db: Held-out PSNR of the starting and of the trained weights. kept: Which of them were kept.
+    ended_by: `steps` or `time`.
+    """
+
+    steps: int
+    seconds: float
+    images: int
+    start_psnr_db: float
+    psnr_db: float
+    kept: str
+    ended_by: str
+
+
+def train(job: Job, folder: Path, report: Callable[[Moment], None]) -> tuple[dict[str, Tensor], Outcome]:
+    """Return the weights that the run keeps, and how it ended; goes on from a checkpoint in `folder`.
+
+    The same job gives the same weights, bit for bit, on a CPU with the same number of threads and the same versions,
+    however often it was interrupted, as long as steps and not time end it.
+
+    Raises:
+        EdgekitError: The loss is not finite; the last checkpoint is from before that.
+        InputError: The folder holds the checkpoint of another job.
+    """
+    settings = job.training
+    accelerator = Accelerator(
+        mixed_precision="bf16" if settings.precision == "bf16" else "no",
+        gradient_accumulation_steps=settings.accumulate,
+        cpu=not torch.cuda.is_available(),
+    )
+    device = accelerator.device
+    torch.manual_seed(settings.seed)
+    learner = Learner(job.net, job.teacher, with_features=job.distillation.feature_weight > 0)
+    learner.to(device).to(memory_format=torch.channels_last).train()
+    if job.teacher is not None:
+        job.teacher.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.peak_rate, weight_decay=settings.weight_decay)
+    start = {name: t.detach().clone() for name, t in job.net.state_dict().items()}
+    ema = {name: t.clone() for name, t in start.items()}
+
+    path = folder / "checkpoint.safetensors"
+    position = checkpoint.Position(job=job.identity, step=0, seconds=0.0)
+    if path.exists():
+        position = checkpoint.restore(path, job.identity, learner, ema, optimizer)
+        log.info("going on at step %d", position.step)
+    wrapped, prepared = accelerator.prepare(learner, optimizer)
+    run = _Run(job, accelerator, wrapped, prepared, PatchBank(job.pictures, device), ema)
+    step, seconds = position.step, position.seconds
+    psnr_db = math.nan
+    clock = _Clock(seconds)
+    saved_at = clock.seconds()
+    while not (over := schedule.is_over(settings, step, clock.seconds())):
+        run.step(step, schedule.progress(settings, step, clock.seconds()))
+        step += 1
+        if step % _LOOK_EVERY == 0 or schedule.is_over(settings, step, clock.seconds()):
+            loss = run.mean_loss()
+            if not math.isfinite(loss):
+                raise EdgekitError(
+                    f"the loss is {loss} at step {step}; the last good state is kept in {path}",
+                    remedy="lower training.peak_rate, or set training.precision to float32",
+                )
+            if step % settings.validate_every < _LOOK_EVERY:
+                psnr_db = _validate(job, ema)
+            report(_moment(job, step, clock, loss, psnr_db, accelerator.num_processes))
+            if clock.seconds() - saved_at >= settings.checkpoint_seconds and accelerator.is_main_process:
+                now = checkpoint.Position(job=job.identity, step=step, seconds=clock.seconds())
+                checkpoint.save(path, now, learner, ema, optimizer)
+                saved_at = clock.seconds()
+    assert over
+    start_psnr_db, psnr_db = _validate(job, start), _validate(job, ema)
+    better = psnr_db > start_psnr_db or not settings.keep_better
+    outcome = Outcome(
+        steps=step,
+        seconds=clock.seconds(),
+        images=step * settings.batch * settings.accumulate * accelerator.num_processes,
+        start_psnr_db=start_psnr_db,
+        psnr_db=psnr_db,
+        kept="trained" if better else "start",
+        ended_by="steps" if settings.steps and step >= settings.steps else "time",
+    )
+    return (ema if better else start), outcome
+
+
+class _Run:
+    """The parts of a run that a step needs."""
+
+    def __init__(
+        self,
+        job: Job,
+        accelerator: Accelerator,
+        learner: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        bank: PatchBank,
+        ema: dict[str, Tensor],
+    ) -> None:
+        self._job, self._accelerator, self._learner, self._optimizer = job, accelerator, learner, optimizer
+        self._bank, self._ema = bank, ema
+        self._lesson = Lesson(job.teacher, job.distillation)
+        self._losses: list[Tensor] = []
+
+    def step(self, step: int, done: float) -> None:
+        """Make one optimizer step and move the average."""
+        settings, accelerator = self._job.training, self._accelerator
+        for group in self._optimizer.param_groups:
+            group["lr"] = schedule.learning_rate(settings, step, done)
+        for part in range(settings.accumulate):
+            with accelerator.accumulate(self._learner):
+                loss = self._loss(step, part, done)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self._learner.parameters(), settings.clip_norm)
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+            self._losses.append(loss.detach())
+        decay = min(settings.ema, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for name, value in self._job.net.state_dict().items():
+                if value.is_floating_point():
+                    self._ema[name].lerp_(value, 1 - decay)
+                else:
+                    self._ema[name].copy_(value)
+
+    def mean_loss(self) -> float:
+        """Return the mean loss since the last call."""
+        mean = torch.stack(self._losses).mean().item()
+        self._losses.clear()
+        return mean
+
+    def _loss(self, step: int, part: int, done: float) -> Tensor:
+        job, settings = self._job, self._job.training
+        draw = (step * settings.accumulate + part) * self._accelerator.num_processes + self._accelerator.process_index
+        clean, noisy, sigma = self._bank.draw(
+            batch=settings.batch,
+            patch=schedule.patch_side(settings, done),
+            sigma=job.sigma,
+            seed=settings.seed * 1_000_003 + draw,
+        )
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        weight = schedule.feature_weight(job.distillation.feature_weight, job.distillation.feature_until, done)
+        with self._accelerator.autocast():
+            learned = self._learner(noisy, sigma)
+            return self._lesson.loss(
+                learned, clean, noisy, sigma, feature_weight=weight, squared=done >= settings.mse_from
+            )
+
+
+class _Clock:
+    """Seconds spent in this run over all sittings."""
+
+    def __init__(self, before: float) -> None:
+        self._before, self._start = before, time.monotonic()
+
+    def seconds(self) -> float:
+        return self._before + self.sitting()
+
+    def sitting(self) -> float:
+        return time.monotonic() - self._start
+
+
+def _moment(job: Job, step: int, clock: _Clock, loss: float, psnr_db: float, processes: int) -> Moment:
+    settings = job.training
+    done = schedule.progress(settings, step, clock.seconds())
+    left = clock.seconds() / max(done, 1e-9) * (1 - done)
+    if settings.max_minutes:
+        left = min(left, 60 * settings.max_minutes - clock.seconds())
+    images = step * settings.batch * settings.accumulate * processes
+    return Moment(
+        step=step,
+        steps=settings.steps,
+        loss=loss,
+        psnr_db=psnr_db,
+        images_per_second=images / max(clock.seconds(), 1e-9),
+        seconds_left=max(0.0, left),
+        done=done,
+    )
+
+
+def _validate(job: Job, values: dict[str, Tensor]) -> float:
+    """Return the held-out PSNR of a network with these weights; the weights under training are put back."""
+    trained = {name: t.clone() for name, t in job.net.state_dict().items()}
+    job.net.load_state_dict(values)
+    job.net.eval()
+    with torch.no_grad():
+        psnr_db = job.validate(job.net)
+    job.net.train()
+    job.net.load_state_dict(trained)
+    return psnr_db
+
+
+def save_weights(values: dict[str, Tensor], path: Path) -> None:
+    """Write the weights that a run keeps."""
+    weights.save({name: t.float() if t.is_floating_point() else t for name, t in values.items()}, path)

@@ -1,0 +1,427 @@
+import re
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from edgekit import models
+from edgekit.compress.export import export_onnx
+from edgekit.compress.fuse import fuse
+from edgekit.compress.quantize import quantize_static
+from edgekit.compress.simplify import simplify
+from edgekit.errors import InputError, IntegrityError, UnsupportedError
+from edgekit.graph import checks, walk
+from edgekit.graph.reference import Reference, agreement_db, probe, relative_change
+from edgekit.recipe import Quantization
+
+SIGMA = 25 / 255
+PICTURES = [(probe(48, 64, 1, seed=i), SIGMA) for i in range(8)]
+EVERYTHING = Quantization(calibration_pictures=8, keep_float=())
+HEAD_AND_TAIL = Quantization(calibration_pictures=8)
+
+
+class Net(nn.Module):
+    """A blind network around a body, for one gray channel."""
+
+    channels, stride, takes_sigma = 1, 1, False
+
+    def __init__(self, *body: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, noisy):
+        return noisy - self.body(noisy)
+
+
+def lived_in(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Give the BatchNorms statistics and weights such as training leaves, of either sign and uneven."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.copy_(torch.randn_like(module.weight))
+                module.bias.normal_()
+        net.train()
+        for step in range(20):
+            noisy = torch.from_numpy(probe(64, 64, net.channels, seed=step))
+            net(*((noisy, torch.full((1, 1, 1, 1), SIGMA)) if net.takes_sigma else (noisy,)))
+    return net.eval()
+
+
+def example(net: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    noisy = torch.from_numpy(probe(64, 96, net.channels, seed=99))
+    return noisy, torch.full((1, 1, 1, 1), SIGMA) if net.takes_sigma else None
+
+
+def export(net: nn.Module, path):
+    return export_onnx(net, channels=net.channels, takes_sigma=net.takes_sigma, stride=net.stride, out=path)
+
+
+@pytest.fixture(scope="module")
+def nano_onnx(tmp_path_factory):
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("nano")
+    return simplify(export(models.create("nano"), folder / "nano.onnx"), folder / "simple.onnx")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: models.create("nano", {"batchnorm": True}), id="nano"),
+        pytest.param(lambda: models.create("nano", {"batchnorm": True, "noise_level": False}), id="blind nano"),
+        pytest.param(
+            lambda: Net(nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 1, 1)),
+            id="before ReLU",
+        ),
+        pytest.param(lambda: Net(nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1)), id="without activation"),
+        pytest.param(
+            lambda: Net(nn.Conv2d(1, 4, 2, 2), nn.ConvTranspose2d(4, 1, 2, 2), nn.BatchNorm2d(1)), id="transposed"
+        ),
+        pytest.param(
+            lambda: Net(
+                nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)
+            ),
+            id="depthwise",
+        ),
+    ],
+)
+def test_fusing_leaves_no_batchnorm_and_the_same_picture(make):
+    net = lived_in(make())
+    noisy, sigma = example(net)
+    fused = fuse(net, noisy, sigma)
+    assert not [m for m in fused.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)], "the network that was given is left as it was"
+    other = torch.from_numpy(probe(32, 48, 1, seed=5))
+    arguments = (other,) if sigma is None else (other, sigma)
+    with torch.no_grad():
+        assert relative_change(fused(*arguments).numpy(), net(*arguments).numpy()) < 1e-5
+
+
+def test_a_batchnorm_student_goes_all_the_way_to_int8(tmp_path):
+    net = lived_in(models.create("nano", {"batchnorm": True, "channels": 3}))
+    fused = fuse(net, *example(net))
+    path = simplify(export(fused, tmp_path / "student.onnx"), tmp_path / "simple.onnx")
+    assert "BatchNormalization" not in checks.op_counts(checks.load_onnx(path))
+    noisy = probe(40, 72, 3, seed=3)
+    with torch.no_grad():
+        want = net(torch.from_numpy(noisy), torch.full((1, 1, 1, 1), SIGMA)).numpy()
+    assert relative_change(Reference(checks.load_onnx(path))(noisy, SIGMA), want) < 1e-4
+    pictures = [(probe(48, 64, 3, seed=i), SIGMA) for i in range(8)]
+    report = quantize_static(path, pictures, tmp_path / "int8.onnx", HEAD_AND_TAIL)
+    assert report.integer_macs_permille > 800
+
+
+class Twice(Net):
+    """Reads a convolution's output once more, beside the BatchNorm."""
+
+    def forward(self, noisy):
+        conv, norm = self.body
+        x = conv(noisy)
+        return noisy - norm(x) - x
+
+
+class Shared(Net):
+    """Runs one convolution and its BatchNorm twice."""
+
+    def forward(self, noisy):
+        return noisy - self.body(self.body(noisy))
+
+
+class Unused(Net):
+    """Has a BatchNorm that forward does not run."""
+
+    def forward(self, noisy):
+        return noisy - self.body[0](noisy)
+
+
+class Borrowed(Net):
+    """Reads the weights of a folded convolution a second time."""
+
+    def forward(self, noisy):
+        return noisy - self.body(noisy) - nn.functional.conv2d(noisy, self.body[0].weight, padding=1)
+
+
+class Branching(Net):
+    """Decides by the values of the picture."""
+
+    def forward(self, noisy):
+        return noisy - self.body(noisy) if noisy.mean() > 0 else noisy
+
+
+def conv_and_norm() -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        pytest.param(lambda: Net(nn.BatchNorm2d(1), nn.Conv2d(1, 1, 1)), "'body.0'.*its input is 'noisy'", id="first"),
+        pytest.param(
+            lambda: Net(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.BatchNorm2d(1)),
+            r"'body.2'.*'body.1' \(ReLU\)",
+            id="after ReLU",
+        ),
+        pytest.param(lambda: Twice(*conv_and_norm()), "'body.1'.*'body.0' is also read by 'sub_1'", id="read twice"),
+        pytest.param(lambda: Shared(*conv_and_norm()), "'body.1'.*more than once", id="run twice"),
+        pytest.param(lambda: Unused(*conv_and_norm()), r"'body.1'.*forward\(\) does not run it", id="not run"),
+        pytest.param(
+            lambda: Net(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, track_running_stats=False)),
+            "'body.1'.*no running statistics",
+            id="no statistics",
+        ),
+        pytest.param(
+            lambda: Net(
+                nn.Conv2d(1, 4, 1), nn.ConvTranspose2d(4, 4, 1, groups=2), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)
+            ),
+            "'body.2'.*has 2 groups",
+            id="grouped transposed",
+        ),
+        pytest.param(lambda: Branching(*conv_and_norm()), "Branching.*cannot be traced", id="branches on pixels"),
+    ],
+)
+def test_a_batchnorm_that_cannot_be_folded_is_refused_by_name(make, said):
+    with pytest.raises(UnsupportedError, match=said):
+        fuse(make(), *example(Net()))
+
+
+def test_folding_that_moves_the_output_stops_with_the_figure():
+    net = lived_in(Borrowed(*conv_and_norm()))
+    with pytest.raises(IntegrityError, match=r"moved the output by [\d.]+"):
+        fuse(net, *example(net))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["nano", "control", "teacher-a"])
+def test_an_exported_network_is_clean_and_the_same_every_time(tmp_path, name, channels):
+    torch.manual_seed(0)
+    net = models.create(name, {"channels": channels})
+    first, second = export(net, tmp_path / "a.onnx"), export(net, tmp_path / "b.onnx")
+    assert first.read_bytes() == second.read_bytes()
+    model = checks.load_onnx(first)
+    operators = checks.op_counts(model)
+    del model.graph.initializer[:]  # random bytes spell anything now and then
+    assert not re.findall(rb"site-packages|\.py\b|" + re.escape(str(tmp_path).encode()), model.SerializeToString())
+    assert not {"Reshape", "Transpose", "Unsqueeze", "BatchNormalization"} & set(operators)
+    assert ("SpaceToDepth" in operators) == (name != "teacher-a")
+
+
+class Colours(nn.Module):
+    """Shows the channels of PixelUnshuffle in the open, with no convolution to hide their order in."""
+
+    channels, stride, takes_sigma = 3, 2, False
+
+    def forward(self, noisy):
+        x = nn.functional.pixel_unshuffle(noisy, 2)
+        return noisy - nn.functional.pixel_shuffle(x * torch.arange(12.0).view(1, 12, 1, 1), 2)
+
+
+def test_the_channels_of_a_pixel_unshuffle_keep_their_order(tmp_path):
+    model = checks.load_onnx(export(Colours(), tmp_path / "colours.onnx"))
+    noisy = probe(16, 24, 3, seed=0)
+    assert relative_change(Reference(model)(noisy, 0.0), Colours()(torch.from_numpy(noisy)).numpy()) < 1e-6
+
+
+class Frozen(Net):
+    """Computes a number from the picture in Python, which tracing turns into a constant."""
+
+    def forward(self, noisy):
+        return noisy * float(noisy.std())
+
+
+class Spectrum(Net):
+    """Uses an operator that ONNX has no form for."""
+
+    def forward(self, noisy):
+        return torch.special.bessel_j0(noisy)
+
+
+@pytest.mark.parametrize(
+    ("net", "error", "said"),
+    [
+        pytest.param(Net(nn.BatchNorm2d(1)), UnsupportedError, "BatchNormalization", id="BatchNorm left"),
+        pytest.param(Frozen(), IntegrityError, r"at 40x56 the exported graph differs", id="frozen value"),
+        pytest.param(Spectrum(), UnsupportedError, "bessel_j0", id="no such operator"),
+    ],
+)
+def test_an_export_that_would_be_wrong_leaves_no_file(tmp_path, net, error, said):
+    with pytest.raises(error, match=said):
+        export(net, tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def altered(change):
+    """Return a simplifier that changes the model's largest weight."""
+
+    def simplifier(model: onnx.ModelProto) -> onnx.ModelProto:
+        tensor = max(model.graph.initializer, key=lambda t: len(t.raw_data))
+        tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)).astype(np.float32), tensor.name))
+        return model
+
+    return simplifier
+
+
+def beheaded(model: onnx.ModelProto) -> onnx.ModelProto:
+    del model.graph.node[0]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("simplifier", "said"),
+    [
+        pytest.param(altered(lambda w: w * 1.05), "moved the output at 64x96 by", id="a weight 5 percent off"),
+        pytest.param(altered(lambda w: w * np.nan), "moved the output at 64x96 by nan", id="NaN"),
+        pytest.param(beheaded, "not valid", id="a missing node"),
+    ],
+)
+def test_a_simplifier_that_changes_the_model_is_caught(tmp_path, nano_onnx, simplifier, said):
+    with pytest.raises(IntegrityError, match=said):
+        simplify(nano_onnx, tmp_path / "out.onnx", simplifier=simplifier)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_simplifying_is_the_same_every_time_and_leaves_no_notes(tmp_path, nano_onnx):
+    again, twice = simplify(nano_onnx, tmp_path / "a.onnx"), simplify(nano_onnx, tmp_path / "b.onnx")
+    assert again.read_bytes() == twice.read_bytes()
+    model = onnx.load(again)
+    assert not model.metadata_props
+    assert not model.graph.value_info
+
+
+def dequantized(model: onnx.ModelProto, tensor: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the scale and zero point that a tensor is dequantized with, None if it is not."""
+    node = walk.producers(model).get(tensor)
+    if node is None or node.op_type != "DequantizeLinear":
+        return None
+    stored = walk.initializers(model)
+    scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input[1:])
+    return scale, zero
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy"])
+def test_int8_is_per_channel_symmetric_for_weights_and_per_tensor_for_activations(tmp_path, nano_onnx, method):
+    settings = Quantization(calibration_pictures=8, keep_float=(), method=method)
+    report = quantize_static(nano_onnx, PICTURES, tmp_path / "int8.onnx", settings)
+    model = checks.load_onnx(report.onnx)
+    convolutions = [n for n in model.graph.node if n.op_type == "Conv"]
+    assert report.integer_nodes == tuple(n.name for n in convolutions)
+    for node in convolutions:
+        scale, zero = dequantized(model, node.input[1])
+        assert scale.shape == (len(scale),)
+        assert len(scale) > 1
+        assert zero.dtype == np.int8
+        assert not zero.any()
+        scale, zero = dequantized(model, node.input[0])
+        assert scale.shape == ()
+        assert zero.dtype == np.uint8
+    assert report.integer_macs_permille == 1000
+
+
+def test_equal_inputs_give_equal_int8(tmp_path, nano_onnx):
+    paths = [quantize_static(nano_onnx, PICTURES, tmp_path / name, HEAD_AND_TAIL).onnx for name in ("a", "b")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize("parts", [("head",), ("tail",), ("head", "tail")], ids="+".join)
+def test_the_parts_that_are_kept_in_float_are_found_by_the_graph(tmp_path, nano_onnx, parts):
+    names = [n.name for n in checks.load_onnx(nano_onnx).graph.node if n.op_type == "Conv"]
+    settings = Quantization(calibration_pictures=8, keep_float=parts)
+    report = quantize_static(nano_onnx, PICTURES, tmp_path / "int8.onnx", settings)
+    assert set(report.float_nodes) == {names[i] for i, part in ((0, "head"), (-1, "tail")) if part in parts}
+
+
+def test_skips_in_float_read_what_was_not_rounded_and_lose_less(tmp_path, nano_onnx):
+    agreements = {}
+    for parts in (("head", "tail"), ("head", "tail", "skip")):
+        report = quantize_static(
+            nano_onnx, PICTURES, tmp_path / "int8.onnx", Quantization(calibration_pictures=8, keep_float=parts)
+        )
+        model = checks.load_onnx(report.onnx)
+        additions = {n.name for n in model.graph.node if n.op_type == "Add"}
+        in_float = additions & set(walk.float_additions(model))
+        assert in_float == additions if "skip" in parts else len(in_float) == 1
+        agreements[parts] = report.agreement_millidb
+    assert agreements["head", "tail", "skip"] > agreements["head", "tail"] + 500
+
+
+def test_the_picture_itself_is_never_rounded_on_its_way_to_the_output(tmp_path, nano_onnx):
+    model = checks.load_onnx(quantize_static(nano_onnx, PICTURES, tmp_path / "int8.onnx", EVERYTHING).onnx)
+    last = walk.producers(model)["denoised"]
+    assert (last.op_type, last.input[0]) == ("Sub", "noisy")
+
+
+def constant(value: float) -> tuple[np.ndarray, float]:
+    return np.full((1, 1, 48, 64), value, np.float32), SIGMA
+
+
+@pytest.mark.parametrize(
+    ("pictures", "settings", "said"),
+    [
+        pytest.param(PICTURES[:7], EVERYTHING, "7 calibration pictures, expected 8", id="seven"),
+        pytest.param(PICTURES, Quantization(), "8 calibration pictures, expected 32", id="fewer than asked for"),
+        pytest.param(
+            [*PICTURES[:7], constant(0.5)], EVERYTHING, "picture 7 is constant: every pixel is 0.5", id="constant"
+        ),
+        pytest.param([constant(np.nan), *PICTURES], EVERYTHING, "picture 0.*NaN", id="NaN"),
+        pytest.param(
+            [(probe(48, 64, 3, seed=0), SIGMA), *PICTURES],
+            EVERYTHING,
+            r"picture 0 is float32 \(1, 3, 48, 64\)",
+            id="colour",
+        ),
+        pytest.param(
+            [(PICTURES[0][0].astype(np.float64), SIGMA), *PICTURES], EVERYTHING, "picture 0 is float64", id="float64"
+        ),
+    ],
+)
+def test_calibration_pictures_that_say_nothing_are_refused(tmp_path, nano_onnx, pictures, settings, said):
+    with pytest.raises(InputError, match=said):
+        quantize_static(nano_onnx, pictures, tmp_path / "int8.onnx", settings)
+
+
+def test_weights_that_are_nan_are_refused_with_their_number(tmp_path, nano_onnx):
+    model = checks.load_onnx(nano_onnx)
+    tensor = next(t for t in model.graph.initializer if t.name.endswith("weight"))
+    values = numpy_helper.to_array(tensor).copy()
+    values.flat[:3] = np.nan
+    tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    (tmp_path / "nan.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match=f"'{tensor.name}' has 3 of {values.size} values that are NaN"):
+        quantize_static(tmp_path / "nan.onnx", PICTURES, tmp_path / "int8.onnx", EVERYTHING)
+
+
+def test_a_quantized_graph_is_not_quantized_again(tmp_path, nano_onnx):
+    once = quantize_static(nano_onnx, PICTURES, tmp_path / "once.onnx", HEAD_AND_TAIL).onnx
+    with pytest.raises(InputError, match="quantized already"):
+        quantize_static(once, PICTURES, tmp_path / "twice.onnx", HEAD_AND_TAIL)
+
+
+def test_keeping_everything_in_float_is_not_called_int8(tmp_path):
+    path = export(Net(nn.Conv2d(1, 1, 3, padding=1)), tmp_path / "one.onnx")
+    with pytest.raises(InputError, match="no convolution took INT8"):
+        quantize_static(path, PICTURES, tmp_path / "int8.onnx", HEAD_AND_TAIL)
+
+
+def outlier_net() -> Net:
+    """Carries the picture beside a channel that is a million times larger and read by nobody."""
+    net = Net(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False))
+    with torch.no_grad():
+        net.body[0].weight.copy_(torch.tensor([1.0, 1e6]).view(2, 1, 1, 1))
+        net.body[1].weight.copy_(torch.tensor([1.0, 0.0]).view(1, 2, 1, 1))
+    return net
+
+
+def test_int8_that_destroys_the_picture_stops(tmp_path):
+    path = export(outlier_net(), tmp_path / "outlier.onnx")
+    with pytest.raises(IntegrityError, match=r"is \d\.\d dB from the float graph"):
+        quantize_static(path, PICTURES, tmp_path / "int8.onnx", EVERYTHING)
+    assert not (tmp_path / "int8.onnx").exists()
+
+
+def test_the_reported_agreement_is_that_of_the_file(tmp_path, nano_onnx):
+    report = quantize_static(nano_onnx, PICTURES, tmp_path / "int8.onnx", HEAD_AND_TAIL)
+    before, after = (Reference(checks.load_onnx(path)) for path in (nano_onnx, report.onnx))
+    agreement = np.mean([agreement_db(after(n, s), before(n, s)) for n, s in PICTURES])
+    assert report.agreement_millidb == round(1000 * agreement)

@@ -1,0 +1,301 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from edgekit import models
+from edgekit.compress.export import export_onnx
+from edgekit.compress.quantize import quantize_static
+from edgekit.compress.simplify import simplify
+from edgekit.errors import InputError, UnsupportedError
+from edgekit.graph import checks, cost, receptive_field, reference, walk
+from edgekit.recipe import Quantization
+
+
+def picture(name: str, shape: list[int | str | None]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def graph(
+    nodes: list[onnx.NodeProto],
+    *,
+    inputs: list[onnx.ValueInfoProto] | None = None,
+    outputs: list[onnx.ValueInfoProto] | None = None,
+    weights: dict[str, np.ndarray] | None = None,
+) -> onnx.ModelProto:
+    made = helper.make_graph(
+        nodes,
+        "made",
+        inputs or [picture("noisy", [1, 1, "h", "w"])],
+        outputs or [picture("denoised", [1, 1, "h", "w"])],
+        [numpy_helper.from_array(value, name) for name, value in (weights or {}).items()],
+    )
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def saved(model: onnx.ModelProto, path: Path) -> Path:
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+IDENTITY = helper.make_node("Identity", ["noisy"], ["denoised"], "same")
+
+
+class Pyramid(nn.Module):
+    """Every operator that changes the resolution, with kernels that are not centred."""
+
+    channels, stride, takes_sigma = 1, 8, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.down = nn.Conv2d(4, 4, 5, padding=2), nn.Conv2d(4, 4, 2, 2)
+        self.deep, self.up = nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.ConvTranspose2d(4, 4, 4, 2, 1)
+        self.tail = nn.Conv2d(4, 4, (3, 1), padding=(1, 0))
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        x = self.head(nn.functional.pixel_unshuffle(noisy, 2))
+        y = self.up(self.deep(nn.functional.max_pool2d(self.down(x), 2)))
+        y = nn.functional.pixel_shuffle(torch.cat([y, y, y, y], 1), 2)
+        return noisy - nn.functional.pixel_shuffle(self.tail(x + y), 2)
+
+
+def exported(net: nn.Module, folder: Path, *, positive: bool = False) -> onnx.ModelProto:
+    """Export a network; with `positive` weights no two ways through it can cancel out."""
+    if positive:
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.copy_(parameter.abs() + 0.01)
+    path = export_onnx(
+        net, channels=net.channels, takes_sigma=net.takes_sigma, stride=net.stride, out=folder / "net.onnx"
+    )
+    return checks.load_onnx(simplify(path, folder / "simple.onnx"))
+
+
+def test_a_denoiser_is_loaded_and_described(tmp_path):
+    net = models.create("nano", {"channels": 3})
+    model = exported(net, tmp_path)
+    assert checks.interface(model, tmp_path) == checks.Interface(channels=3, takes_sigma=True, opset=17)
+    assert checks.op_counts(model)["Conv"] == sum(isinstance(m, nn.Conv2d) for m in net.modules())
+    assert not checks.is_quantized(model)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        pytest.param(None, "cannot be read", id="missing"),
+        pytest.param(b"", "not a whole ONNX model", id="empty"),
+        pytest.param(b"\x89PNG\r\n\x1a\n" * 99, "not a whole ONNX model", id="junk"),
+        pytest.param("half", "not a whole ONNX model", id="cut short"),
+    ],
+)
+def test_a_file_that_is_not_whole_is_refused_by_name(tmp_path, content, said):
+    path = tmp_path / "model.onnx"
+    if content == "half":
+        exported(models.create("nano"), tmp_path)
+        whole = (tmp_path / "simple.onnx").read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=said) as error:
+        checks.load_onnx(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "said"),
+    [
+        pytest.param(
+            graph([helper.make_node("Identity", ["x"], ["denoised"])], inputs=[picture("x", [1, 1, "h", "w"])]),
+            InputError,
+            r"inputs are 'x' \(1, 1, h, w\)",
+            id="another input name",
+        ),
+        pytest.param(
+            graph([helper.make_node("Identity", ["noisy"], ["y"])], outputs=[picture("y", [1, 1, "h", "w"])]),
+            InputError,
+            r"outputs 'y'",
+            id="another output name",
+        ),
+        pytest.param(
+            graph([IDENTITY], inputs=[picture("noisy", [1, "h", "w"])], outputs=[picture("denoised", [1, "h", "w"])]),
+            InputError,
+            r"float \(1, h, w\)",
+            id="rank 3",
+        ),
+        pytest.param(
+            graph([IDENTITY], outputs=[picture("denoised", [1, 3, "h", "w"])]),
+            InputError,
+            "1 channels and 'denoised' has 3",
+            id="other channels out",
+        ),
+        pytest.param(
+            graph([IDENTITY], inputs=[picture("noisy", [1, 1, "h", "w"]), picture("sigma", [1])]),
+            InputError,
+            r"'sigma' has the shape \(1\)",
+            id="sigma of rank 1",
+        ),
+        pytest.param(
+            graph([IDENTITY], inputs=[picture("noisy", [1, "c", "h", "w"])]),
+            UnsupportedError,
+            "dynamic number of channels",
+            id="dynamic channels",
+        ),
+        pytest.param(
+            graph([IDENTITY], inputs=[picture("noisy", [1, 1, 256, 256])]),
+            UnsupportedError,
+            r"\(1, 1, 256, 256\); height and width must be dynamic",
+            id="fixed size",
+        ),
+        pytest.param(
+            graph(
+                [
+                    helper.make_node(
+                        "If",
+                        ["yes"],
+                        ["denoised"],
+                        then_branch=helper.make_graph(
+                            [helper.make_node("Identity", ["noisy"], ["a"])], "a", [], [picture("a", None)]
+                        ),
+                        else_branch=helper.make_graph(
+                            [helper.make_node("Neg", ["noisy"], ["b"])], "b", [], [picture("b", None)]
+                        ),
+                    )
+                ],
+                weights={"yes": np.array(True)},
+            ),
+            UnsupportedError,
+            r"control flow \(If\)",
+            id="control flow",
+        ),
+    ],
+)
+def test_another_interface_is_refused_and_what_was_found_is_named(tmp_path, model, error, said):
+    path = saved(model, tmp_path / "model.onnx")
+    with pytest.raises(error, match=said) as raised:
+        checks.load_onnx(path)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["nano", "control", "dncnn"])
+def test_the_cost_is_what_torch_counts(tmp_path, name):
+    net = models.create(name)
+    macs: list[int] = []
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(
+                lambda conv, _, y: macs.append(y.numel() * conv.weight[0].numel())  # per output element
+            )
+    sigma = (torch.zeros(1, 1, 1, 1),) if net.takes_sigma else ()
+    with torch.no_grad():
+        net(torch.zeros(1, 1, 64, 96), *sigma)
+        for parameter in net.parameters():
+            parameter.normal_()  # onnxsim drops what is zero
+    want = sum(macs)
+    found = cost.cost(exported(net, tmp_path), 64, 96)
+    assert (found.macs, found.parameters) == (want, models.parameter_count(net))
+
+
+def test_the_cost_of_a_transposed_convolution_is_counted_at_its_input(tmp_path):
+    macs = cost.macs_by_node(exported(Pyramid(), tmp_path), 64, 64)
+    assert macs["/up/ConvTranspose"] == (8 * 8) * 4 * 4 * 16
+
+
+def test_quantizing_changes_the_bytes_but_not_the_count(tmp_path):
+    float_model = exported(models.create("nano"), tmp_path)
+    pictures = [(reference.probe(32, 32, 1, seed=i), 0.1) for i in range(8)]
+    quantize_static(tmp_path / "simple.onnx", pictures, tmp_path / "int8.onnx", Quantization(calibration_pictures=8))
+    before, after = cost.cost(float_model, 64, 64), cost.cost(checks.load_onnx(tmp_path / "int8.onnx"), 64, 64)
+    assert (after.macs, after.parameters) == (before.macs, before.parameters)
+    assert after.model_bytes < before.model_bytes
+
+
+def test_a_size_that_does_not_fit_the_graph_has_no_cost(tmp_path):
+    with pytest.raises(UnsupportedError, match="61x64"):
+        cost.cost(exported(models.create("nano"), tmp_path), 61, 64)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: models.create("nano", {"noise_level": False}), id="nano"),
+        pytest.param(lambda: models.create("control", {"noise_level": False}), id="control"),
+        pytest.param(lambda: models.create("dncnn"), id="dncnn"),
+        pytest.param(Pyramid, id="pyramid"),
+    ],
+)
+def test_the_halo_is_as_far_as_gradients_reach(tmp_path, make):
+    net = make()
+    halo = receptive_field.receptive_field(exported(net, tmp_path, positive=True)).halo_px
+    size, reach = 2 * (halo // 8 * 8 + 16), 0
+    net.double().eval()
+    for phase in range(net.stride):
+        noisy = torch.full((1, 1, size, size), 1.0, dtype=torch.float64, requires_grad=True)
+        at = size // 2 + phase
+        noise = noisy - net(noisy)
+        noise[0, 0, at, at].backward()
+        rows, columns = torch.nonzero(noisy.grad[0, 0], as_tuple=True)
+        reach = max(reach, *(int((axis - at).abs().max()) for axis in (rows, columns)))
+    assert halo == reach
+
+
+def test_global_operators_are_named(tmp_path):
+    field = receptive_field.receptive_field(exported(models.create("nano", {"se": True}), tmp_path))
+    assert len(field.global_nodes) == 1
+    assert "attention" in field.global_nodes[0]
+    assert receptive_field.receptive_field(exported(models.create("nano"), tmp_path)).global_nodes == ()
+
+
+def test_the_halo_is_rounded_up_to_the_stride():
+    field = receptive_field.ReceptiveField(halo_px=35, global_nodes=())
+    assert (field.aligned(8), field.aligned(35)) == (40, 35)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        pytest.param(
+            [helper.make_node("Resize", ["noisy", "", "scales"], ["denoised"], "grow")], "'grow' (Resize)", id="unknown"
+        ),
+        pytest.param(
+            [
+                helper.make_node("SpaceToDepth", ["noisy"], ["small"], "shrink", blocksize=2),
+                helper.make_node("Add", ["small", "noisy"], ["denoised"], "mix"),
+            ],
+            "'mix' (Add)",
+            id="two resolutions",
+        ),
+        pytest.param(
+            [
+                helper.make_node(
+                    "Conv", ["noisy", "w"], ["denoised"], "auto", auto_pad="SAME_UPPER", kernel_shape=[3, 3]
+                )
+            ],
+            "auto_pad",
+            id="automatic padding",
+        ),
+    ],
+)
+def test_a_halo_that_is_not_known_is_not_guessed(nodes, said):
+    weights = {"scales": np.ones(4, np.float32), "w": np.ones((1, 1, 3, 3), np.float32)}
+    with pytest.raises(UnsupportedError) as error:
+        receptive_field.receptive_field(graph(nodes, weights=weights))
+    assert said in str(error.value)
+
+
+def test_the_first_and_last_convolutions_are_found_by_the_graph(tmp_path):
+    model = exported(models.create("nano"), tmp_path)
+    names = [n.name for n in model.graph.node if n.op_type == "Conv"]
+    assert walk.first_convolutions(model, "noisy") == (names[0],)
+    assert walk.last_convolutions(model, "denoised") == (names[-1],)
+
+
+def test_a_not_finite_output_agrees_with_nothing():
+    ones = np.ones((1, 1, 2, 2), np.float32)
+    assert not reference.relative_change(ones * np.nan, ones) <= 1.0
+    assert not reference.agreement_db(ones * np.nan, ones) >= 0.0
+    assert not reference.relative_change(ones[:, :, :1], ones) <= 1.0
+    assert reference.agreement_db(ones * 1.1, ones) == pytest.approx(20.0, abs=1e-4)
