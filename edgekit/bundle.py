@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgekit.errors import InputError, IntegrityError
-from edgekit.files import sha256, write_json
+from edgekit.files import json_sha256, sha256, write_json
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -44,6 +44,17 @@ class Manifest:
     def write(self, bundle: Path) -> None:
         """Write `manifest.json`."""
         write_json(bundle / MANIFEST, {"schema_version": SCHEMA_VERSION, "kind": "edgekit-bundle", **asdict(self)})
+
+
+def artifact_files(bundle: Path, roles: Mapping[str, str]) -> list[Path]:
+    """Return what an app ships: the file or folder `artifact`, and `weights` where they are a file of their own."""
+    return [bundle / roles[role] for role in ("artifact", "weights") if role in roles]
+
+
+def combined_sha256(files: Sequence[Path]) -> str:
+    """Return the hash of the one file or folder, or of several ones' hashes in their order."""
+    found = [sha256(path) for path in files]
+    return found[0] if len(found) == 1 else json_sha256(found)
 
 
 def hashes(bundle: Path) -> dict[str, str]:

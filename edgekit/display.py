@@ -83,20 +83,19 @@ def print_report(report: Report) -> None:
         )
         for row in report.rows
     ]
-    for record in report.baselines:
-        rows += [
-            (
-                f"{record['teacher']} FP32",
-                f"{record['device']}, {entry['height']}x{entry['width']}, recorded",
-                "",
-                "",
-                "",
-                f"{entry['median_us'] / 1000:.2f}",
-                "",
-            )
-            for entry in record["latencies"]
-            if entry["arithmetic"] == "float32"
-        ]
+    rows += [
+        (
+            f"{r.teacher} FP32",
+            f"{r.device}, {r.height}x{r.width}, recorded {r.date[:10]}",
+            "",
+            "",
+            "",
+            f"{r.median_us / 1000:.2f}",
+            "",
+        )
+        for r in report.baselines
+        if r.arithmetic == "float32"
+    ]
     header = ("what", "how", "PSNR dB", "drop dB", "SSIM", "ms", "MiB")
     print_table(f"{report.target}: {report.model}", header, rows)
     limits = [(x.name, x.limit, x.measured, _VERDICT[x.verdict], x.reason) for x in report.limits]

@@ -140,13 +140,14 @@ class Distillation:
 class Quantization:
     """Static INT8: symmetric weights per channel, activations per tensor.
 
-    keep_float: Parts of the network that stay in float: `head` and `tail` are the first and the last convolution.
+    keep_float: Parts that stay in float: `head` and `tail` are the first and the last convolution, `skip` the additions
+        of residuals and skips, which then read the unrounded tensors.
     """
 
     __pydantic_config__: ClassVar = STRICT
     method: Literal["minmax", "percentile", "entropy"] = "minmax"
     calibration_pictures: Annotated[int, Bound(least=8)] = 32
-    keep_float: tuple[Literal["head", "tail"], ...] = ("head", "tail")
+    keep_float: tuple[Literal["head", "tail", "skip"], ...] = ("head", "tail", "skip")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,19 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """A latency of the FP32 teacher that `edgekit baseline` recorded, perhaps on another machine: it decides nothing."""
+
+    teacher: str
+    device: str
+    height: int
+    width: int
+    arithmetic: str
+    median_us: int
+    date: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What `edgekit verify` found out about one bundle."""
 
@@ -52,7 +65,7 @@ class Report:
     rows: tuple[Row, ...]
     protocol: Mapping[str, object]
     speedup: Mapping[str, object] | None
-    baselines: tuple[Mapping[str, object], ...]
+    baselines: tuple[Recorded, ...]
     host: Mapping[str, object]
     date: str
     notes: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from edgekit.runners import qemu
 
 pytestmark = pytest.mark.emulated
 
-# argv[1]: "echo" copies the input to both outputs and exits with 7, "dot" takes one dot-product instruction, "loop" never ends.
+# argv[1]: "echo" copies the input to both outputs and exits with 7, "dot" runs a dot product, "loop" never ends.
 PROGRAM = r"""
 static long call(long number, long a, long b, long c)
 {

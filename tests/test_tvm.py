@@ -24,7 +24,6 @@ from torch import nn
 from edgekit import backends, models, target
 from edgekit.backends import Built, Source
 from edgekit.errors import EdgekitError, InputError, IntegrityError, ToolMissingError, UnsupportedError
-from edgekit.models.denoiser import Denoiser
 from edgekit.target import InputShape, Runner, Target
 
 pytest.importorskip("tvm")
@@ -217,11 +216,10 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize(("height", "width"), [(16, 32), (20, 28)], ids=["even tile", "odd tile"])
-def test_kernels_of_every_kind_are_right(tmp_path: Path, name: str, height: int, width: int) -> None:
+def test_kernels_of_every_kind_are_right(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     source = _source(NETS[name](), "net", tmp_path, channels=1, takes_sigma=False, stride=4)
-    assert _difference(source, height, width, tmp_path) < FLOAT_TOLERANCE
+    assert _difference(source, 20, 28, tmp_path) < FLOAT_TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -283,8 +281,8 @@ def test_a_cut_library_is_an_integrity_error(small_tile: Bundle, tmp_path: Path,
     cut = tmp_path / small_tile.library.name
     cut.write_bytes(small_tile.library.read_bytes()[:size])
     built = dataclasses.replace(small_tile.built, files={"artifact": cut.name})
-    with pytest.raises(IntegrityError, match=r"libedgekit_nano\.so"):
-        ((_, denoise),) = tvm.open_session(tmp_path, built, _target(32, 64))
+    ((_, denoise),) = tvm.open_session(tmp_path, built, _target(32, 64))
+    with pytest.raises(IntegrityError, match=r"libedgekit_nano\.so on qemu cortex-a76 ended with code"):
         denoise(_photograph(1, 32, 64), SIGMA)
 
 
@@ -318,7 +316,8 @@ def test_the_header_is_c_and_cpp(nano: Bundle, tmp_path: Path, language: str, st
         "int use(const float *in, float *out, void *workspace) {\n"
         "    enum { PIXELS = EDGEKIT_NANO_WIDTH * EDGEKIT_NANO_HEIGHT * EDGEKIT_NANO_CHANNELS };\n"
         "    int code = edgekit_nano_denoise_f32(in, 0.1f, out, workspace, edgekit_nano_workspace_size());\n"
-        "    return code == EDGEKIT_NANO_OK && PIXELS == 65536 && edgekit_nano_error_text(code) && edgekit_nano_version();\n"
+        "    const char *text = edgekit_nano_error_text(code), *version = edgekit_nano_version();\n"
+        "    return code == EDGEKIT_NANO_OK && PIXELS == 65536 && text && version;\n"
         "}\n"
     )
     include = nano.folder / Path(nano.built.files["header"]).parent

@@ -220,17 +220,29 @@ def _kept_float(model: openvino.Model, int8_onnx: Path) -> list[str]:
     placement = read_onnx(int8_onnx)
     kept, additions = set(float_convolutions(placement)), set(float_additions(placement))
     operators = [(o.get_friendly_name(), o.get_type_name()) for o in model.get_ordered_ops()]
-    convolutions = {name.removesuffix(_SPLIT): name for name, kind in operators if kind in _CONVOLUTIONS}
+    convolutions = {
+        alias: o.get_friendly_name()
+        for o in model.get_ordered_ops()
+        if o.get_type_name() in _CONVOLUTIONS
+        for alias in _onnx_names(o)
+    }
     if unknown := sorted(kept - set(convolutions)):
         raise IntegrityError(
             f"{int8_onnx}: its convolution '{unknown[0]}' is not in the float graph",
             remedy="quantize the float graph again",
         )
     # The last operator is called as the output, and carries the picture itself: 8 bits there would cap the quality.
-    plain = (additions | {DENOISED}) - set(convolutions)
+    additions.add(DENOISED)
     return [convolutions[name] for name in sorted(kept)] + [
-        name for name, kind in operators if kind == "Subtract" or (kind == "Add" and name in plain)
+        name for name, kind in operators if kind == "Subtract" or (kind == "Add" and name in additions)
     ]
+
+
+def _onnx_names(convolution: openvino.Node) -> set[str]:
+    """Return the names under which the ONNX file may know a convolution; its bias carries the name in some cases."""
+    behind = {port.get_node().get_friendly_name() for port in convolution.output(0).get_target_inputs()}
+    own = convolution.get_friendly_name().removesuffix(_SPLIT)
+    return {own, *behind}
 
 
 def _float_note(source: Source) -> str:

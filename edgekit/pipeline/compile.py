@@ -40,7 +40,6 @@ _ENGINE_PACKAGES = {
     "tvm": ("apache-tvm", "apache-tvm-ffi", "ziglang"),
     "coreml": ("coremltools", "torch"),
 }
-_READS_QDQ = ("onnxruntime",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,14 +202,10 @@ def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence
     teacher = _export_teacher(opened, recipe)
     bundles = {}
     for target in targets:
-        quantized = _quantized(opened, recipe, graph) if _wants_qdq(target) else None
+        quantized = _quantized(opened, recipe, graph) if target.precision == "int8" else None
         stage = _bundle(opened, recipe, graph, quantized, teacher, target, evaluation)
         bundles[target.name] = opened.root / stage.folder
     return Compiled(folder=opened.root, bundles=bundles, reused=tuple(opened.reused))
-
-
-def _wants_qdq(target: Target) -> bool:
-    return target.precision == "int8" and target.engine in _READS_QDQ
 
 
 def _quantized(opened: Run, recipe: Recipe, graph: _Graph) -> Path:
@@ -218,7 +213,12 @@ def _quantized(opened: Run, recipe: Recipe, graph: _Graph) -> Path:
         report = quantize.quantize_static(
             graph.fp32, _calibration(recipe, graph), out / "student.int8.onnx", recipe.quantization
         )
-        return asdict(report)
+        return {
+            "integer_nodes": report.integer_nodes,
+            "float_nodes": report.float_nodes,
+            "integer_macs_permille": report.integer_macs_permille,
+            "agreement_millidb": report.agreement_millidb,
+        }
 
     held_out = pictures.held_out(recipe.data)
     stage = opened.stage(
@@ -395,8 +395,8 @@ def _manifest(
         links = [teacher[1], dataclasses.replace(links[0], made_from=teacher[1].sha256), *links[1:]]
     if quantized:
         links.append(Link(kind="int8", sha256=sha256(quantized), made_from=links[-1].sha256))
-    artifact = out / built.files["artifact"]
-    links.append(Link(kind="artifact", sha256=sha256(artifact), made_from=links[-1].sha256))
+    made = bundle.combined_sha256(bundle.artifact_files(out, built.files))
+    links.append(Link(kind="artifact", sha256=made, made_from=links[-1].sha256))
     return Manifest(
         edgekit=__version__,
         target=asdict(target),

@@ -16,7 +16,7 @@ from edgekit.backends import Built, Session
 from edgekit.bundle import Manifest
 from edgekit.data.sets import PictureSet
 from edgekit.errors import InputError, ToolMissingError
-from edgekit.files import sha256, write_json
+from edgekit.files import write_json
 from edgekit.measure import host, latency, quality
 from edgekit.measure.latency import Paired, Ratio
 from edgekit.measure.quality import Array, QualityReport
@@ -24,7 +24,7 @@ from edgekit.pipeline import baseline
 from edgekit.pipeline.baseline import Baseline
 from edgekit.pipeline.compile import GOLDEN_SIDE, read_golden
 from edgekit.recipe import Budgets
-from edgekit.report import Limit, Report, Row, Verdict, overall
+from edgekit.report import Limit, Recorded, Report, Row, Verdict, overall
 from edgekit.target import Target
 
 log = logging.getLogger(__name__)
@@ -86,17 +86,16 @@ def verify(path: Path, *, settings: Settings | None = None, say: Say = log.info)
     golden = read_golden(path, str(manifest.protocol["pictures"]), _strings(manifest.protocol["files"]))
     judge = _Judge(path, manifest, golden)
 
-    rows = [judge.row("noisy input", "protocol", quality.noisy_input, None, None)]
+    rows = [judge.row("noisy input", "protocol", quality.noisy_input, None, ())]
     teacher = judge.reference("teacher FP32", "teacher.fp32.onnx", say)
     student = judge.reference("student FP32", "student.fp32.onnx", say)
     rows += [r for r in (teacher, student) if r is not None]
     sessions, missing = _open(path, built, target, settings)
+    shipped = bundle.artifact_files(path, built.files)
     artifacts = []
     for label, session in sessions:
         say(f"{target.name}: running the artifact ({label}, {session.level}) on {len(golden)} pictures")
-        artifacts.append(
-            judge.row("artifact", f"{label} ({session.level})", session, student, path / built.files["artifact"])
-        )
+        artifacts.append(judge.row("artifact", f"{label} ({session.level})", session, student, shipped))
     timing = None
     native = [s for _, s in sessions if s.level == "native"]
     if native and teacher is not None:
@@ -120,7 +119,7 @@ def verify(path: Path, *, settings: Settings | None = None, say: Say = log.info)
         rows=(*rows, *artifacts),
         protocol={**manifest.protocol, "threads": settings.threads},
         speedup=None if timing is None else {"engine": timing.engine, "shape": timing.shape, **asdict(timing.ratio)},
-        baselines=tuple(asdict(b) for b in baselines),
+        baselines=tuple(r for b in baselines for r in _recorded(b)),
         host=asdict(host.describe()),
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         notes=built.notes,
@@ -145,18 +144,18 @@ class _Judge:
         self._path, self._manifest, self._golden = path, manifest, golden
 
     def row(
-        self, name: str, how: str, denoise: Callable[[Array, float], Array], before: Row | None, file: Path | None
+        self, name: str, how: str, denoise: Callable[[Array, float], Array], before: Row | None, files: Sequence[Path]
     ) -> Row:
         """Return the quality of one denoiser."""
         found = self._quality(denoise)
         return Row(
             name=name,
             how=how,
-            sha256=sha256(file) if file else "",
+            sha256=bundle.combined_sha256(files) if files else "",
             psnr_mdb=found.psnr_mdb,
             drop_mdb=None if before is None or before.psnr_mdb is None else before.psnr_mdb - found.psnr_mdb,
             ssim_e5=found.ssim_e5,
-            size_bytes=size_bytes(file) if file else None,
+            size_bytes=size_bytes(files) if files else None,
         )
 
     def reference(self, name: str, file: str, say: Say) -> Row | None:
@@ -166,7 +165,7 @@ class _Judge:
             return None
         say(f"{self._manifest.target['name']}: running {name} on {len(self._golden)} pictures")
         session = backends.load_onnx("onnxruntime").open_onnx(path, threads=2)
-        return self.row(name, "onnxruntime (native)", session, None, path)
+        return self.row(name, "onnxruntime (native)", session, None, (path,))
 
     def _quality(self, denoise: Callable[[Array, float], Array]) -> QualityReport:
         protocol = self._manifest.protocol
@@ -177,6 +176,21 @@ class _Judge:
             seeds=tuple(int(s) for s in _strings(protocol["seeds"])),
             stride=int(str(self._manifest.model["stride"])),
         )
+
+
+def _recorded(record: Baseline) -> list[Recorded]:
+    return [
+        Recorded(
+            teacher=record.teacher,
+            device=record.device,
+            height=entry.height,
+            width=entry.width,
+            arithmetic=entry.arithmetic,
+            median_us=entry.median_us,
+            date=record.date,
+        )
+        for entry in record.latencies
+    ]
 
 
 def _open(path: Path, built: Built, target: Target, settings: Settings) -> tuple[Sequence[tuple[str, Session]], str]:
@@ -270,7 +284,7 @@ def _deployment_limits(
 ) -> list[Limit]:
     found = []
     if target.limits.size_mib is not None:
-        size = size_bytes(path / built.files["artifact"])
+        size = size_bytes(bundle.artifact_files(path, built.files))
         found.append(_at_most("size_mib", target.limits.size_mib, size / 2**20, "MiB", "the files that an app ships"))
     if target.limits.peak_memory_mib is not None:
         arena = built.facts.get("arena_bytes")
@@ -350,9 +364,10 @@ def _at_most(name: str, limit: float, found: float, unit: str, reason: str) -> L
     )
 
 
-def size_bytes(path: Path) -> int:
-    """Return the size of a file, or of all files of a folder."""
-    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+def size_bytes(files: Sequence[Path]) -> int:
+    """Return the size of files and of the files of folders."""
+    whole = [p for path in files for p in (path.rglob("*") if path.is_dir() else (path,))]
+    return sum(p.stat().st_size for p in whole if p.is_file())
 
 
 def _strings(values: object) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from edgekit.errors import EdgekitError
 from edgekit.models import weights
@@ -99,9 +100,9 @@ def train(job: Job, folder: Path, report: Callable[[Moment], None]) -> tuple[dic
     device = accelerator.device
     torch.manual_seed(settings.seed)
     learner = Learner(job.net, job.teacher, with_features=job.distillation.feature_weight > 0)
-    learner.to(device).to(memory_format=torch.channels_last).train()
+    _channels_last(learner.to(device)).train()
     if job.teacher is not None:
-        job.teacher.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        _channels_last(job.teacher.to(device)).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.peak_rate, weight_decay=settings.weight_decay)
     start = {name: t.detach().clone() for name, t in job.net.state_dict().items()}
     ema = {name: t.clone() for name, t in start.items()}
@@ -223,6 +224,12 @@ class _Clock:
 
     def sitting(self) -> float:
         return time.monotonic() - self._start
+
+
+def _channels_last(module: nn.Module) -> nn.Module:
+    """Return the module with its weights in the layout that convolutions on a CPU and on tensor cores want."""
+    made: nn.Module = convert_conv2d_weight_memory_format(module, torch.channels_last)
+    return made
 
 
 def _moment(job: Job, step: int, clock: _Clock, loss: float, psnr_db: float, processes: int) -> Moment:

@@ -1,7 +1,8 @@
 """What Android's loader and Google Play demand of a shared library, checked on the file itself.
 
-Sources: bionic's `android-changes-for-ndk-developers.md` (no text relocations from API 23 on, section headers
-wanted from 24, ELF thread-local storage from 29, DT_RELR from 30) and developer.android.com/guide/practices/page-sizes (16 KB pages).
+Sources: developer.android.com/guide/practices/page-sizes (16 KB pages) and bionic's
+`android-changes-for-ndk-developers.md`: no text relocations from API 23 on, section headers wanted from 24, ELF
+thread-local storage known from 29, DT_RELR from 30.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -69,7 +70,7 @@ class Host:
     """The host program and the library that it loads.
 
     shape: Shape of the picture that the library takes, (1, c, h, w).
-    folder: Holds the program; removed with this object.
+    folder: Holds the program `host`.
     """
 
     runner: Runner
@@ -159,8 +160,9 @@ def open_host(library: Path, built: Built, runner: Runner, folder: tempfile.Temp
     return Host(runner=runner, library=library.resolve(), prefix=match[1], shape=shape, folder=folder)
 
 
+@cache
 def host_folder() -> tempfile.TemporaryDirectory[str]:
-    """Return a new folder with the program `host`, which lives as long as the returned object."""
+    """Return the folder of the program `host`, compiled once per process and removed when the process ends."""
     log.info("compiling the program that loads the library under emulation")
     folder = tempfile.TemporaryDirectory(prefix="edgekit-host-")
     work = Path(folder.name)
