@@ -41,7 +41,7 @@ class _Ordered(click.Group):
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but results and errors.")
 @click.pass_context
 def cli(context: click.Context, verbose: bool, quiet: bool) -> None:
-    """Take a heavy image denoiser, put it on a phone, and prove that it still works.
+    r"""Take a heavy image denoiser, put it on a phone, and prove that it still works.
 
     The way through: recipe -> run folder -> target -> artifact -> verdict.
 
@@ -109,7 +109,7 @@ def _unverified_option(command: Callable[P, R]) -> Callable[P, R]:
 def distill(
     recipe_name: str, output: Path | None, overrides: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Train the recipe's student from its teacher, in a run folder that goes on where it stopped.
+    r"""Train the recipe's student from its teacher, in a run folder that goes on where it stopped.
 
     \b
     edgekit distill
@@ -128,7 +128,7 @@ def distill(
 def train(
     recipe_name: str, output: Path | None, overrides: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Train the recipe's network on clean pictures alone: a teacher, or a student without one.
+    r"""Train the recipe's network on clean pictures alone: a teacher, or a student without one.
 
     \b
     edgekit train teacher-unet --set training.max_minutes=20
@@ -176,7 +176,7 @@ def compile_(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Compile a run's student (the newest run unless told), a shipped model, an ONNX file or a torch class.
+    r"""Compile a run's student (the newest run unless told), a shipped model, an ONNX file or a torch class.
 
     \b
     edgekit compile --target android-arm64
@@ -217,7 +217,7 @@ def verify(
     allow_unverified: bool,
     as_json: bool,
 ) -> None:
-    """Run a bundle's artifact (all bundles of a run; the newest run unless told) and decide.
+    r"""Run a bundle's artifact (all bundles of a run; the newest run unless told) and decide.
 
     Exits with 0 when every limit is kept, 3 when one failed, 7 when one could not be decided here.
 
@@ -263,7 +263,7 @@ def run(
     allow_unverified: bool,
     as_json: bool,
 ) -> None:
-    """Distil, compile and verify in one.
+    r"""Distil, compile and verify in one.
 
     \b
     edgekit run quickstart -t android-arm64 -t linux-x86_64 -t ios-arm64
@@ -305,7 +305,7 @@ def run(
 @_output_option("Record [default: results/baselines/<model>-<device>.json].")
 @_json_option
 def baseline(model: str, seconds: float, output: Path | None, as_json: bool) -> None:
-    """Record the FP32 teacher on this machine's GPU, or its CPU; `verify` prints the record beside its own rows.
+    r"""Record the FP32 teacher on this machine's GPU, or its CPU; `verify` prints the record beside its own rows.
 
     \b
     edgekit baseline
@@ -359,7 +359,7 @@ def baseline(model: str, seconds: float, output: Path | None, as_json: bool) -> 
 def denoise(
     image: Path, model: str, weights: Path | None, sigma: float, add_noise: bool, output: Path | None, as_json: bool
 ) -> None:
-    """Denoise one picture.
+    r"""Denoise one picture.
 
     \b
     edgekit denoise photo.png --sigma 15
@@ -382,7 +382,7 @@ def denoise(
 def plan(
     recipe_name: str, targets: tuple[str, ...], output: Path | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    """Show what a run would do.
+    r"""Show what a run would do.
 
     \b
     edgekit plan quickstart -t android-arm64

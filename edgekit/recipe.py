@@ -87,7 +87,7 @@ class Noise:
 class Training:
     """The settings of the one training loop.
 
-    steps: Optimizer steps; the learning rate follows them. With 0, `max_minutes` alone decides and the rate follows time.
+    steps: Optimizer steps; the learning rate follows them. With 0 the rate follows time, up to `max_minutes`.
     max_minutes: Training ends at the latest then; 0 sets no limit. A run that a time limit ends is not repeatable.
     batch: Patches of one forward pass on one device. accumulate: Forward passes of one step.
     patch: Side of a patch in pixels; from `late_from` (a fraction of the run) on it is `late_patch`.

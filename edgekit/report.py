@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """A latency of the FP32 teacher that `edgekit baseline` recorded, perhaps on another machine: it decides nothing."""
+    """A latency of the FP32 teacher that `edgekit baseline` recorded, perhaps elsewhere: it decides nothing."""
 
     teacher: str
     device: str

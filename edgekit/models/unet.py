@@ -1,4 +1,4 @@
-"""The teachers: UNets of residual double convolutions, CBAM on the skips, SE in the decoder, progressive up-sampling."""
+"""The teachers: UNets of residual double convolutions, CBAM on the skips, SE in the decoder, stepwise up-sampling."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def _open(path: Path, built: Built, target: Target, settings: Settings) -> tuple
 
 
 def _time(path: Path, target: Target, artifact: Session, manifest: Manifest, settings: Settings) -> _Timing:
-    # The teacher runs in the artifact's own engine where that takes it, so that the ratio is the model's and not the engine's.
+    # The teacher runs in the artifact's own engine where it can, so that the ratio is the model's and not the engine's.
     engine: Literal["onnxruntime", "openvino"] = "openvino" if target.engine == "openvino" else "onnxruntime"
     teacher = backends.load_onnx(engine).open_onnx(path / "reference" / "teacher.fp32.onnx", threads=settings.threads)
     shape = (
