@@ -6,9 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from edgekit import config
 from edgekit.errors import InputError, IntegrityError
 from edgekit.files import json_sha256, sha256, write_json
+from edgekit.target import STRICT
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -18,6 +21,7 @@ SCHEMA_VERSION = 1
 class Link:
     """One step of the chain from the teacher to the artifact: a file's kind and hash, and the hash it was made from."""
 
+    __pydantic_config__: ClassVar = STRICT
     kind: str
     sha256: str
     made_from: str | None
@@ -32,6 +36,7 @@ class Manifest:
     chain: From the teacher to the artifact. files: Path -> sha256 of every other file of the bundle.
     """
 
+    __pydantic_config__: ClassVar = STRICT
     edgekit: str
     target: dict[str, object]
     model: dict[str, object]
@@ -76,12 +81,12 @@ def read(bundle: Path) -> Manifest:
             f"{bundle}: is not a bundle (it has no {MANIFEST})", remedy="make one: edgekit compile --target T"
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = dict(json.loads(path.read_text(encoding="utf-8")))
         if raw.pop("schema_version") != SCHEMA_VERSION or raw.pop("kind") != "edgekit-bundle":
             raise InputError(f"{path}: was written by another version of edgekit", remedy="compile it again")
-        manifest = Manifest(**(raw | {"chain": tuple(Link(**link) for link in raw["chain"])}))
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path}: damaged manifest: {error}", remedy="compile the bundle again") from error
+    manifest = config.checked(raw, Manifest, path)
     _check(bundle, manifest.files)
     return manifest
 

@@ -1,11 +1,12 @@
 """The command line. Commands import what they need when they run, so that `--help` is quick."""
 
+# ruff: noqa: D301 (the backspace is click's mark for lines that it shall not wrap)
+
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 import click
 
 from edgekit import __version__
-from edgekit.errors import INTERRUPTED, EdgekitError
+from edgekit.errors import INTERRUPTED, EdgekitError, InputError
 
 if TYPE_CHECKING:
     from edgekit.pipeline.distill import Distilled
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 JSON_SCHEMA_VERSION = 1
+BROKEN_PIPE = 141  # as the shell has it for a program that SIGPIPE ended
 
 
 class _Ordered(click.Group):
@@ -35,13 +37,23 @@ class _Ordered(click.Group):
         return list(self.commands)
 
 
+class _Finite(click.FloatRange):
+    """A range of numbers that `nan` and `inf` do not lie in."""
+
+    def convert(self, value: float, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return found
+
+
 @click.group(cls=_Ordered, context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=True)
 @click.version_option(__version__, prog_name="edgekit")
 @click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but results and errors.")
 @click.pass_context
 def cli(context: click.Context, verbose: bool, quiet: bool) -> None:
-    r"""Take a heavy image denoiser, put it on a phone, and prove that it still works.
+    """Take a heavy image denoiser, put it on a phone, and prove that it still works.
 
     The way through: recipe -> run folder -> target -> artifact -> verdict.
 
@@ -109,7 +121,7 @@ def _unverified_option(command: Callable[P, R]) -> Callable[P, R]:
 def distill(
     recipe_name: str, output: Path | None, overrides: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
 ) -> None:
-    r"""Train the recipe's student from its teacher, in a run folder that goes on where it stopped.
+    """Train the recipe's student from its teacher, in a run folder that goes on where it stopped.
 
     \b
     edgekit distill
@@ -128,7 +140,7 @@ def distill(
 def train(
     recipe_name: str, output: Path | None, overrides: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
 ) -> None:
-    r"""Train the recipe's network on clean pictures alone: a teacher, or a student without one.
+    """Train the recipe's network on clean pictures alone: a teacher, or a student without one.
 
     \b
     edgekit train teacher-unet --set training.max_minutes=20
@@ -176,7 +188,7 @@ def compile_(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    r"""Compile a run's student (the newest run unless told), a shipped model, an ONNX file or a torch class.
+    """Compile a run's student (the newest run unless told), a shipped model, an ONNX file or a torch class.
 
     \b
     edgekit compile --target android-arm64
@@ -201,9 +213,7 @@ def compile_(
 @click.option(
     "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of each engine while timed."
 )
-@click.option(
-    "--seconds", default=12.0, show_default=True, type=click.FloatRange(1), help="Time for the interleaved runs."
-)
+@click.option("--seconds", default=12.0, show_default=True, type=_Finite(1), help="Time for the interleaved runs.")
 @_output_option("Report file, of one bundle [default: <bundle>.report.json].")
 @_unverified_option
 @_json_option
@@ -217,7 +227,7 @@ def verify(
     allow_unverified: bool,
     as_json: bool,
 ) -> None:
-    r"""Run a bundle's artifact (all bundles of a run; the newest run unless told) and decide.
+    """Run a bundle's artifact (all bundles of a run; the newest run unless told) and decide.
 
     Exits with 0 when every limit is kept, 3 when one failed, 7 when one could not be decided here.
 
@@ -226,7 +236,6 @@ def verify(
     edgekit verify runs/quickstart/bundles/linux-x86_64
     """
     from edgekit import run
-    from edgekit.errors import InputError
     from edgekit.pipeline import verify as verifying
 
     paths = verifying.bundles_of(bundle or run.newest())
@@ -263,7 +272,7 @@ def run(
     allow_unverified: bool,
     as_json: bool,
 ) -> None:
-    r"""Distil, compile and verify in one.
+    """Distil, compile and verify in one.
 
     \b
     edgekit run quickstart -t android-arm64 -t linux-x86_64 -t ios-arm64
@@ -299,13 +308,11 @@ def run(
 
 @cli.command()
 @click.argument("model", default="teacher")
-@click.option(
-    "--seconds", default=10.0, show_default=True, type=click.FloatRange(0.1), help="For each shape and arithmetic."
-)
+@click.option("--seconds", default=10.0, show_default=True, type=_Finite(0.1), help="For each shape and arithmetic.")
 @_output_option("Record [default: results/baselines/<model>-<device>.json].")
 @_json_option
 def baseline(model: str, seconds: float, output: Path | None, as_json: bool) -> None:
-    r"""Record the FP32 teacher on this machine's GPU, or its CPU; `verify` prints the record beside its own rows.
+    """Record the FP32 teacher on this machine's GPU, or its CPU; `verify` prints the record beside its own rows.
 
     \b
     edgekit baseline
@@ -352,14 +359,14 @@ def baseline(model: str, seconds: float, output: Path | None, as_json: bool) -> 
     help="Bundle, run folder, shipped name, ONNX file or torch class.",
 )
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights of a package.module:Class.")
-@click.option("--sigma", default=25.0, show_default=True, type=click.FloatRange(0, 255), help="Noise level, 0 to 255.")
+@click.option("--sigma", default=25.0, show_default=True, type=_Finite(0, 255), help="Noise level, 0 to 255.")
 @click.option("--add-noise", is_flag=True, help="Add this noise first, to try the model on a clean picture.")
 @_output_option("Result [default: <image>.denoised.png].")
 @_json_option
 def denoise(
     image: Path, model: str, weights: Path | None, sigma: float, add_noise: bool, output: Path | None, as_json: bool
 ) -> None:
-    r"""Denoise one picture.
+    """Denoise one picture.
 
     \b
     edgekit denoise photo.png --sigma 15
@@ -382,7 +389,7 @@ def denoise(
 def plan(
     recipe_name: str, targets: tuple[str, ...], output: Path | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
-    r"""Show what a run would do.
+    """Show what a run would do.
 
     \b
     edgekit plan quickstart -t android-arm64
@@ -393,7 +400,11 @@ def plan(
 @cli.command()
 @_json_option
 def doctor(as_json: bool) -> None:
-    """Show which engines and tools are here, and what to install for the others."""
+    """Show which engines and tools are here, and what to install for the others.
+
+    \b
+    edgekit doctor
+    """
     from edgekit.pipeline import doctor as examining
 
     findings = examining.examine()
@@ -404,7 +415,11 @@ def doctor(as_json: bool) -> None:
 @cli.command()
 @_json_option
 def targets(as_json: bool) -> None:
-    """List the shipped targets."""
+    """List the shipped targets.
+
+    \b
+    edgekit targets
+    """
     from edgekit import target
 
     loaded = [target.load(name) for name in target.names()]
@@ -415,7 +430,11 @@ def targets(as_json: bool) -> None:
 @cli.command()
 @_json_option
 def recipes(as_json: bool) -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes.
+
+    \b
+    edgekit recipes
+    """
     from edgekit import recipe
 
     loaded = [recipe.load(name) for name in recipe.names()]
@@ -426,7 +445,11 @@ def recipes(as_json: bool) -> None:
 @cli.command()
 @_json_option
 def models(as_json: bool) -> None:
-    """List the networks, and what the shipped weights reach."""
+    """List the networks, and what the shipped weights reach.
+
+    \b
+    edgekit models
+    """
     from edgekit import models as networks
     from edgekit import zoo
 
@@ -447,7 +470,11 @@ def models(as_json: bool) -> None:
 @cli.command()
 @click.argument("kind", type=click.Choice(["recipe", "target"]))
 def schema(kind: str) -> None:
-    """Print the JSON Schema of a recipe or a target, for an editor."""
+    """Print the JSON Schema of a recipe or a target, for an editor.
+
+    \b
+    edgekit schema recipe > recipe.schema.json
+    """
     from edgekit import config
     from edgekit.recipe import Recipe
     from edgekit.target import Target
@@ -459,7 +486,11 @@ def schema(kind: str) -> None:
 @cli.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
-    """Print the lines that switch on completion: edgekit completion bash >> ~/.bashrc."""
+    """Print the lines that switch on completion in a shell.
+
+    \b
+    edgekit completion bash >> ~/.bashrc
+    """
     from click.shell_completion import get_completion_class
 
     found = get_completion_class(shell)
@@ -479,15 +510,12 @@ def main() -> None:
         error.show()
         code = 2
     except EdgekitError as error:
-        code = _failed(error, error.exit_code)
+        code = _failed(error)
     except OSError as error:
-        if error.errno == errno.EPIPE:
-            os._exit(0)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        code = _failed(
-            EdgekitError("no space is left on the disk", remedy="free some and start the same command again"), 2
-        )
+        code = _failed(_refused(error))
+    except SystemExit as error:
+        # So click and rich leave when nobody reads stdout any more; a verdict that was not read did not pass.
+        code = BROKEN_PIPE if error.code == 1 else error.code
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -496,11 +524,24 @@ def _interrupted() -> int:
     return INTERRUPTED
 
 
-def _failed(error: EdgekitError, code: int) -> int:
+def _refused(error: OSError) -> InputError:
+    """Return what the system refused as a clear line, or raise it again where it is a defect of edgekit's own."""
+    from edgekit import files
+
+    if error.errno in files.NO_SPACE:
+        return InputError("no space is left on the disk", remedy="free some and start the same command again")
+    if error.errno in files.REFUSED and error.filename:
+        return InputError(
+            f"{error.filename}: {error.strerror}", remedy="name another file, or allow access to this one"
+        )
+    raise error
+
+
+def _failed(error: EdgekitError) -> int:
     if "-v" in sys.argv or "--verbose" in sys.argv:
         logging.getLogger("edgekit").exception("traceback")
-    click.echo(f"error: {error}", err=True)
-    return code
+    click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+    return error.exit_code
 
 
 def _emit(result: object, as_json: bool, show: Callable[[], object]) -> None:

@@ -56,17 +56,15 @@ def load(path: Path, into: type[T], overrides: Sequence[str] = ()) -> T:
     """Return a YAML file as a checked `into`, with dotted overrides put in first.
 
     Raises:
-        InputError: A missing file, broken YAML, a duplicate or unknown key, a wrong type or value; one error, the first.
+        InputError: A missing file, broken YAML, a duplicate or unknown key, a wrong type or value; the first one found.
     """
     tree = _parse(path)
     for override in overrides:
         _override(tree, override)
     try:
-        return _adapter(into).validate_json(json.dumps(tree, default=str))
+        return _adapter(into).validate_json(_plain_json(path, tree))
     except ValidationError as error:
-        errors = error.errors()
-        first = next((e for e in errors if e["type"] in _UNKNOWN), errors[0])
-        raise InputError(_explain(path, tree, into, first, overrides)) from error
+        raise InputError(_explain(path, tree, into, error.errors(), overrides)) from error
 
 
 def checked(value: object, into: type[T], path: Path) -> T:
@@ -80,9 +78,7 @@ def checked(value: object, into: type[T], path: Path) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise IntegrityError(
-            f"{path}: '{key}': {first['msg']}", remedy="start the run again in another folder"
-        ) from error
+        raise IntegrityError(f"{path}: '{key}': {first['msg']}", remedy="restore the file, or make it again") from error
 
 
 def json_schema(kind: type[T]) -> dict[str, object]:
@@ -110,17 +106,25 @@ def _parse(path: Path) -> CommentedMap:
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InputError(f"{path}:{line}: broken YAML: {error.problem}") from error
-    except YAMLError as error:
+    except (YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: broken YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, CommentedMap):
         raise InputError(f"{path}:1: expected settings as 'key: value' lines")
     return tree
 
 
+def _plain_json(path: Path, tree: CommentedMap) -> str:
+    """Return the tree as JSON; what is not finite becomes text, so that no number is ever infinite or nan."""
+    try:
+        return json.dumps(json.loads(json.dumps(tree, default=str), parse_constant=str))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: holds what a settings file cannot: {error}") from error
+
+
 def _override(tree: CommentedMap, text: str) -> None:
     """Put `a.b=value` into the tree; the value is YAML."""
     name, equals, value = text.partition("=")
-    if not equals or not name:
+    if not equals or not all(name.split(".")):
         raise InputError(f"--set {text}: expected NAME=VALUE", remedy="for example --set training.steps=100")
     at: CommentedMap = tree
     *parents, last = name.split(".")
@@ -130,17 +134,19 @@ def _override(tree: CommentedMap, text: str) -> None:
         at = at[parent]
     try:
         at[last] = YAML(typ="rt").load(StringIO(value))
-    except YAMLError as error:
-        raise InputError(f"--set {text}: the value is not YAML") from error
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"--set {text}: the value is not YAML", remedy="quote it if it is text") from error
 
 
-def _explain(path: Path, tree: CommentedMap, into: type[T], error: ErrorDetails, overrides: Sequence[str]) -> str:
-    """Return one line: file, line, what is wrong, what was found, what is meant."""
-    location = tuple(part for part in error["loc"] if not _is_union_tag(part))
+def _explain(
+    path: Path, tree: CommentedMap, into: type[T], errors: Sequence[ErrorDetails], overrides: Sequence[str]
+) -> str:
+    """Return one line on the first unknown key or else the first error: place, what is wrong, found and meant."""
+    error = next((e for e in errors if e["type"] in _UNKNOWN), errors[0])
+    location = _location(error)
     dotted = ".".join(str(part) for part in location)
-    where = f"{path}:{_line(tree, location)}"
-    if any(o.partition("=")[0] == dotted for o in overrides):
-        where = f"--set {dotted}"
+    set_here = [o for o in overrides if _overlap(o.partition("=")[0], dotted)]
+    where = f"--set {set_here[-1]}" if set_here else f"{path}:{_line(tree, location)}"
     found = repr(error["input"])[:80]
     match error["type"]:
         case kind if kind in _UNKNOWN:
@@ -149,8 +155,18 @@ def _explain(path: Path, tree: CommentedMap, into: type[T], error: ErrorDetails,
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{where}: key '{dotted}' is missing; add it"
         case _:
-            message = error["msg"].replace("Input should be", "expected")
-            return f"{where}: '{dotted}' is {found}; {message}"
+            same = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in errors if _location(e) == location)
+            expected = "expected " if error["msg"].startswith("Input should be") else ""
+            return f"{where}: '{dotted}' is {found}; {expected}{' or '.join(same)}"
+
+
+def _location(error: ErrorDetails) -> Location:
+    return tuple(part for part in error["loc"] if not _is_union_tag(part))
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Return whether one of two dotted names is the other or lies inside it."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _is_union_tag(part: str | int) -> bool:
@@ -161,12 +177,13 @@ def _line(tree: CommentedMap, location: Location) -> int:
     """Return the line of a key or item, or of the nearest thing around it that has one; from 1."""
     line, at = 1, tree
     for part in location:
-        if isinstance(at, CommentedMap) and part in at:
-            marks = at.lc.data.get(part)
-        elif isinstance(at, CommentedSeq) and isinstance(part, int) and part < len(at):
-            marks = at.lc.data.get(part)
-        else:
+        known = (isinstance(at, CommentedMap) and part in at) or (
+            isinstance(at, CommentedSeq) and isinstance(part, int) and part < len(at)
+        )
+        if not known:
             break
+        # What an override put in has no lines.
+        marks = at.lc.data.get(part) if at.lc.data else None
         line = marks[0] + 1 if marks else line
         at = at[part]
     return line

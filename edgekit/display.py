@@ -12,15 +12,16 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from edgekit.pipeline.distill import Distilled
-    from edgekit.report import Report
+    from edgekit.report import Report, Verdict
     from edgekit.training.loop import Moment
 
 log = logging.getLogger("edgekit")
 _LINE_SECONDS = 10.0
-_VERDICT = {"pass": "[green]pass[/]", "fail": "[red]fail[/]", "incomplete": "[yellow]incomplete[/]"}
+_COLOURS = {"pass": "green", "fail": "red", "incomplete": "yellow"}
 
 
 @contextmanager
@@ -64,7 +65,7 @@ def print_distilled(result: Distilled) -> None:
     shown = [(name, f"{mdb / 1000:.3f}") for name, mdb in rows if mdb is not None]
     print_table(f"{result.folder}: evaluation pictures", ("what", "PSNR dB"), shown)
     if result.teacher_refused:
-        _console().print(f"note: {result.teacher_refused}", style="yellow", highlight=False)
+        _console().print(Text(f"note: {result.teacher_refused}", style="yellow"))
     if result.kept == "start":
         _console().print("note: training did not better the starting weights, which were kept", style="yellow")
 
@@ -98,17 +99,22 @@ def print_report(report: Report) -> None:
     ]
     header = ("what", "how", "PSNR dB", "drop dB", "SSIM", "ms", "MiB")
     print_table(f"{report.target}: {report.model}", header, rows)
-    limits = [(x.name, x.limit, x.measured, _VERDICT[x.verdict], x.reason) for x in report.limits]
+    limits = [(x.name, x.limit, x.measured, _coloured(x.verdict), x.reason) for x in report.limits]
     print_table("", ("limit", "asked", "measured", "verdict", "why"), limits)
-    _console().print(f"{report.target}: {_VERDICT[report.verdict]}\n", highlight=False)
+    _console().print(Text(f"{report.target}: ") + _coloured(report.verdict) + Text("\n"))
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout."""
-    table = Table(*header, title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
+    """Print a table on stdout; text is shown as it is, brackets too."""
+    shown = Text(title, style="table.title") if title else None
+    table = Table(*header, title=shown, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     _console().print(table)
+
+
+def _coloured(verdict: Verdict) -> Text:
+    return Text(verdict, style=_COLOURS[verdict])
 
 
 def _console() -> Console:

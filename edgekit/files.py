@@ -6,15 +6,36 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgekit.errors import InputError
+from edgekit.errors import EdgekitError, InputError
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+REFUSED = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.EIO,
+    }
+)
+# Rust's, C++'s and numpy's words for a full disk, which come without a number.
+_NO_SPACE_TEXT = re.compile(
+    "|".join((*(re.escape(os.strerror(number)) for number in sorted(NO_SPACE)), r"\d requested and \d+ written"))
+)
 
 
 @contextmanager
@@ -22,20 +43,23 @@ def storage_errors(path: Path) -> Iterator[None]:
     """Turn what the disk refuses into one clear line; nothing that was there before is lost.
 
     Raises:
-        InputError: The disk is full, or the folder cannot be written to.
+        InputError: The disk or the quota is full, or the folder cannot be written to.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except EdgekitError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in NO_SPACE or _NO_SPACE_TEXT.search(str(error)):
             free = shutil.disk_usage(_existing(path)).free // 2**20
             raise InputError(
-                f"{path}: no space is left on the disk ({free} MiB free)",
+                f"{path}: no space is left on the disk for it ({free} MiB free without it)",
                 remedy="free some and start the same command again, it goes on where it stopped",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if isinstance(error, OSError) and number in REFUSED:
             raise InputError(
-                f"{path}: cannot be written: {error.strerror}", remedy="choose another folder with -o"
+                f"{path}: cannot be written: {error.strerror}", remedy="choose another place with -o"
             ) from error
         raise
 
@@ -50,6 +74,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as handle:
                 os.fsync(handle.fileno())
+            temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -63,7 +88,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
             yield temporary
-            temporary.chmod(0o755)
+            temporary.chmod(0o777 & ~_umask())
             if path.exists():
                 shutil.rmtree(path)
             temporary.rename(path)
@@ -93,6 +118,13 @@ def sha256(path: Path) -> str:
 def json_sha256(value: object) -> str:
     """Return the SHA-256 of a value's canonical JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _umask() -> int:
+    """Return the bits that new files shall not have; temporary files and safetensors' are the owner's alone."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _existing(path: Path) -> Path:

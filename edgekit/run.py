@@ -23,6 +23,7 @@ from edgekit.files import atomic_folder, json_sha256, sha256, storage_errors, wr
 log = logging.getLogger(__name__)
 RUNS = Path("runs")
 _RECORD, _MEASURED, _LOCK = "run.json", "measured.json", "lock"
+_SCHEMA_VERSION = 1
 Facts = Mapping[str, object]
 
 
@@ -68,7 +69,8 @@ class Run:
         """Return a stage's record; `work` fills its folder if it is not there already, made from the same things.
 
         Args:
-            name: Name of the stage. number: Its place in the folder's order.
+            name: Name of the stage.
+            number: Its place in the folder's order; 0 for a folder without one.
             inputs: Label -> sha256 of what it is made from.
             settings: Everything else that decides the result.
             code: Sub-packages or modules of edgekit whose source decides the result.
@@ -81,7 +83,7 @@ class Run:
         tools = versions(packages)
         key = json_sha256([name, dict(inputs), dict(settings), code_sha256(tuple(code)), tools])
         if (known := self._stages.get(name)) and known.key == key and (self.root / known.folder).is_dir():
-            self._check(known)
+            _check(self.root, known)
             self.reused.append(name)
             log.info("%s: re-used", name)
             return known
@@ -121,7 +123,10 @@ class Run:
     def measure(self, name: str, figures: Mapping[str, object]) -> None:
         """Record what differs from run to run (dates, seconds) beside the run, not in its record."""
         path = self.root / _MEASURED
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            known = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        except (ValueError, TypeError) as error:
+            raise IntegrityError(f"{path}: damaged: {error}", remedy="delete it; it decides nothing") from error
         stamp = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         write_json(path, known | {name: stamp | dict(figures)})
 
@@ -129,25 +134,15 @@ class Run:
         """Return the finished stages by name."""
         return dict(self._stages)
 
-    def _check(self, stage: Stage) -> None:
-        for name, recorded in stage.files.items():
-            path = self.root / name
-            if not path.is_file() or sha256(path) != recorded:
-                state = "changed" if path.is_file() else "is missing"
-                raise IntegrityError(
-                    f"{path}: {state} since stage '{stage.name}' wrote it",
-                    remedy=f"restore it, or delete {self.root / stage.folder} to make it again",
-                )
-
     def _write(self) -> None:
         stages = [dataclasses.asdict(s) for s in sorted(self._stages.values(), key=lambda s: s.folder)]
         write_json(
             self.root / _RECORD,
-            {"schema_version": 1, "edgekit": __version__, "identity": self._identity, "stages": stages},
+            {"schema_version": _SCHEMA_VERSION, "edgekit": __version__, "identity": self._identity, "stages": stages},
         )
 
     def _load(self) -> None:
-        self._stages = {s.name: s for s in read_stages(self.root)}
+        self._stages = {s.name: s for s in _read(self.root)[1]}
 
 
 @contextmanager
@@ -160,12 +155,15 @@ def open_run(root: Path, identity: Mapping[str, object] | None, *, overwrite: bo
         overwrite: Replace another run that is there.
 
     Raises:
-        InputError: The folder is held by another process, belongs to another run, or is no run folder.
+        InputError: The folder is held by another process, belongs to another run, or is no run folder; the last is
+            found out before anything is written to it.
         IntegrityError: The run's record is damaged.
     """
+    if identity is None:
+        _read(root)
     with storage_errors(root):
         root.mkdir(parents=True, exist_ok=True)
-        strangers = sorted(p for p in root.iterdir() if p.name != _LOCK and not p.name.endswith(".tmp"))
+        _refuse_strangers(root)
     with _lock(root):
         _sweep(root)
         if (root / _RECORD).exists():
@@ -181,23 +179,26 @@ def open_run(root: Path, identity: Mapping[str, object] | None, *, overwrite: bo
                     remedy="choose another folder with -o, or replace it with --overwrite",
                 )
             _empty(root)
-        elif strangers:
-            raise InputError(
-                f"{root}: is not a run folder, and not empty (found '{strangers[0].name}')",
-                remedy="choose another folder with -o",
-            )
         run = Run(root, identity or {})
         run._write()
         yield run
 
 
-def read_stages(root: Path) -> list[Stage]:
-    """Return the finished stages of a run folder, in their order.
+def read_stages(root: Path, *, check: bool = True) -> list[Stage]:
+    """Return the finished stages of a run folder, in their order; one whose folder was deleted is not finished.
+
+    Args:
+        root: The run folder.
+        check: Compare every file with its record; without it, what is returned may not be used, only shown.
 
     Raises:
-        InputError: The folder is no run folder. IntegrityError: Its record is damaged.
+        InputError: The folder is no run folder.
+        IntegrityError: Its record is damaged, or a file of a stage changed or is missing.
     """
-    return _read(root)[1]
+    stages = [stage for stage in _read(root)[1] if (root / stage.folder).is_dir()]
+    for stage in stages if check else ():
+        _check(root, stage)
+    return stages
 
 
 def read_identity(root: Path) -> dict[str, object]:
@@ -211,7 +212,11 @@ def _read(root: Path) -> tuple[dict[str, object], list[Stage]]:
         raise InputError(f"{root}: is not a run folder (it has no {_RECORD})", remedy="start one: edgekit distill")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record["identity"], [Stage(**stage) for stage in record["stages"]]
+        if record["schema_version"] != _SCHEMA_VERSION:
+            raise InputError(f"{path}: was written by another version of edgekit", remedy="choose another folder")
+        return dict(record["identity"]), [
+            Stage(**(stage | {"files": dict(stage["files"])})) for stage in record["stages"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
             f"{path}: damaged record: {error}", remedy="start the run again in another folder"
@@ -237,7 +242,9 @@ def code_sha256(modules: tuple[str, ...]) -> str:
     files: list[Path] = []
     for module in modules:
         path = package / module
-        files += sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+        # Templates and C sources decide what is written as much as Python does.
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and p.parent.name != "__pycache__")
+        files += inside if path.is_dir() else [path.with_suffix(".py")]
     return json_sha256([sha256(f) for f in files])
 
 
@@ -289,6 +296,27 @@ def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
+def _check(root: Path, stage: Stage) -> None:
+    for name, recorded in stage.files.items():
+        path = root / name
+        if not path.is_file() or sha256(path) != recorded:
+            state = "changed" if path.is_file() else "is missing"
+            raise IntegrityError(
+                f"{path}: {state} since stage '{stage.name}' wrote it",
+                remedy=f"restore it, or delete {root / stage.folder} to make it again",
+            )
+
+
+def _refuse_strangers(root: Path) -> None:
+    """Raise InputError for a folder that holds something and is no run; what a killed process left does not count."""
+    strangers = sorted(p.name for p in root.iterdir() if p.name != _LOCK and not p.match(".*.tmp"))
+    if strangers and _RECORD not in strangers:
+        raise InputError(
+            f"{root}: is not a run folder, and not empty (found '{strangers[0]}')",
+            remedy="choose another folder with -o",
+        )
+
+
 def _sweep(root: Path) -> None:
     """Remove what a killed process left half written."""
     for path in (*root.glob(".*.tmp"), *root.glob("*/.*.tmp")):
@@ -299,7 +327,8 @@ def _sweep(root: Path) -> None:
 
 
 def _empty(root: Path) -> None:
-    for path in root.iterdir():
+    # The record goes last: without it, what is left would be nobody's.
+    for path in sorted(root.iterdir(), key=lambda p: p.name == _RECORD):
         if path.name == _LOCK:
             continue
         if path.is_dir():

@@ -24,6 +24,7 @@ _BUILDERS: dict[str, Callable[..., Denoiser]] = {
     "control": PlainUnet,
     "dncnn": DnCnn,
 }
+_VALUES: dict[str, tuple[Option, ...]] = {"activation": ("relu", "hardswish"), "channels": (1, 3)}
 _SHAPE = {"widths", "encoder", "decoder", "expansion"}
 
 
@@ -46,7 +47,7 @@ def create(name: str, given: Mapping[str, Option] | None = None) -> Denoiser:
         given: Options that differ from the defaults, see `options()`.
 
     Raises:
-        InputError: Unknown name or option, or a value of the wrong type.
+        InputError: Unknown name or option, or a value of the wrong type or that the option does not know.
     """
     known = options(name)
     for key, value in (given or {}).items():
@@ -54,10 +55,9 @@ def create(name: str, given: Mapping[str, Option] | None = None) -> Denoiser:
             raise InputError(f"model '{name}' has no option '{key}'; {nearest(key, known)}")
         if type(value) is not type(known[key]):
             raise InputError(f"model '{name}': option '{key}' is {value!r}, expected {type(known[key]).__name__}")
-    if (given or {}).get("activation", "relu") not in ("relu", "hardswish"):
-        raise InputError(
-            f"model '{name}': option 'activation' is {(given or {})['activation']!r}; known: relu, hardswish"
-        )
+        if key in _VALUES and value not in _VALUES[key]:
+            choices = ", ".join(str(v) for v in _VALUES[key])
+            raise InputError(f"model '{name}': option '{key}' is {value!r}; known: {choices}")
     return _builder(name)(**(given or {}))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,7 +34,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file", remedy="name a .safetensors file of weights")
-    if path.suffix in _PICKLES:
+    if path.suffix.lower() in _PICKLES:
         return _read_checkpoint(path)
     try:
         return dict(load_file(path))
@@ -68,15 +70,23 @@ def load_into(net: nn.Module, path: Path) -> None:
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     import pickle
 
+    damaged = IntegrityError(
+        f"{path}: damaged or truncated checkpoint, or none at all", remedy="copy or train it again"
+    )
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # torch says the same of a broken file and of one that names a class; a pickle begins with 0x80.
+        if "GLOBAL" not in str(error) and path.read_bytes()[:1] != b"\x80":
+            raise damaged from error
         raise InputError(
             f"{path}: holds more than tensors, and loading it could run code",
             remedy="save its state_dict() with safetensors and name that file",
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise IntegrityError(f"{path}: damaged or truncated checkpoint", remedy="copy or train it again") from error
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
+        raise damaged from error
+    if not isinstance(loaded, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in loaded.items()):
         raise InputError(f"{path}: is not a state_dict", remedy="save the network's state_dict()")
     return loaded

@@ -59,9 +59,9 @@ class Baseline:
     packages: Mapping[str, str]
     date: str
 
-    def psnr_mdb(self, pictures: PictureSet) -> int | None:
-        """Return the recorded PSNR on these very pictures; None if it was not measured on them."""
-        return self.quality.get(sets.digest(pictures))
+    def psnr_mdb(self, pictures: PictureSet, sigma255: float) -> int | None:
+        """Return the recorded PSNR on these very pictures at this noise; None if it was not measured so."""
+        return self.quality.get(sets.digest(pictures)) if sigma255 == self.sigma255 else None
 
 
 def measure(
@@ -97,7 +97,7 @@ def measure(
     measured = {}
     for chosen in pictures:
         say(f"{teacher.name}: PSNR on {chosen.name}")
-        denoise = networks.as_function(net, device)
+        denoise = networks.as_function(net)
         measured[sets.digest(chosen)] = quality.evaluate(denoise, chosen, sigma255=sigma255, stride=net.stride).psnr_mdb
     net.to("cpu")
     machine = host.describe()

@@ -53,7 +53,10 @@ class Compiled:
 
 @dataclass(frozen=True, kw_only=True)
 class _Graph:
-    """The student as graphs, with its interface; network is None when it came as an ONNX file."""
+    """The student as graphs, with its interface.
+
+    network: None when it came as an ONNX file. taught: Whether the recipe's teacher taught it in this run.
+    """
 
     name: str
     network: Network | None
@@ -62,6 +65,7 @@ class _Graph:
     takes_sigma: bool
     stride: int
     links: tuple[Link, ...]
+    taught: bool = False
 
 
 def compile_model(
@@ -168,6 +172,7 @@ def _to_graph(opened: Run, network: Network) -> _Graph:
     folded = Link(kind="fused", sha256=opened.sha256(fused, "fused.safetensors"), made_from=student.sha256)
     onnx = Link(kind="onnx", sha256=opened.sha256(exported, "student.onnx"), made_from=folded.sha256)
     stage, simplified = _simplified(opened, opened.file(exported, "student.onnx"), onnx)
+    trained = opened.stages().get("student")
     return _Graph(
         name=network.name,
         network=network,
@@ -176,6 +181,7 @@ def _to_graph(opened: Run, network: Network) -> _Graph:
         takes_sigma=net.takes_sigma,
         stride=net.stride,
         links=(student, folded, onnx, simplified),
+        taught=trained is not None and "teacher" in trained.inputs and not trained.facts["teacher_refused"],
     )
 
 
@@ -392,7 +398,8 @@ def _manifest(
     field = receptive_field(loaded)
     links = list(graph.links)
     if teacher:
-        links = [teacher[1], dataclasses.replace(links[0], made_from=teacher[1].sha256), *links[1:]]
+        links[0] = dataclasses.replace(links[0], made_from=teacher[1].sha256 if graph.taught else None)
+        links.insert(0, teacher[1])
     if quantized:
         links.append(Link(kind="int8", sha256=sha256(quantized), made_from=links[-1].sha256))
     made = bundle.combined_sha256(bundle.artifact_files(out, built.files))

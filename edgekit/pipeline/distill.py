@@ -90,11 +90,13 @@ def train_student(opened: Run, recipe: Recipe, *, progress: Progress, alone: boo
             )
     chosen = pictures.load(recipe.data)
     listed = _list_pictures(opened, chosen)
+    inputs = {"pictures": opened.sha256(listed, "pictures.json")} | {
+        role: n.sha256 for role, n in (("start", start), ("teacher", teacher)) if n is not None
+    }
     stage = opened.stage(
         "student",
         number=2,
-        inputs={"pictures": opened.sha256(listed, "pictures.json")}
-        | {role: n.sha256 for role, n in (("start", start), ("teacher", teacher)) if n is not None},
+        inputs=inputs,
         settings={
             key: value
             for key, value in asdict(recipe).items()
@@ -103,7 +105,7 @@ def train_student(opened: Run, recipe: Recipe, *, progress: Progress, alone: boo
         | {"threads": torch.get_num_threads(), "device": "cuda" if torch.cuda.is_available() else "cpu"},
         code=_CODE,
         packages=_PACKAGES,
-        work=lambda out: _train(opened, recipe, chosen, start, teacher, out, progress),
+        work=lambda out: _train(opened, recipe, chosen, start, teacher, inputs, out, progress),
     )
     shutil.rmtree(opened.root / _STATE, ignore_errors=True)
     return _distilled(opened, stage)
@@ -126,6 +128,7 @@ def _train(
     chosen: Pictures,
     start: Network | None,
     teacher: Network | None,
+    inputs: Mapping[str, str],
     out: Path,
     progress: Progress,
 ) -> Mapping[str, object]:
@@ -139,9 +142,15 @@ def _train(
         found = quality.evaluate(networks.as_function(network), on, sigma255=sigma255, stride=network.stride)
         return found.psnr_mdb
 
+    def noisy_mdb(on: PictureSet) -> int:
+        return quality.evaluate(quality.noisy_input, on, sigma255=sigma255).psnr_mdb
+
     start_mdb = psnr_mdb(start.net, chosen.evaluation) if start else None
     teacher_mdb = psnr_mdb(teacher.net, chosen.evaluation) if teacher else None
-    refused = _refusal(teacher, start, lambda n: psnr_mdb(n, chosen.held_out))
+    refused = ""
+    if teacher is not None:
+        rival = psnr_mdb(start.net, chosen.held_out) if start else noisy_mdb(chosen.held_out)
+        refused = _refusal(teacher, start, psnr_mdb(teacher.net, chosen.held_out), rival)
     if refused:
         log.warning("%s", refused)
     values, outcome = loop.train(
@@ -153,13 +162,25 @@ def _train(
             training=recipe.training,
             distillation=recipe.distillation,
             validate=lambda network: psnr_mdb(network, chosen.held_out) / 1000,
-            identity=json_sha256([asdict(recipe), chosen.digests(), run.code_sha256(_CODE), torch.get_num_threads()]),
+            identity=json_sha256(
+                [
+                    asdict(recipe),
+                    inputs,
+                    run.code_sha256(_CODE),
+                    run.versions(_PACKAGES),
+                    torch.get_num_threads(),
+                    torch.cuda.is_available(),
+                ]
+            ),
         ),
         opened.root / _STATE,
         progress,
     )
     loop.save_weights(values, out / networks.WEIGHTS)
-    networks.describe(out, made.model, start.options if start else options)
+    if start:
+        networks.describe(out, start.model, start.options)
+    else:
+        networks.describe(out, made.model, options)
     net.load_state_dict(values)
     net.to("cpu").eval()
     opened.measure("training", {"seconds": round(outcome.seconds, 1), "images": outcome.images})
@@ -169,7 +190,7 @@ def _train(
         "kept": outcome.kept,
         "held_out_start_mdb": round(1000 * outcome.start_psnr_db),
         "held_out_trained_mdb": round(1000 * outcome.psnr_db),
-        "noisy_mdb": quality.evaluate(quality.noisy_input, chosen.evaluation, sigma255=sigma255).psnr_mdb,
+        "noisy_mdb": noisy_mdb(chosen.evaluation),
         "nlm_mdb": quality.evaluate(quality.nlm, chosen.evaluation, sigma255=sigma255).psnr_mdb,
         "start_mdb": start_mdb,
         "student_mdb": psnr_mdb(net, chosen.evaluation),
@@ -178,16 +199,17 @@ def _train(
     }
 
 
-def _refusal(teacher: Network | None, start: Network | None, held_out_mdb: Callable[[Denoiser], int]) -> str:
-    """Return why the teacher cannot teach this student; empty when it can."""
-    if teacher is None or start is None:
+def _refusal(teacher: Network, start: Network | None, its_mdb: int, rival_mdb: int) -> str:
+    """Return why the teacher cannot teach this student; empty when it can.
+
+    It has to beat the student's starting weights on the held-out pictures, or the noisy input where they are random.
+    """
+    if its_mdb > rival_mdb:
         return ""
-    its, mine = held_out_mdb(teacher.net), held_out_mdb(start.net)
-    if its > mine:
-        return ""
+    rival = f"its student '{start.name}' before training" if start else "the noisy input"
     return (
-        f"teacher '{teacher.name}' is refused: it reaches {its / 1000:.2f} dB on the held-out pictures, its student "
-        f"'{start.name}' {mine / 1000:.2f} dB before training; the student learns from the clean pictures alone"
+        f"teacher '{teacher.name}' is refused: it reaches {its_mdb / 1000:.2f} dB on the held-out pictures, {rival} "
+        f"{rival_mdb / 1000:.2f} dB; the student learns from the clean pictures alone"
     )
 
 

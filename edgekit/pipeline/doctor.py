@@ -7,7 +7,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 
-from edgekit import backends, target
+from edgekit import backends
 from edgekit.measure import host
 
 _MODULES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tvm": "tvm", "coreml": "coremltools"}
@@ -69,9 +69,3 @@ def examine() -> list[Finding]:
         )
     )
     return findings
-
-
-def ready(findings: list[Finding]) -> dict[str, bool]:
-    """Return target -> whether its engine is installed."""
-    there = {finding.name for finding in findings if finding.found}
-    return {name: target.load(name).engine in there for name in target.names()}

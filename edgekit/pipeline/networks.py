@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,13 @@ _DESCRIPTION = "network.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A torch network with its weights, in eval mode. sha256: Of the weights file."""
+    """A torch network with its weights, in eval mode. model: Its name among `models`, empty for a user's own class.
+
+    sha256: Of the weights file.
+    """
 
     name: str
+    model: str
     net: Denoiser
     options: Mapping[str, models.Option]
     weights: Path
@@ -118,6 +123,9 @@ def from_class(name: str, path: Path | None) -> Network:
     module, _, attribute = name.partition(":")
     if path is None:
         raise InputError(f"'{name}' needs its weights", remedy="add --weights FILE.safetensors")
+    # The console script's own folder stands on the path, not the one that the user's network lies in.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
     try:
         made = getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError, TypeError) as error:
@@ -128,7 +136,7 @@ def from_class(name: str, path: Path | None) -> Network:
         raise InputError(f"'{name}' is a {type(made).__name__}, not a torch.nn.Module")
     net = made if isinstance(made, Denoiser) else _adapt(made)
     weights.load_into(made, path)
-    return Network(name=attribute.lower(), net=net.eval(), options={}, weights=path, sha256=sha256(path))
+    return Network(name=attribute.lower(), model="", net=net.eval(), options={}, weights=path, sha256=sha256(path))
 
 
 def _adapt(made: nn.Module) -> Foreign:
@@ -145,14 +153,15 @@ def _adapt(made: nn.Module) -> Foreign:
 def _load(name: str, model: str, options: Mapping[str, models.Option], path: Path) -> Network:
     net = models.create(model, options)
     weights.load_into(net, path)
-    return Network(name=name, net=net.eval(), options=dict(options), weights=path, sha256=sha256(path))
+    return Network(name=name, model=model, net=net.eval(), options=dict(options), weights=path, sha256=sha256(path))
 
 
-def as_function(net: Denoiser, device: str = "cpu") -> Callable[[Array, float], Array]:
-    """Return a network as a function of arrays: noisy (1, c, h, w) and sigma on the scale [0, 1]."""
+def as_function(net: Denoiser) -> Callable[[Array, float], Array]:
+    """Return a network, wherever it lies, as a function of arrays: noisy (1, c, h, w), sigma on the scale [0, 1]."""
 
     @torch.no_grad()
     def denoise(noisy: Array, sigma: float) -> Array:
+        device = next(net.parameters()).device
         level = torch.full((1, 1, 1, 1), sigma, device=device) if net.takes_sigma else None
         denoised: Array = net(torch.from_numpy(noisy).to(device), level).cpu().numpy()
         return denoised

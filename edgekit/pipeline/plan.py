@@ -26,8 +26,10 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: Path | None = None) 
     """Return the steps of a recipe for its targets in their order; nothing is written.
 
     Raises:
-        InputError: Unknown model or option.
+        InputError: Unknown model or option. IntegrityError: The folder's record is damaged.
     """
+    if recipe.teacher:
+        models.options(recipe.teacher.model)
     root = folder or run.RUNS / recipe.name
     made = _made(root)
     steps = [
@@ -35,14 +37,14 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: Path | None = None) 
         Step(name="student", what=_student(recipe), state=_state("student", made)),
         *(Step(name=n, what=w, state=_state(n, made)) for n, w in _COMPRESSION),
     ]
-    ready = doctor.ready(doctor.examine())
+    found = {finding.name for finding in doctor.examine() if finding.found}
     for target in targets:
         name = f"bundles/{target.name}"
         what = (
             f"{target.engine}, {target.precision}, verified by: {' '.join((target.runner.kind, *target.runner.cpus))}"
         )
-        missing = not ready.get(target.name, True)
-        steps.append(Step(name=name, what=what, state="blocked" if missing else _state(name, made)))
+        state = _state(name, made) if target.engine in found else "blocked"
+        steps.append(Step(name=name, what=what, state=state))
     return steps
 
 
@@ -69,7 +71,7 @@ def _pictures(recipe: Recipe) -> str:
 
 def _made(root: Path) -> set[str]:
     try:
-        return {stage.name for stage in run.read_stages(root)}
+        return {stage.name for stage in run.read_stages(root, check=False)}
     except InputError:
         return set()
 

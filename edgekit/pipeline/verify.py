@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,8 +16,9 @@ from edgekit import backends, bundle, config
 from edgekit.backends import Built, Session
 from edgekit.bundle import Manifest
 from edgekit.data.sets import PictureSet
-from edgekit.errors import InputError, ToolMissingError
+from edgekit.errors import InputError, IntegrityError, ToolMissingError
 from edgekit.files import write_json
+from edgekit.graph.reference import agreement_db
 from edgekit.measure import host, latency, quality
 from edgekit.measure.latency import Paired, Ratio
 from edgekit.measure.quality import Array, QualityReport
@@ -30,6 +32,8 @@ from edgekit.target import Target
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 _MIN_PAIRS = 8
+# Far below what another kind of processor changes in the last bits, far above what another network gives.
+_GOLDEN_DB = 40.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +96,12 @@ def verify(path: Path, *, settings: Settings | None = None, say: Say = log.info)
     rows += [r for r in (teacher, student) if r is not None]
     sessions, missing = _open(path, built, target, settings)
     shipped = bundle.artifact_files(path, built.files)
-    artifacts = []
+    artifacts, agreements = [], []
     for label, session in sessions:
         say(f"{target.name}: running the artifact ({label}, {session.level}) on {len(golden)} pictures")
-        artifacts.append(judge.row("artifact", f"{label} ({session.level})", session, student, shipped))
+        how, outputs = f"{label} ({session.level})", list[Array]()
+        artifacts.append(judge.row("artifact", how, _keeping(session, outputs), student, shipped))
+        agreements.append((how, judge.agreement_db(outputs)))
     timing = None
     native = [s for _, s in sessions if s.level == "native"]
     if native and teacher is not None:
@@ -109,6 +115,7 @@ def verify(path: Path, *, settings: Settings | None = None, say: Say = log.info)
     limits = [
         _student_limit(manifest, budgets, teacher, student, golden, baselines),
         *_artifact_limits(budgets, student, artifacts, missing),
+        *_golden_limits(agreements, missing),
         *_deployment_limits(target, built, path, timing, [s.level for _, s in sessions], missing),
     ]
     return Report(
@@ -167,6 +174,25 @@ class _Judge:
         session = backends.load_onnx("onnxruntime").open_onnx(path, threads=2)
         return self.row(name, "onnxruntime (native)", session, None, (path,))
 
+    def agreement_db(self, outputs: Sequence[Array]) -> float | None:
+        """Return the least agreement of outputs with the golden ones; None where the bundle has none.
+
+        Args:
+            outputs: One (1, c, h, w) for each golden picture and seed, in the order in which `row` asks for them.
+        """
+        seeds = len(_strings(self._manifest.protocol["seeds"]))
+        files = [self._path / "golden" / f"{picture.name}.denoised.f32" for picture in self._golden]
+        if not all(file.is_file() for file in files):
+            return None
+        found = []
+        # The golden outputs are of the first seed.
+        for file, output in zip(files, outputs[::seeds], strict=True):
+            recorded = np.fromfile(file, "<f4")
+            if recorded.size != output.size:
+                raise IntegrityError(f"{file}: holds {recorded.size} numbers, not {output.size}")
+            found.append(agreement_db(output.ravel(), recorded))
+        return min(found, key=lambda db: -math.inf if math.isnan(db) else db)
+
     def _quality(self, denoise: Callable[[Array, float], Array]) -> QualityReport:
         protocol = self._manifest.protocol
         return quality.evaluate(
@@ -176,6 +202,16 @@ class _Judge:
             seeds=tuple(int(s) for s in _strings(protocol["seeds"])),
             stride=int(str(self._manifest.model["stride"])),
         )
+
+
+def _keeping(session: Session, outputs: list[Array]) -> Callable[[Array, float], Array]:
+    """Return the session as a function that appends whatever comes out to `outputs`."""
+
+    def denoise(noisy: Array, sigma: float) -> Array:
+        outputs.append(session(noisy, sigma))
+        return outputs[-1]
+
+    return denoise
 
 
 def _recorded(record: Baseline) -> list[Recorded]:
@@ -238,8 +274,10 @@ def _student_limit(
 ) -> Limit:
     limit = f"at most {budgets.student_drop_db:.3f} dB"
     hashes = {link.sha256 for link in manifest.chain if link.kind == "teacher"}
-    recorded = [b for b in baselines if b.teacher_sha256 in hashes and b.psnr_mdb(golden) is not None]
-    best = recorded[-1].psnr_mdb(golden) if recorded else teacher.psnr_mdb if teacher else None
+    sigma255, seeds = float(str(manifest.protocol["sigma255"])), _strings(manifest.protocol["seeds"])
+    same = [b for b in baselines if b.teacher_sha256 in hashes] if seeds == ["0"] else []
+    recorded = [b for b in same if b.psnr_mdb(golden, sigma255) is not None]
+    best = recorded[-1].psnr_mdb(golden, sigma255) if recorded else teacher.psnr_mdb if teacher else None
     if best is None or student is None or student.psnr_mdb is None:
         return Limit(
             name="student_drop_db",
@@ -276,6 +314,21 @@ def _artifact_limits(budgets: Budgets, student: Row | None, artifacts: Sequence[
                 reason=row.how,
             )
         )
+    return found
+
+
+def _golden_limits(agreements: Sequence[tuple[str, float | None]], missing: str) -> list[Limit]:
+    name, limit = "golden_outputs", f"at least {_GOLDEN_DB:g} dB alike"
+    if missing or not agreements:
+        return [_not_run(name, limit, missing)]
+    found = []
+    for how, agreement in agreements:
+        if agreement is None:
+            found.append(_not_run(name, limit, "the bundle records no outputs"))
+            continue
+        verdict: Verdict = "pass" if agreement >= _GOLDEN_DB else "fail"
+        measured = "equal" if agreement == math.inf else f"{agreement:.1f} dB"
+        found.append(Limit(name=name, limit=limit, measured=measured, verdict=verdict, reason=how))
     return found
 
 

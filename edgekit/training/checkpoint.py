@@ -58,13 +58,19 @@ def restore(
             f"{path}: damaged checkpoint: {error}", remedy="delete it to start the training again"
         ) from error
     if position.job != job:
-        raise InputError(f"{path}: is the checkpoint of another run", remedy="choose another folder, or --overwrite")
+        raise InputError(
+            f"{path}: is the checkpoint of another run (other settings, pictures, weights, code or versions)",
+            remedy="delete it to start the training again, or choose another folder",
+        )
     learner.load_state_dict(_part(tensors, "net/"))
     for name, value in _part(tensors, "ema/").items():
         ema[name].copy_(value)
     for name, parameter in learner.named_parameters():
         state = _part(tensors, f"optimizer/{name}/")
-        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in state.items()}
+        # In the parameter's own layout: a loop over another one may round differently in the last bit.
+        optimizer.state[parameter] = {
+            k: v if k == "step" else torch.empty_like(parameter).copy_(v) for k, v in state.items()
+        }
     return position
 
 

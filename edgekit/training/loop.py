@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, InputError
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
 from edgekit.recipe import Distillation, Training
@@ -88,16 +88,17 @@ def train(job: Job, folder: Path, report: Callable[[Moment], None]) -> tuple[dic
     however often it was interrupted, as long as steps and not time end it.
 
     Raises:
-        EdgekitError: The loss is not finite; the last checkpoint is from before that.
-        InputError: The folder holds the checkpoint of another job.
+        EdgekitError: The loss or a gradient is not finite; the last checkpoint is from before that.
+        InputError: The folder holds the checkpoint of another job, the settings never end, or a patch does not fit.
     """
     settings = job.training
+    # Accelerate keeps its mixed precision for the whole process; the next run in it may want another.
     accelerator = Accelerator(
-        mixed_precision="bf16" if settings.precision == "bf16" else "no",
-        gradient_accumulation_steps=settings.accumulate,
-        cpu=not torch.cuda.is_available(),
+        mixed_precision="no", gradient_accumulation_steps=settings.accumulate, cpu=not torch.cuda.is_available()
     )
     device = accelerator.device
+    bank = PatchBank(job.pictures, device)
+    _check(job, bank.smallest_side)
     torch.manual_seed(settings.seed)
     learner = Learner(job.net, job.teacher, with_features=job.distillation.feature_weight > 0)
     _channels_last(learner.to(device)).train()
@@ -113,7 +114,7 @@ def train(job: Job, folder: Path, report: Callable[[Moment], None]) -> tuple[dic
         position = checkpoint.restore(path, job.identity, learner, ema, optimizer)
         log.info("going on at step %d", position.step)
     wrapped, prepared = accelerator.prepare(learner, optimizer)
-    run = _Run(job, accelerator, wrapped, prepared, PatchBank(job.pictures, device), ema)
+    run = _Run(job, accelerator, wrapped, prepared, bank, ema)
     step, seconds = position.step, position.seconds
     psnr_db = math.nan
     clock = _Clock(seconds)
@@ -124,8 +125,9 @@ def train(job: Job, folder: Path, report: Callable[[Moment], None]) -> tuple[dic
         if step % _LOOK_EVERY == 0 or schedule.is_over(settings, step, clock.seconds()):
             loss = run.mean_loss()
             if not math.isfinite(loss):
+                kept = f"the last good state is kept in {path}" if path.exists() else "no state was saved yet"
                 raise EdgekitError(
-                    f"the loss is {loss} at step {step}; the last good state is kept in {path}",
+                    f"the loss or its gradient is not finite at step {step}; {kept}",
                     remedy="lower training.peak_rate, or set training.precision to float32",
                 )
             if step % settings.validate_every < _LOOK_EVERY:
@@ -166,6 +168,7 @@ class _Run:
         self._bank, self._ema = bank, ema
         self._lesson = Lesson(job.teacher, job.distillation)
         self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
 
     def step(self, step: int, done: float) -> None:
         """Make one optimizer step and move the average."""
@@ -177,7 +180,7 @@ class _Run:
                 loss = self._loss(step, part, done)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(self._learner.parameters(), settings.clip_norm)
+                    self._norms.append(accelerator.clip_grad_norm_(self._learner.parameters(), settings.clip_norm))
                 self._optimizer.step()
                 self._optimizer.zero_grad()
             self._losses.append(loss.detach())
@@ -190,9 +193,10 @@ class _Run:
                     self._ema[name].copy_(value)
 
     def mean_loss(self) -> float:
-        """Return the mean loss since the last call."""
-        mean = torch.stack(self._losses).mean().item()
+        """Return the mean loss since the last call; not finite where a loss or a gradient was not."""
+        mean = (torch.stack(self._losses).mean() + 0 * torch.stack(self._norms).sum()).item()
         self._losses.clear()
+        self._norms.clear()
         return mean
 
     def _loss(self, step: int, part: int, done: float) -> Tensor:
@@ -206,7 +210,7 @@ class _Run:
         )
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         weight = schedule.feature_weight(job.distillation.feature_weight, job.distillation.feature_until, done)
-        with self._accelerator.autocast():
+        with torch.autocast(noisy.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             learned = self._learner(noisy, sigma)
             return self._lesson.loss(
                 learned, clean, noisy, sigma, feature_weight=weight, squared=done >= settings.mse_from
@@ -230,6 +234,24 @@ def _channels_last(module: nn.Module) -> nn.Module:
     """Return the module with its weights in the layout that convolutions on a CPU and on tensor cores want."""
     made: nn.Module = convert_conv2d_weight_memory_format(module, torch.channels_last)
     return made
+
+
+def _check(job: Job, smallest_side: int) -> None:
+    """Raise InputError for settings that would stop the run at its end, or never."""
+    settings = job.training
+    if not settings.steps and not settings.max_minutes:
+        raise InputError("training.steps and training.max_minutes are both 0", remedy="set one of them")
+    stride = max(net.stride for net in (job.net, job.teacher) if net is not None)
+    for name, side in (("patch", settings.patch), ("late_patch", settings.late_patch)):
+        if side is None:
+            continue
+        if side % stride:
+            raise InputError(f"training.{name} is {side}, no multiple of the networks' stride {stride}")
+        if side > smallest_side:
+            raise InputError(
+                f"training.{name} is {side}, and the smallest training picture has a side of {smallest_side}",
+                remedy="set it lower, or remove the picture",
+            )
 
 
 def _moment(job: Job, step: int, clock: _Clock, loss: float, psnr_db: float, processes: int) -> Moment:

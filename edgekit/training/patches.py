@@ -74,4 +74,4 @@ class PatchBank:
         flip_row, flip_column, turn = coins.unbind(1)
         row = torch.where(flip_row, patch - 1 - row, row)
         column = torch.where(flip_column, patch - 1 - column, column)
-        return torch.where(turn, column.mT, row), torch.where(turn, row.mT, column)
+        return torch.where(turn, row.mT, row), torch.where(turn, column.mT, column)

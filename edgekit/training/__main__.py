@@ -1,0 +1,163 @@
+"""Training from one file of settings: `python -m edgekit.training JOB.json --pictures DIR --out DIR`.
+
+It writes `<model>.safetensors` and `log.jsonl`; the same command started again goes on where it stopped. On several
+GPUs: `accelerate launch -m edgekit.training JOB.json ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from edgekit import models, run
+from edgekit.data import sets
+from edgekit.data.noise import add_gaussian
+from edgekit.data.photos import Channels
+from edgekit.data.sets import PictureSet, Shares, Split
+from edgekit.errors import INTERRUPTED, EdgekitError
+from edgekit.files import json_sha256, sha256
+from edgekit.models import weights
+from edgekit.models.denoiser import Denoiser
+from edgekit.recipe import Model
+from edgekit.training import job_file, loop
+
+log = logging.getLogger("edgekit.training")
+_WITHOUT_HELD_OUT = Shares(train=85, calibration=15, evaluation=0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train what the command line says, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m edgekit.training", description="Train from one file of settings.")
+    parser.add_argument("job", type=Path, help="JSON that edgekit.training.job_file.write made")
+    parser.add_argument("--pictures", type=Path, nargs="+", required=True, help="folders to learn from")
+    parser.add_argument("--held-out", type=Path, help="folder to choose weights on [default: 15 %% of the pictures]")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the result")
+    parser.add_argument("--max-minutes", type=float, help="end at the latest then, instead of the job's own limit")
+    given = parser.parse_args(arguments)
+    level = logging.INFO if _is_main_process() else logging.ERROR
+    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING, force=True)
+    log.setLevel(level)
+    try:
+        path = train(given.job, given.pictures, given.held_out, given.out, given.max_minutes)
+    except EdgekitError as error:
+        log.error("error: %s", error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        log.error("interrupted; start the same command again to go on")
+        return INTERRUPTED
+    log.info("%s", path)
+    return 0
+
+
+def train(path: Path, folders: list[Path], held_out: Path | None, out: Path, max_minutes: float | None = None) -> Path:
+    """Train a job and return the file of its weights, float32.
+
+    Args:
+        path: The job.
+        folders: Pictures to learn from; without `held_out`, 15 % of them are held out.
+        held_out: Pictures whose PSNR is followed, and decides when the job says `keep_better`.
+        out: Where the weights, `log.jsonl` and the checkpoint go.
+        max_minutes: Instead of the job's own limit.
+
+    Raises:
+        InputError: Something of the job or the pictures is wrong. IntegrityError: A damaged file.
+        EdgekitError: The loss is not finite.
+    """
+    job = job_file.read(path)
+    channels: Channels = 1 if job.channels == 1 else 3
+    split: Split | None = None if held_out else "train"
+    learned = [sets.folder(f, channels=channels, split=split, shares=_WITHOUT_HELD_OUT) for f in folders]
+    kept_back = (
+        sets.folder(held_out, channels=channels)
+        if held_out
+        else sets.folder(folders[0], channels=channels, split="calibration", shares=_WITHOUT_HELD_OUT)
+    )
+    sets.check_disjoint(*learned, kept_back)
+    settings = job.training if max_minutes is None else replace(job.training, max_minutes=max_minutes)
+    torch.manual_seed(settings.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    main_process = _is_main_process()
+
+    def report(moment: loop.Moment) -> None:
+        if not main_process:
+            return
+        figures = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(moment).items()}
+        with (out / "log.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(figures) + "\n")
+        log.info(
+            "step %d, loss %.5f, held out %.3f dB, %.0f images/s, %.0f s left",
+            moment.step,
+            moment.loss,
+            moment.psnr_db,
+            moment.images_per_second,
+            moment.seconds_left,
+        )
+
+    values, outcome = loop.train(
+        loop.Job(
+            net=_network(job.student),
+            teacher=_network(job.teacher).eval() if job.teacher else None,
+            pictures=[p.pixels for s in learned for p in s],
+            sigma=job.noise.train,
+            training=settings,
+            distillation=job.distillation,
+            validate=lambda net: psnr_db(net, kept_back, job.noise.evaluate),
+            # The job's own hash covers its weights, which it names by theirs.
+            identity=json_sha256(
+                [
+                    sha256(path),
+                    [sets.digest(s) for s in (*learned, kept_back)],
+                    run.code_sha256(("models", "training", "recipe", "data")),
+                ]
+            ),
+        ),
+        out,
+        report,
+    )
+    result = out / f"{job.student.model}.safetensors"
+    if main_process:
+        loop.save_weights(values, result)
+        with (out / "log.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(asdict(outcome)) + "\n")
+    return result
+
+
+def psnr_db(net: Denoiser, pictures: PictureSet, sigma255: float) -> float:
+    """Return the mean PSNR in dB by docs/protocol.md, seed 0, without scikit-image; 0 dB where it is not finite."""
+    device = next(net.parameters()).device
+    found = []
+    for index, picture in enumerate(pictures):
+        _, height, width = picture.pixels.shape
+        noisy = add_gaussian(picture.pixels, sigma255, index=index)
+        padded = np.pad(noisy, ((0, 0), (0, -height % net.stride), (0, -width % net.stride)), mode="reflect")
+        level = torch.full((1, 1, 1, 1), sigma255 / 255, device=device) if net.takes_sigma else None
+        with torch.no_grad():
+            denoised = net(torch.from_numpy(padded[None]).to(device), level)[0, :, :height, :width].double().cpu()
+        error = float((denoised - torch.from_numpy(picture.pixels / 255)).square().mean())
+        found.append(-10 * math.log10(max(error, 1e-10)) if math.isfinite(error) else 0.0)
+    return sum(found) / len(found)
+
+
+def _network(wanted: Model) -> Denoiser:
+    net = models.create(wanted.model, wanted.options)
+    if wanted.weights != job_file.RANDOM:
+        weights.load_into(net, Path(wanted.weights))
+    return net
+
+
+def _is_main_process() -> bool:
+    found: bool = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""A training run as one folder of plain files, for a machine that has torch and little else.
+
+    python -c "from pathlib import Path; from edgekit import recipe; from edgekit.training import job_file;
+    job_file.write(recipe.load('quickstart'), Path('job/job.json'))"
+    python -m edgekit.training job/job.json --pictures photos --out result
+
+The second line needs torch, accelerate, safetensors, numpy and Pillow, and this package on the path.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from edgekit import models, zoo
+from edgekit.errors import InputError, IntegrityError
+from edgekit.files import sha256, write_json
+from edgekit.recipe import Distillation, Model, Noise, Recipe, Training
+
+RANDOM = "random"
+_KIND = "edgekit-training-job"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFile:
+    """What `read` returns: the part of a recipe that training needs; weights are `random` or the path of a file."""
+
+    name: str
+    channels: int
+    student: Model
+    teacher: Model | None
+    noise: Noise
+    training: Training
+    distillation: Distillation
+
+
+def write(recipe: Recipe, path: Path) -> Path:
+    """Return `path`, now the recipe's training as JSON; weights are copied beside it, so that the folder can be sent.
+
+    Raises:
+        InputError: Unknown model or option, or weights that are not there.
+    """
+    files: dict[str, str] = {}
+    job = JobFile(
+        name=recipe.name,
+        channels=recipe.data.channels,
+        student=_beside(recipe.student, "student", recipe.data.channels, path, files),
+        teacher=_beside(recipe.teacher, "teacher", recipe.data.channels, path, files) if recipe.teacher else None,
+        noise=recipe.noise,
+        training=recipe.training,
+        distillation=recipe.distillation,
+    )
+    write_json(path, {"schema_version": 1, "kind": _KIND, "files": files, **asdict(job)})
+    return path
+
+
+def read(path: Path) -> JobFile:
+    """Return the job in a file that `write` made, with the paths of its weights.
+
+    Raises:
+        InputError: No such file, or it is no job. IntegrityError: Weights are missing or changed.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file", remedy="make one: edgekit.training.job_file.write")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.pop("kind") != _KIND or raw.pop("schema_version") != 1:
+            raise InputError(f"{path}: is not a training job of this version", remedy="write it again")
+        files: Mapping[str, str] = raw.pop("files")
+        raw["student"], raw["teacher"] = Model(**raw["student"]), Model(**raw["teacher"]) if raw["teacher"] else None
+        raw["noise"] = Noise(**(raw["noise"] | {"train": tuple(raw["noise"]["train"])}))
+        raw["training"], raw["distillation"] = Training(**raw["training"]), Distillation(**raw["distillation"])
+        job = JobFile(**raw)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: is not a training job: {error}", remedy="write it again") from error
+    for name, recorded in files.items():
+        if not (path.parent / name).is_file() or sha256(path.parent / name) != recorded:
+            raise IntegrityError(f"{path.parent / name}: is missing or changed", remedy="copy the job's folder again")
+    return replace(job, student=_placed(job.student, path), teacher=_placed(job.teacher, path) if job.teacher else None)
+
+
+def _beside(wanted: Model, role: str, channels: int, path: Path, files: dict[str, str]) -> Model:
+    """Return a model whose weights are named relative to the job file, and copy them there."""
+    resolved = _shipped(wanted) if wanted.weights == "shipped" else wanted
+    options = {**resolved.options, **({"channels": channels} if channels != 1 else {})}
+    if models.create(resolved.model, options).channels != channels:
+        raise InputError(f"'{resolved.model}' does not take {channels} channels")
+    if resolved.weights == RANDOM:
+        return replace(resolved, options=options)
+    source = Path(resolved.weights)
+    if not source.is_file():
+        raise InputError(f"{source}: no such file", remedy="name a .safetensors file of weights")
+    copy = path.with_name(f"{path.stem}.{role}{source.suffix}")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, copy)
+    files[copy.name] = sha256(copy)
+    return replace(resolved, weights=copy.name, options=options)
+
+
+def _shipped(wanted: Model) -> Model:
+    card = zoo.card(wanted.model)
+    defaults = models.options(card.model)
+    if {**defaults, **wanted.options} != {**defaults, **card.options}:
+        raise InputError(
+            f"the shipped weights of '{wanted.model}' were trained with {dict(card.options) or 'default options'}, "
+            f"not {dict(wanted.options)}",
+            remedy="set weights: random to train from scratch",
+        )
+    return Model(model=card.model, weights=str(zoo.weights(wanted.model)), options=card.options)
+
+
+def _placed(model: Model, path: Path) -> Model:
+    return model if model.weights == RANDOM else replace(model, weights=str(path.parent / model.weights))

@@ -1,0 +1,722 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from edgekit import models
+from edgekit.data import sets
+from edgekit.data.synthetic import dead_leaves
+from edgekit.errors import EdgekitError, InputError, IntegrityError
+from edgekit.measure import quality
+from edgekit.models import weights
+from edgekit.models.denoiser import Denoiser
+from edgekit.pipeline import networks
+from edgekit.recipe import Distillation, Model, Noise
+from edgekit.training import __main__ as command
+from edgekit.training import checkpoint, job_file, loop, losses, schedule
+from edgekit.training.distill import Learner, Lesson
+from edgekit.training.loop import Job, Moment
+from edgekit.training.patches import PatchBank
+
+CPU = torch.device("cpu")
+QUIET = (0.0, 0.0)
+PICTURES = [dead_leaves(seed, 48, 64) for seed in range(4)]
+BARE = ("pydantic", "ruamel", "rich", "skimage", "sklearn", "onnx", "onnxruntime", "click", "jinja2", "onnxsim")
+
+
+def job(net: Denoiser | None = None, *, teacher: Denoiser | None = None, **changes: object) -> Job:
+    made = Job(
+        net=net or tiny.network("nano"),
+        teacher=teacher,
+        pictures=PICTURES,
+        sigma=(5.0, 50.0),
+        training=tiny.training(),
+        distillation=Distillation(),
+        validate=lambda net: 0.0,
+        identity="job",
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def silent(moment: Moment) -> None:
+    pass
+
+
+def state(net: Denoiser) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in net.state_dict().items()}
+
+
+# Patches
+
+
+def draw(pictures: list[np.ndarray], *, batch: int, patch: int, sigma: tuple[float, float] = QUIET, seed: int = 0):
+    return PatchBank(pictures, CPU).draw(batch=batch, patch=patch, sigma=sigma, seed=seed)
+
+
+def test_a_batch_depends_on_its_seed_alone():
+    bank = PatchBank(PICTURES, CPU)
+    wanted = {"batch": 4, "patch": 16, "sigma": (0.0, 50.0)}
+    first = bank.draw(**wanted, seed=7)
+    torch.manual_seed(99)
+    other = bank.draw(**wanted, seed=8)
+    again = bank.draw(**wanted, seed=7)
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    assert not any(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+
+
+def test_patches_come_in_all_eight_orientations_and_no_other():
+    picture = np.arange(16 * 16, dtype=np.uint8).reshape(1, 16, 16)
+    turned = [np.rot90(p, k) for p in (picture[0], picture[0].T) for k in range(4)]
+    known = {t.tobytes(): i for i, t in enumerate(turned)}
+    assert len(known) == 8
+    clean, _, _ = draw([picture], batch=400, patch=16)
+    found = [known[patch.numpy().tobytes()] for patch in (clean[:, 0] * 255).round().to(torch.uint8)]
+    counts = np.bincount(found, minlength=8)
+    assert counts.min() > 20
+
+
+@pytest.mark.parametrize("channels", [1, 3], ids=["gray", "colour"])
+def test_no_patch_reaches_from_one_picture_into_the_next(channels):
+    def flat(first: int, height: int, width: int) -> np.ndarray:
+        tones = np.arange(first, first + channels, dtype=np.uint8).reshape(-1, 1, 1)
+        return np.broadcast_to(tones, (channels, height, width)).copy()
+
+    clean, _, _ = draw([flat(10, 40, 17), flat(100, 16, 61), flat(200, 23, 23)], batch=500, patch=16)
+    pixels = (clean * 255).round().to(torch.uint8)
+    assert torch.equal(pixels.amax((2, 3)), pixels.amin((2, 3)))
+    assert set(pixels[:, 0, 0, 0].tolist()) == {10, 100, 200}
+    for plane in range(channels):
+        assert torch.equal(pixels[:, plane, 0, 0], pixels[:, 0, 0, 0] + plane)
+
+
+def test_patches_are_cut_everywhere_up_to_the_edges():
+    rows = np.repeat(np.arange(40, dtype=np.uint8)[:, None], 24, axis=1)
+    columns = np.repeat(np.arange(100, 124, dtype=np.uint8)[None], 40, axis=0)
+    clean, _, _ = draw([np.stack([rows, columns])], batch=2000, patch=16)
+    pixels = (clean * 255).round().to(torch.uint8)
+    assert set(pixels[:, 0].amin((1, 2)).tolist()) == set(range(25))
+    assert set(pixels[:, 1].amin((1, 2)).tolist()) == set(range(100, 109))
+    assert set((pixels[:, 0].amax((1, 2)) - pixels[:, 0].amin((1, 2))).tolist()) == {15}
+
+
+def test_the_noise_has_the_level_that_comes_with_it():
+    clean, noisy, sigma = draw(PICTURES, batch=200, patch=32, sigma=(10.0, 50.0))
+    found = (noisy - clean).std((1, 2, 3)) / sigma.flatten()
+    assert found.mean().item() == pytest.approx(1, abs=0.005)
+    assert (found - 1).abs().max() < 0.1
+    levels = 255 * sigma
+    assert sigma.shape == (200, 1, 1, 1)
+    assert 10 <= levels.min() < 12
+    assert 48 < levels.max() <= 50
+    assert levels.mean().item() == pytest.approx(30, abs=3)
+    assert noisy.min() < 0
+
+
+def test_clean_patches_are_pixels_on_the_scale_of_0_to_1():
+    clean, noisy, _ = draw(PICTURES, batch=8, patch=32)
+    assert torch.equal(clean, noisy)
+    assert torch.equal((clean * 255).round() / 255, clean)
+    assert 0 <= clean.min() < clean.max() <= 1
+
+
+def test_a_patch_that_is_larger_than_a_picture_is_refused():
+    with pytest.raises(InputError, match=r"a patch of 56 pixels does not fit .* side of 48; set training.patch lower"):
+        draw(PICTURES, batch=1, patch=56)
+
+
+def test_no_pictures_are_refused():
+    with pytest.raises(InputError, match="no training pictures"):
+        PatchBank([], CPU)
+
+
+# Schedule and losses
+
+
+def test_the_rate_warms_up_linearly_and_falls_by_a_cosine_to_its_end():
+    settings = tiny.training(steps=1000, peak_rate=1e-3, final_rate=1e-5, warmup_steps=9)
+    rates = [schedule.learning_rate(settings, s, schedule.progress(settings, s, 0.0)) for s in range(1001)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[4] == pytest.approx(5e-4, rel=1e-3)
+    assert max(rates) == pytest.approx(1e-3, rel=1e-3)
+    assert rates.index(max(rates)) == 9
+    assert rates[500] == pytest.approx((1e-3 + 1e-5) / 2)
+    assert rates[1000] == pytest.approx(1e-5)
+    assert all(one > two for one, two in itertools.pairwise(rates[9:]))
+
+
+def test_without_a_number_of_steps_the_run_follows_the_clock():
+    settings = tiny.training(steps=0, max_minutes=2.0)
+    assert [schedule.progress(settings, 10**6, s) for s in (0, 30, 120, 500)] == [0, 0.25, 1, 1]
+    assert [schedule.is_over(settings, 10**6, s) for s in (0, 119.9, 120)] == [False, False, True]
+
+
+def test_whichever_limit_comes_first_ends_a_run():
+    settings = tiny.training(steps=100, max_minutes=1.0)
+    assert not schedule.is_over(settings, 99, 59)
+    assert schedule.is_over(settings, 100, 0)
+    assert schedule.is_over(settings, 0, 60)
+    assert schedule.progress(settings, 50, 59) == 0.5
+
+
+def test_late_patches_come_late():
+    settings = tiny.training(patch=32, late_patch=48, late_from=0.75)
+    assert [schedule.patch_side(settings, done) for done in (0, 0.74, 0.75, 1)] == [32, 32, 48, 48]
+    assert schedule.patch_side(tiny.training(patch=32), 1.0) == 32
+
+
+def test_the_feature_loss_fades_out():
+    found = [schedule.feature_weight(0.2, 0.5, done) for done in (0, 0.25, 0.5, 0.9)]
+    assert found == pytest.approx([0.2, 0.1, 0, 0])
+    assert schedule.feature_weight(0.2, 0.0, 0.0) == 0
+
+
+def test_losses_are_what_their_papers_say():
+    got, want = torch.tensor([0.0, 3.0]), torch.tensor([0.0, -1.0])
+    assert losses.charbonnier(got, want).item() == pytest.approx((1e-3 + math.sqrt(16 + 1e-6)) / 2)
+    assert losses.mean_squared(got, want).item() == pytest.approx(8)
+
+
+def test_the_distance_of_feature_maps_ignores_their_scale_and_not_their_shape():
+    one, other = (torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    assert losses.feature_distance(one, 5 * one).item() == pytest.approx(0, abs=1e-10)
+    assert losses.feature_distance(one, other).item() == pytest.approx(2, rel=0.2)
+    finer = one.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert losses.feature_distance(one, finer).item() == pytest.approx(0, abs=1e-10)
+
+
+@pytest.mark.parametrize("squared", [False, True], ids=["charbonnier", "mean squared"])
+def test_a_lesson_shares_its_loss_between_the_clean_pictures_and_the_teacher(squared):
+    teacher, net = tiny.network("nano", seed=1), tiny.network("small", seed=2)
+    clean, noisy, sigma = draw(PICTURES, batch=2, patch=32, sigma=(5.0, 50.0))
+    settings = Distillation(output_weight=0.25, feature_weight=0.1)
+    learner = Learner(net, teacher, with_features=True)
+    learned = learner(noisy, sigma)
+    lesson = Lesson(teacher, settings)
+    got = lesson.loss(learned, clean, noisy, sigma, feature_weight=0.1, squared=squared).item()
+    compare = losses.mean_squared if squared else losses.charbonnier
+    with torch.no_grad():
+        wanted, maps = teacher.forward_with_features(noisy, sigma)
+    features = sum(losses.feature_distance(mine, its) for mine, its in zip(learned[1], maps, strict=True))
+    want = 0.75 * compare(learned[0], clean) + 0.25 * compare(learned[0], wanted) + 0.1 * features
+    assert got == pytest.approx(want.item(), rel=1e-5)
+    alone = Lesson(None, settings).loss(learned, clean, noisy, sigma, feature_weight=0.1, squared=squared)
+    assert alone.item() == pytest.approx(compare(learned[0], clean).item())
+
+
+# The loop
+
+
+def test_the_loss_falls(tmp_path):
+    moments: list[Moment] = []
+    net = tiny.network("nano")
+    settings = tiny.training(steps=120, batch=4, mse_from=1.0)
+    values, outcome = loop.train(job(net, training=settings), tmp_path, moments.append)
+    assert moments[-1].loss < 0.6 * moments[0].loss
+    assert [m.step for m in moments] == list(range(10, 121, 10))
+    assert (outcome.steps, outcome.images, outcome.ended_by, outcome.kept) == (120, 480, "steps", "trained")
+    assert moments[-1].done == 1
+    assert set(values) == set(net.state_dict())
+
+
+def test_the_average_follows_the_weights(tmp_path):
+    net = tiny.network("nano")
+    start = state(net)
+    values, _ = loop.train(job(net, training=tiny.training(steps=1)), tmp_path, silent)
+    for name, value in values.items():
+        assert torch.allclose(value, 0.1 * start[name] + 0.9 * net.state_dict()[name], atol=1e-7), name
+    assert any(not torch.equal(values[name], start[name]) for name in values)
+
+
+def test_without_averaging_a_run_keeps_its_last_weights(tmp_path):
+    net = tiny.network("nano")
+    values, _ = loop.train(job(net, training=tiny.training(steps=3, ema=0.0)), tmp_path, silent)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in values.items())
+
+
+def test_a_network_with_batchnorm_learns_its_statistics(tmp_path):
+    net = tiny.network("nano", {"batchnorm": True})
+    values, _ = loop.train(job(net), tmp_path, silent)
+    assert values["head.1.num_batches_tracked"] == 20
+    assert values["head.1.running_mean"].abs().max() > 1e-3
+    assert all(torch.isfinite(value).all() for value in values.values())
+
+
+def test_two_precisions_train_one_after_the_other_in_one_process(tmp_path):
+    trained = {
+        precision: loop.train(job(training=tiny.training(steps=5, precision=precision)), tmp_path / precision, silent)[
+            0
+        ]["tail.weight"]
+        for precision in ("bf16", "float32", "bf16")
+    }
+    assert not torch.equal(trained["bf16"], trained["float32"])
+    assert torch.allclose(trained["bf16"], trained["float32"], atol=0.02)
+
+
+def test_several_forward_passes_of_one_step_are_one_larger_batch(tmp_path, monkeypatch):
+    class Halves(PatchBank):
+        """Gives a batch of 4 as the two batches of 2 that the other run draws."""
+
+        def draw(self, *, batch, patch, sigma, seed):
+            if batch == 2:
+                return super().draw(batch=2, patch=patch, sigma=sigma, seed=seed)
+            halves = [super(Halves, self).draw(batch=2, patch=patch, sigma=sigma, seed=2 * seed + i) for i in (0, 1)]
+            return tuple(torch.cat(parts) for parts in zip(*halves, strict=True))
+
+    monkeypatch.setattr(loop, "PatchBank", Halves)
+    found = {}
+    for batch, accumulate in ((4, 1), (2, 2)):
+        # With a tiny rate Adam's rounding stays small; its first moment has the scale of the gradients.
+        settings = tiny.training(batch=batch, accumulate=accumulate, steps=10, peak_rate=1e-5, checkpoint_seconds=1e-9)
+        folder = tmp_path / str(batch)
+        values, outcome = loop.train(job(training=settings), folder, silent)
+        found[batch] = values, load_file(folder / "checkpoint.safetensors")
+        assert outcome.images == 40
+    (one, one_state), (two, two_state) = found[4], found[2]
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-6), name
+        moment = f"optimizer/net.{name}/exp_avg"
+        assert torch.allclose(one_state[moment], two_state[moment], rtol=1e-3, atol=1e-7), name
+    assert not torch.equal(one["tail.weight"], tiny.network("nano").tail.weight)
+
+
+class Breaking(torch.nn.Module):
+    """Multiplies by NaN, or lets an infinite gradient through, at one call."""
+
+    def __init__(self, *, at: int, forward: bool) -> None:
+        super().__init__()
+        self.calls, self.at, self.breaks_forward = 0, at, forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls != self.at:
+            return x
+        if self.breaks_forward:
+            return x * math.nan
+        x.register_hook(lambda gradient: gradient * math.inf)
+        return x * 1
+
+
+@pytest.mark.parametrize("forward", [True, False], ids=["loss", "gradient of a look's last step"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_state_is_kept(tmp_path, forward):
+    net = tiny.network("nano")
+    net.tail = torch.nn.Sequential(net.tail, Breaking(at=30 if not forward else 25, forward=forward))
+    settings = tiny.training(steps=100, checkpoint_seconds=1e-9)
+    with pytest.raises(EdgekitError, match="not finite at step 30; the last good state is kept in") as error:
+        loop.train(job(net, training=settings), tmp_path, silent)
+    path = tmp_path / "checkpoint.safetensors"
+    assert str(path) in str(error.value)
+    assert "lower training.peak_rate" in str(error.value)
+    kept = load_file(path)
+    assert kept["optimizer/net.head.0.weight/step"] == 20
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+
+
+def test_a_loss_that_is_not_finite_before_the_first_checkpoint_names_no_file(tmp_path):
+    net = tiny.network("nano")
+    net.tail = torch.nn.Sequential(net.tail, Breaking(at=3, forward=True))
+    with pytest.raises(EdgekitError, match="not finite at step 10; no state was saved yet"):
+        loop.train(job(net), tmp_path, silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"patch": 56}, "training.patch is 56, and the smallest training picture has a side of 48"),
+        ({"late_patch": 64}, "training.late_patch is 64, and the smallest training picture has a side of 48"),
+        ({"patch": 36}, "training.patch is 36, no multiple of the networks' stride 8"),
+        ({"late_patch": 44}, "training.late_patch is 44, no multiple of the networks' stride 8"),
+        ({"steps": 0}, "training.steps and training.max_minutes are both 0; set one of them"),
+    ],
+    ids=["patch too large", "late patch too large", "patch off the stride", "late patch off the stride", "no end"],
+)
+def test_settings_that_cannot_end_well_are_refused_before_the_first_step(tmp_path, changes, said):
+    net = tiny.network("nano")
+    before = state(net)
+    with pytest.raises(InputError, match=said):
+        loop.train(job(net, training=tiny.training(**changes)), tmp_path, silent)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_patch_has_to_suit_the_teachers_stride_too(tmp_path):
+    taught = job(teacher=tiny.network("teacher-a"), training=tiny.training(patch=40))
+    with pytest.raises(InputError, match="no multiple of the networks' stride 16"):
+        loop.train(taught, tmp_path, silent)
+
+
+def test_a_run_without_a_number_of_steps_ends_by_the_clock(tmp_path):
+    settings = tiny.training(steps=0, max_minutes=0.8 / 60)
+    _, outcome = loop.train(job(training=settings), tmp_path, silent)
+    assert outcome.ended_by == "time"
+    assert 0.8 <= outcome.seconds < 20
+    assert outcome.steps > 0
+
+
+@pytest.mark.parametrize(("keep_better", "kept"), [(True, "start"), (False, "trained")])
+def test_weights_that_did_not_get_better_are_kept_only_where_asked_for(tmp_path, keep_better, kept):
+    net = tiny.network("nano")
+    start = state(net)
+
+    def likes_the_start(tried: Denoiser) -> float:
+        assert not tried.training
+        return 30.0 if torch.equal(tried.tail.weight, start["tail.weight"]) else 29.0
+
+    settings = tiny.training(keep_better=keep_better)
+    values, outcome = loop.train(job(net, training=settings, validate=likes_the_start), tmp_path, silent)
+    assert (outcome.kept, outcome.start_psnr_db, outcome.psnr_db) == (kept, 30.0, 29.0)
+    assert torch.equal(values["tail.weight"], start["tail.weight"]) == (kept == "start")
+
+
+def test_better_weights_are_kept(tmp_path):
+    net = tiny.network("nano")
+    start = state(net)
+
+    def likes_change(tried: Denoiser) -> float:
+        return (tried.tail.weight - start["tail.weight"]).norm().item()
+
+    settings = tiny.training(keep_better=True)
+    values, outcome = loop.train(job(net, training=settings, validate=likes_change), tmp_path, silent)
+    assert outcome.kept == "trained"
+    assert not torch.equal(values["tail.weight"], start["tail.weight"])
+
+
+def test_looking_at_the_held_out_pictures_does_not_change_a_run(tmp_path):
+    found = []
+    for every in (10, 1000):
+        settings = tiny.training(steps=30, validate_every=every)
+        net = tiny.network("nano", {"batchnorm": True})
+        values, _ = loop.train(job(net, training=settings), tmp_path / str(every), silent)
+        found.append(values)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("teacher", ["small", "teacher-a", "control"])
+def test_distillation_trains_the_adapters_and_leaves_the_teacher_alone(tmp_path, teacher):
+    taught_by = tiny.network(teacher, seed=3)
+    before = state(taught_by)
+    settings = tiny.training(steps=10, checkpoint_seconds=1e-9)
+    values, _ = loop.train(job(teacher=taught_by, training=settings), tmp_path, silent)
+    assert all(torch.equal(value, before[name]) for name, value in taught_by.state_dict().items())
+    kept = load_file(tmp_path / "checkpoint.safetensors")
+    adapters = {name for name in kept if name.startswith("net/adapters.")}
+    assert adapters == {f"net/adapters.{i}.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
+    torch.manual_seed(settings.seed)
+    untrained = Learner(tiny.network("nano"), taught_by, with_features=True)
+    shapes = {name: tuple(kept[name].shape) for name in sorted(adapters) if name.endswith("weight")}
+    assert [s[0] for s in shapes.values()] == list(taught_by.feature_channels)
+    assert all(kept[f"optimizer/adapters.{i}.weight/exp_avg"].abs().max() > 0 for i in (0, 1))
+    assert untrained.adapters is not None
+    assert not any(name.startswith("adapters") for name in values)
+
+
+def test_a_student_learns_what_its_teacher_shows(tmp_path):
+    class Dimmer(Denoiser):
+        """Returns half of what it is given: nothing that clean pictures would teach."""
+
+        channels, stride, takes_sigma = 1, 1, False
+
+        def noise(self, noisy, sigma):
+            return noisy / 2, None
+
+    noisy = draw(PICTURES, batch=4, patch=32, sigma=(5.0, 5.0))[1]
+    level = torch.full((4, 1, 1, 1), 5 / 255)
+    distance = {}
+    for share in (0.0, 1.0):
+        net = tiny.network("nano")
+        taught = job(
+            net,
+            teacher=Dimmer(),
+            training=tiny.training(steps=150, batch=4, ema=0.9),
+            distillation=Distillation(output_weight=share, feature_weight=0.0),
+        )
+        values, _ = loop.train(taught, tmp_path / str(share), silent)
+        net.load_state_dict(values)
+        with torch.no_grad():
+            distance[share] = (net.eval()(noisy, level) - noisy / 2).square().mean().item()
+    assert distance[1.0] < distance[0.0] / 4
+
+
+def test_the_teachers_features_matter(tmp_path):
+    found = []
+    for feature_weight in (0.0, 0.5):
+        taught = job(teacher=tiny.network("small", seed=3), distillation=Distillation(feature_weight=feature_weight))
+        found.append(loop.train(taught, tmp_path / str(feature_weight), silent)[0]["encoder.2.0.expand.0.weight"])
+    assert (found[0] - found[1]).abs().max() > 1e-4
+
+
+def test_a_checkpoint_of_another_job_is_refused(tmp_path):
+    settings = tiny.training(steps=10, checkpoint_seconds=1e-9)
+    loop.train(job(training=settings), tmp_path, silent)
+    with pytest.raises(InputError, match=r"checkpoint.safetensors: is the checkpoint of another run .*delete it"):
+        loop.train(job(training=settings, identity="another"), tmp_path, silent)
+
+
+@pytest.mark.parametrize("cut", [0, 100, 5000], ids=["empty", "in the header", "in the tensors"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, cut):
+    settings = tiny.training(steps=10, checkpoint_seconds=1e-9)
+    loop.train(job(training=settings), tmp_path, silent)
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(IntegrityError, match=f"{path}: damaged checkpoint"):
+        loop.train(job(training=settings), tmp_path, silent)
+
+
+def test_a_safetensors_file_that_is_no_checkpoint_is_refused_by_name(tmp_path):
+    path = tiny.write_weights("nano", tmp_path / "checkpoint.safetensors")
+    with pytest.raises(IntegrityError, match=f"{path}: damaged checkpoint"):
+        loop.train(job(), tmp_path, silent)
+
+
+def test_a_restored_optimizer_lies_in_memory_as_the_one_that_was_saved(tmp_path):
+    def learner() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        net = tiny.network("nano").to(memory_format=torch.channels_last)
+        return net, torch.optim.AdamW(net.parameters())
+
+    net, optimizer = learner()
+    net(torch.rand(1, 1, 16, 16), torch.rand(1, 1, 1, 1)).sum().backward()
+    optimizer.step()
+    position = checkpoint.Position(job="job", step=1, seconds=0.5)
+    checkpoint.save(tmp_path / "c.safetensors", position, net, state(net), optimizer)
+    other, fresh = learner()
+    assert checkpoint.restore(tmp_path / "c.safetensors", "job", other, state(other), fresh) == position
+    for one, two in zip(net.parameters(), other.parameters(), strict=True):
+        assert one.stride() == two.stride()
+        for key, value in optimizer.state[one].items():
+            assert torch.equal(fresh.state[two][key], value)
+            assert fresh.state[two][key].stride() == value.stride(), key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_run_on_a_gpu_validates_where_its_network_lies(tmp_path):
+    held_out = sets.PictureSet(name="one", pictures=(sets.Picture(name="0", pixels=dead_leaves(9, 48, 64)),))
+
+    def validate(net: Denoiser) -> float:
+        assert next(net.parameters()).is_cuda
+        return quality.evaluate(networks.as_function(net), held_out, sigma255=25).psnr_mdb / 1000
+
+    settings = tiny.training(steps=300, batch=16, precision="bf16", keep_better=True)
+    _, outcome = loop.train(job(training=settings, validate=validate), tmp_path, silent)
+    assert outcome.psnr_db > outcome.start_psnr_db
+
+
+# A machine with torch and little else
+
+
+def bare(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process in which the packages of `BARE` cannot be imported."""
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({BARE!r}))\n"
+    return subprocess.run(
+        [sys.executable, "-c", blocked + code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent,
+    )
+
+
+def test_the_loop_runs_where_there_is_torch_and_little_else(tmp_path):
+    code = """
+from pathlib import Path
+import numpy, torch
+from edgekit import models
+from edgekit.recipe import Distillation, Training
+from edgekit.training import loop
+job = loop.Job(
+    net=models.create("nano"), teacher=models.create("small"), sigma=(5.0, 50.0), identity="job",
+    pictures=[numpy.random.default_rng(0).integers(0, 255, (1, 32, 32), dtype=numpy.uint8)],
+    training=Training(steps=3, batch=1, patch=32), distillation=Distillation(), validate=lambda net: 0.0,
+)
+values, outcome = loop.train(job, Path(sys.argv[1]), lambda moment: None)
+print(outcome.steps, sorted(set(sys.modules) & {"pydantic", "ruamel", "rich", "skimage", "onnx"}))
+"""
+    done = bare(code, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    steps, loaded = done.stdout.split(maxsplit=1)
+    assert steps == "3"
+    assert all(sys_modules_entry in BARE for sys_modules_entry in json.loads(loaded.replace("'", '"')))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return tiny.write_pictures(tmp_path_factory.mktemp("photos") / "pictures")
+
+
+@pytest.fixture
+def written(tmp_path, photos) -> Path:
+    """A job with a teacher and starting weights, both from files."""
+    recipe = tiny.recipe(
+        photos,
+        student=Model(model="nano", weights=str(tiny.write_weights("nano", tmp_path / "mine.safetensors"))),
+        teacher=Model(model="nano", weights="shipped"),
+        training=tiny.training(steps=40, checkpoint_seconds=1e-9),
+    )
+    path = job_file.write(recipe, tmp_path / "job" / "job.json")
+    (tmp_path / "mine.safetensors").unlink()
+    return path
+
+
+def test_a_job_file_says_what_the_recipe_said(written, photos):
+    read = job_file.read(written)
+    recipe = tiny.recipe(photos, training=tiny.training(steps=40, checkpoint_seconds=1e-9))
+    assert (read.noise, read.training, read.distillation) == (recipe.noise, recipe.training, recipe.distillation)
+    assert (read.name, read.channels) == ("tiny", 1)
+    assert read.teacher is not None
+    for model in (read.student, read.teacher):
+        assert Path(model.weights).parent == written.parent
+        weights.load_into(models.create(model.model, model.options), Path(model.weights))
+
+
+def test_a_job_file_keeps_options_and_channels(tmp_path, photos):
+    student = Model(model="nano", weights="random", options={"se": True})
+    path = job_file.write(tiny.recipe(photos, channels=3, student=student), tmp_path / "job.json")
+    read = job_file.read(path)
+    assert read.student == Model(model="nano", weights="random", options={"se": True, "channels": 3})
+    assert read.teacher is None
+
+
+def test_a_job_finds_its_weights_after_its_folder_was_moved(written, tmp_path):
+    written.parent.rename(tmp_path / "elsewhere")
+    read = job_file.read(tmp_path / "elsewhere" / "job.json")
+    assert Path(read.student.weights).parent == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_job_whose_weights_are_not_those_it_was_written_with_is_refused(written, damage):
+    path = written.parent / "job.teacher.safetensors"
+    if damage == "changed":
+        path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    else:
+        path.unlink()
+    with pytest.raises(IntegrityError, match=f"{path}: is missing or changed"):
+        job_file.read(written)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        ("{", "is not a training job"),
+        ("[]", "is not a training job"),
+        ('{"kind": "edgekit-bundle", "schema_version": 1}', "not a training job of this version"),
+        ('{"kind": "edgekit-training-job", "schema_version": 1, "files": {}}', "is not a training job: 'student'"),
+    ],
+    ids=["missing", "cut short", "another shape", "another file of edgekit's", "without a student"],
+)
+def test_a_file_that_is_no_job_is_refused_by_name(tmp_path, content, said):
+    path = tmp_path / "job.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=said) as error:
+        job_file.read(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_job_refuses_options_that_the_shipped_weights_were_not_trained_with(tmp_path, photos):
+    recipe = tiny.recipe(photos, student=Model(model="nano", options={"se": True}))
+    with pytest.raises(InputError, match="the shipped weights of 'nano' were trained with default options"):
+        job_file.write(recipe, tmp_path / "job.json")
+
+
+def test_the_held_out_figure_is_that_of_the_protocol():
+    pictures = sets.PictureSet(
+        name="two", pictures=tuple(sets.Picture(name=str(s), pixels=dead_leaves(s, 44, 61)) for s in (1, 2))
+    )
+    net = tiny.network("nano")
+    weights.load_into(net, networks.shipped("nano").weights)
+    want = quality.evaluate(networks.as_function(net), pictures, sigma255=25.0).psnr_mdb / 1000
+    assert command.psnr_db(net, pictures, 25.0) == pytest.approx(want, abs=2e-3)
+
+
+@pytest.mark.slow
+def test_a_job_trains_and_goes_on_where_there_is_torch_and_little_else(written, photos, tmp_path):
+    run = "import runpy; runpy.run_module('edgekit.training', run_name='__main__')"
+
+    def start(out: str, *more: str) -> subprocess.CompletedProcess[str]:
+        pictures = ("--pictures", str(photos / "train"), "--held-out", str(photos / "held_out"))
+        return bare(run, str(written), *pictures, "--out", str(tmp_path / out), *more)
+
+    whole = start("whole")
+    assert whole.returncode == 0, whole.stderr + whole.stdout
+    result = tmp_path / "whole" / "nano.safetensors"
+    weights.load_into(models.create("nano"), result)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines[:-1]] == [10, 20, 30, 40]
+    assert lines[-1]["ended_by"] == "steps"
+    assert "step 40, loss 0." in whole.stdout
+    assert whole.stdout.splitlines()[-1] == str(result)
+
+    stopped = start("parts", "--max-minutes", "1e-9")
+    assert stopped.returncode == 0, stopped.stderr + stopped.stdout
+    for number in (20, 30):
+        _run_until(written, photos, tmp_path / "parts", number)
+    on = start("parts")
+    assert on.returncode == 0, on.stderr + on.stdout
+    assert (tmp_path / "parts" / "nano.safetensors").read_bytes() == result.read_bytes()
+
+
+def _run_until(job_path: Path, photos: Path, out: Path, step: int) -> None:
+    """Train in this process up to a step, and be interrupted there."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    real = loop.train
+
+    def interrupted(job: Job, folder: Path, report: Callable[[Moment], None]):
+        def stop(moment: Moment) -> None:
+            report(moment)
+            if moment.step == step:
+                raise KeyboardInterrupt
+
+        return real(job, folder, stop)
+
+    loop.train = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            command.train(job_path, [photos / "train"], photos / "held_out", out)
+    finally:
+        loop.train = real
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["missing.json", "--pictures", "."], 2, "missing.json: no such file"),
+        (["JOB", "--pictures", "nowhere"], 2, "nowhere: no such folder"),
+    ],
+    ids=["no job", "no pictures"],
+)
+def test_the_command_explains_what_is_wrong_in_one_line(written, tmp_path, capsys, arguments, code, said):
+    given = [str(written) if a == "JOB" else a for a in arguments]
+    assert command.main([*given, "--out", str(tmp_path / "out")]) == code
+    assert capsys.readouterr().out.startswith(f"error: {said}")
+
+
+def test_one_folder_gives_both_pictures_to_learn_from_and_held_out_ones(written, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    from PIL import Image
+
+    for seed in range(24):
+        Image.fromarray(dead_leaves(seed, 32, 32)[0]).save(folder / f"{seed}.png")
+    result = command.train(written, [folder], None, tmp_path / "out")
+    assert result.is_file()
+
+
+def test_a_noise_range_survives_the_job_file(tmp_path, photos):
+    recipe = tiny.recipe(photos, noise=Noise(train=(1.5, 20.0), evaluate=15.0, seed=3))
+    assert job_file.read(job_file.write(recipe, tmp_path / "job.json")).noise == recipe.noise
