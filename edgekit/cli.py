@@ -501,7 +501,7 @@ def completion(shell: str) -> None:
 def main() -> None:
     """Run the command line; every failure is one line on stderr and its own exit code."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="edgekit", standalone_mode=False)
     except click.exceptions.Abort:
         code = _interrupted()
     except KeyboardInterrupt:

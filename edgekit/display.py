@@ -65,9 +65,10 @@ def print_distilled(result: Distilled) -> None:
     shown = [(name, f"{mdb / 1000:.3f}") for name, mdb in rows if mdb is not None]
     print_table(f"{result.folder}: evaluation pictures", ("what", "PSNR dB"), shown)
     if result.teacher_refused:
-        _console().print(Text(f"note: {result.teacher_refused}", style="yellow"))
+        _console().print(Text(f"note: {result.teacher_refused}", style="yellow"), soft_wrap=True)
     if result.kept == "start":
-        _console().print("note: training did not better the starting weights, which were kept", style="yellow")
+        why = result.harmed or "training did not better the starting weights, which were kept"
+        _console().print(f"note: {why}", style="yellow", highlight=False)
 
 
 def print_report(report: Report) -> None:
@@ -106,11 +107,13 @@ def print_report(report: Report) -> None:
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
     """Print a table on stdout; text is shown as it is, brackets too."""
-    shown = Text(title, style="table.title") if title else None
-    table = Table(*header, title=shown, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table = Table(*header, box=box.SIMPLE_HEAD, show_edge=False)
     for row in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    _console().print(table)
+    console = _console()
+    if title:
+        console.print(Text(title, style="italic"), soft_wrap=True)
+    console.print(table)
 
 
 def _coloured(verdict: Verdict) -> Text:

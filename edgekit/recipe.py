@@ -96,7 +96,8 @@ class Training:
     ema: Decay of the moving average of the weights, which is what a run keeps.
     precision: `bf16` computes the forward and backward pass in bfloat16, `float32` does not.
     validate_every, checkpoint_seconds: How often the held-out PSNR is taken and the state is saved.
-    keep_better: Keep the starting weights if the trained ones are not better on the held-out pictures.
+    keep_better: Keep the starting weights if the trained ones are not better on the held-out pictures, or make one of
+        them worse by more than 0.02 dB.
     """
 
     __pydantic_config__: ClassVar = STRICT

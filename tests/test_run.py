@@ -1,5 +1,7 @@
+import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from conftest import tree
+from safetensors.numpy import save_file
 
 from edgekit import run
 from edgekit.errors import InputError, IntegrityError
+from edgekit.files import atomic_file, atomic_folder, sha256
 from edgekit.run import Run, Stage
 
 IDENTITY = {"recipe": {"name": "tiny", "training": {"steps": 3, "sigma": (0.0, 55.0)}}}
@@ -64,7 +68,7 @@ def test_a_stage_is_made_once_and_then_reused(cwd):
         assert make(opened, made) == first
         assert opened.reused == ["first"]
         assert opened.file(first, "result.txt").read_text(encoding="utf-8") == '{"size": 3}'
-        assert opened.sha256(first, "inside/more.txt") == run.sha256(cwd / "r/01-first/inside/more.txt")
+        assert opened.sha256(first, "inside/more.txt") == sha256(cwd / "r/01-first/inside/more.txt")
     assert made == ["first"]
     assert first.files.keys() == {"01-first/result.txt", "01-first/inside/more.txt"}
 
@@ -88,25 +92,22 @@ def test_a_stage_is_made_again_when_a_tool_has_another_version(cwd, monkeypatch)
     made: list[str] = []
     with run.open_run(cwd / "r", IDENTITY) as opened:
         make(opened, made)
-        monkeypatch.setattr(run.importlib.metadata, "version", lambda name: "99.0")
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.0")
         assert make(opened, made).tools == {"click": "99.0"}
     assert made == ["first", "first"]
 
 
-def test_the_code_that_makes_a_stage_counts_with_its_templates():
-    package = Path(run.__file__).parent
-    hashed = run.code_sha256(("backends/tvm",))
-    template = package / "backends/tvm/c/library.c.j2"
-    assert template.is_file()
-    before = template.read_bytes()
-    try:
-        template.write_bytes(before + b"\n")
-        run.code_sha256.cache_clear()
-        assert run.code_sha256(("backends/tvm",)) != hashed
-    finally:
-        template.write_bytes(before)
-        run.code_sha256.cache_clear()
-    assert run.code_sha256(("backends/tvm",)) == hashed
+def test_the_code_that_makes_a_stage_counts_with_its_templates(cwd, monkeypatch):
+    shutil.copytree(Path(run.__file__).parent / "backends/tvm", cwd / "backends/tvm")
+    monkeypatch.setattr(run, "__file__", str(cwd / "run.py"))
+    hashed = run.code_sha256.__wrapped__(("backends/tvm",))
+    template = cwd / "backends/tvm/c/library.c.j2"
+    template.write_bytes(template.read_bytes() + b"\n")
+    changed = run.code_sha256.__wrapped__(("backends/tvm",))
+    assert changed != hashed
+    (template.parent / "__pycache__").mkdir()
+    (template.parent / "__pycache__" / "x.pyc").write_bytes(b"")
+    assert run.code_sha256.__wrapped__(("backends/tvm",)) == changed
 
 
 def test_a_stage_that_fails_leaves_nothing_and_is_made_the_next_time(cwd):
@@ -127,7 +128,7 @@ def test_a_stage_whose_folder_was_deleted_is_made_again(cwd):
     made: list[str] = []
     with run.open_run(cwd / "r", IDENTITY) as opened:
         make(opened, made)
-    run.shutil.rmtree(cwd / "r/01-first")
+    shutil.rmtree(cwd / "r/01-first")
     assert run.read_stages(cwd / "r") == []
     with run.open_run(cwd / "r", IDENTITY) as opened:
         make(opened, made)
@@ -307,13 +308,11 @@ def test_the_newest_run_is_the_one_that_was_written_to_last(cwd):
 
 
 def test_files_of_a_run_may_be_read_as_widely_as_others(cwd):
-    from safetensors.numpy import save_file
-
     mask = os.umask(0o027)
     try:
-        with run.open_run(cwd / "r", IDENTITY) as opened, run.atomic_folder(cwd / "r" / "x") as folder:
+        with run.open_run(cwd / "r", IDENTITY) as opened, atomic_folder(cwd / "r" / "x") as folder:
             make(opened, [])
-            with run.files.atomic_file(folder / "w.safetensors") as temporary:
+            with atomic_file(folder / "w.safetensors") as temporary:
                 save_file({}, temporary)
     finally:
         os.umask(mask)

@@ -1,7 +1,7 @@
 """The way through edgekit: recipe -> run folder -> target -> artifact -> verdict.
 
-`distill` makes a run folder from a recipe, `compile` makes bundles from a run folder or a model, `verify` makes a report
-from a bundle; each is a module of this package, and `run_recipe` is the three in one.
+`distill` makes a run folder from a recipe, `compile` makes bundles from a run folder or a model, `verify` makes a
+report from a bundle; each is a module of this package, and `run_recipe` is the three in one.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from edgekit.data.sets import PictureSet
 from edgekit.errors import InputError
 from edgekit.files import json_sha256, write_json
 from edgekit.measure import quality
+from edgekit.measure.quality import QualityReport
 from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import networks, pictures
 from edgekit.pipeline.networks import Network
@@ -27,6 +28,7 @@ from edgekit.training.loop import Moment
 log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "accelerate", "safetensors", "numpy", "pillow", "scikit-image", "scikit-learn")
 _CODE = ("models", "data", "training", "recipe", "pipeline/distill")
+HARM_MDB = 20
 _STATE = "02-student.state"
 Progress = Callable[[Moment], None]
 
@@ -37,6 +39,7 @@ class Distilled:
 
     teacher_refused: Why the student learned from the clean pictures alone; empty when it had a teacher.
     kept: `trained`, or `start` when training did not better the starting weights on the held-out pictures.
+    harmed: Why the starting weights were kept although the mean got better; else empty.
     """
 
     folder: Path
@@ -47,6 +50,7 @@ class Distilled:
     teacher_mdb: int | None
     teacher_refused: str
     kept: str
+    harmed: str
 
 
 def silent(moment: Moment) -> None:
@@ -138,18 +142,22 @@ def _train(
     net = start.net if start else models.create(made.model, options)
     sigma255 = recipe.noise.evaluate
 
+    def judge(network: Denoiser, on: PictureSet) -> QualityReport:
+        return quality.evaluate(networks.as_function(network), on, sigma255=sigma255, stride=network.stride)
+
     def psnr_mdb(network: Denoiser, on: PictureSet) -> int:
-        found = quality.evaluate(networks.as_function(network), on, sigma255=sigma255, stride=network.stride)
-        return found.psnr_mdb
+        return judge(network, on).psnr_mdb
 
     def noisy_mdb(on: PictureSet) -> int:
         return quality.evaluate(quality.noisy_input, on, sigma255=sigma255).psnr_mdb
 
     start_mdb = psnr_mdb(start.net, chosen.evaluation) if start else None
     teacher_mdb = psnr_mdb(teacher.net, chosen.evaluation) if teacher else None
+    before = judge(start.net, chosen.held_out) if start else None
+    starting = {name: value.clone() for name, value in net.state_dict().items()}
     refused = ""
     if teacher is not None:
-        rival = psnr_mdb(start.net, chosen.held_out) if start else noisy_mdb(chosen.held_out)
+        rival = before.psnr_mdb if before else noisy_mdb(chosen.held_out)
         refused = _refusal(teacher, start, psnr_mdb(teacher.net, chosen.held_out), rival)
     if refused:
         log.warning("%s", refused)
@@ -176,6 +184,13 @@ def _train(
         opened.root / _STATE,
         progress,
     )
+    kept, harmed = outcome.kept, ""
+    if before and kept == "trained" and recipe.training.keep_better:
+        net.load_state_dict(values)
+        net.to("cpu").eval()
+        if harmed := _harm(before, judge(net, chosen.held_out)):
+            values, kept = starting, "start"
+            log.warning("%s", harmed)
     loop.save_weights(values, out / networks.WEIGHTS)
     if start:
         networks.describe(out, start.model, start.options)
@@ -187,7 +202,8 @@ def _train(
     return {
         "steps": outcome.steps,
         "ended_by": outcome.ended_by,
-        "kept": outcome.kept,
+        "kept": kept,
+        "harmed": harmed,
         "held_out_start_mdb": round(1000 * outcome.start_psnr_db),
         "held_out_trained_mdb": round(1000 * outcome.psnr_db),
         "noisy_mdb": noisy_mdb(chosen.evaluation),
@@ -197,6 +213,21 @@ def _train(
         "teacher_mdb": teacher_mdb,
         "teacher_refused": refused,
     }
+
+
+def _harm(before: QualityReport, after: QualityReport) -> str:
+    """Return which held-out picture training harmed most, and by how much; empty when none lost more than `HARM_MDB`.
+
+    A better mean alone does not do: fine-tuning on few pictures gains on those of its own kind and loses on others.
+    """
+    pairs = zip(before.pictures, after.pictures, strict=True)
+    loss_mdb, name = max((old.psnr_mdb - new.psnr_mdb, old.name) for old, new in pairs)
+    if loss_mdb <= HARM_MDB:
+        return ""
+    return (
+        f"training made the held-out picture '{name}' worse by {loss_mdb / 1000:.3f} dB (the mean went from "
+        f"{before.psnr_mdb / 1000:.3f} to {after.psnr_mdb / 1000:.3f} dB); the starting weights are kept"
+    )
 
 
 def _refusal(teacher: Network, start: Network | None, its_mdb: int, rival_mdb: int) -> str:
@@ -224,6 +255,7 @@ def _distilled(opened: Run, stage: Stage) -> Distilled:
         teacher_mdb=_maybe(facts["teacher_mdb"]),
         teacher_refused=str(facts["teacher_refused"]),
         kept=str(facts["kept"]),
+        harmed=str(facts["harmed"]),
     )
 
 

@@ -1,0 +1,538 @@
+"""Whatever is wrong, a command ends with one line that says what, where and what to do, and with the right exit code."""
+
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import call_process, command, tree
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from edgekit import backends, models, run, zoo
+from edgekit.models import weights
+
+ROOT = Path(__file__).parent.parent
+HOLD = """
+import sys
+from pathlib import Path
+from edgekit import run
+
+with run.open_run(Path(sys.argv[1]), {"recipe": {"name": "tiny"}}):
+    print("holding", flush=True)
+    sys.stdin.read()
+"""
+
+
+class Runs:
+    """Something that runs code when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.canary,)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+# Recipes and settings
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("  steps:", "  stepps:", "tiny.yaml:16: unknown key 'training.stepps'; did you mean 'steps'?"),
+        ("  steps: 3", "  steps: few", "tiny.yaml:16: 'training.steps' is 'few'; expected a valid integer"),
+        ("  patch: 32", "  steps: 4", "tiny.yaml:18: key 'steps' stands here a second time; remove one"),
+    ],
+    ids=["unknown key", "wrong type", "duplicate key"],
+)
+def test_a_wrong_recipe_is_refused_with_its_line(call, tiny, old, new, told):
+    edit(tiny, old, new)
+    call("distill", tiny).refused(2, told)
+    assert not Path("runs").exists()
+
+
+def test_a_wrong_setting_is_refused(call, tiny):
+    call("distill", tiny, "--set", "training.stepps=4").refused(
+        2, "--set training.stepps=4: unknown key 'training.stepps'; did you mean 'steps'?"
+    )
+
+
+def test_an_unknown_recipe_target_or_model_is_refused_with_the_nearest(call, cwd):
+    call("distill", "quikstart").refused(2, "unknown recipe 'quikstart'; did you mean 'quickstart'?; see: edgekit rec")
+    call("compile", "nano", "-t", "linux").refused(2, "unknown target 'linux'; did you mean", "see: edgekit targets")
+    call("compile", "nanno", "-t", "onnx").refused(2, "'nanno'; did you mean 'nano'?")
+    assert tree(cwd) == {}
+
+
+def test_an_unknown_network_or_option_is_refused_before_anything_is_made(call, tiny):
+    call("distill", tiny, "--set", "student.model=nanno").refused(2, "'nanno'; did you mean 'nano'?")
+    call("-q", "distill", tiny, "--set", "student.options={activaton: relu}").refused(2, "did you mean 'activation'?")
+
+
+# Pictures
+
+
+def damaged(path: Path, how: str) -> None:
+    """Write something that is not an 8-bit picture."""
+    if how == "16 bit":
+        Image.fromarray(np.full((64, 64), 40_000, np.uint16)).save(path)
+    elif how == "cut":
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        path.write_bytes(b"not a picture")
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("16 bit", "more than 8 bits a channel (mode I;16); convert it to 8 bit"),
+        ("cut", "not a readable picture: "),
+        ("junk", "not a readable picture: cannot identify image file"),
+    ],
+)
+def test_a_picture_that_cannot_be_used_is_named(call, cwd, leaves, how, told):
+    damaged(cwd / "bad.png", how)
+    call("denoise", "bad.png").refused(2, f"bad.png: {told}")
+    shutil.copytree(leaves, "mine")
+    damaged(cwd / "mine/leaves-1.png", how)
+    call("-q", "distill", "quickstart", "--set", "data.train=[mine]").refused(2, f"mine/leaves-1.png: {told}")
+    assert not (cwd / "bad.denoised.png").exists()
+
+
+def test_a_picture_that_is_missing_is_named(call, cwd):
+    call("denoise", "none.png").refused(2, "none.png: no such picture")
+
+
+def test_a_folder_without_pictures_is_named(call, cwd, tiny):
+    (cwd / "empty").mkdir()
+    (cwd / "empty/notes.txt").write_text("no picture", encoding="utf-8")
+    call("-q", "distill", tiny, "--set", "data.train=[empty]").refused(2, "empty: holds no pictures; looked for .bmp")
+    call("-q", "distill", tiny, "--set", "data.train=[none]").refused(2, "none: no such folder; give a folder")
+
+
+def test_a_result_that_is_no_picture_format_is_refused(call, cwd, leaves):
+    call("denoise", leaves / "leaves-1.png", "-o", "x.gif").refused(2, "x.gif: '.gif' is no picture format; use one of")
+
+
+# Weights
+
+
+def net_file(cwd: Path, name: str, net: str = "nano") -> Path:
+    """Return a file of weights in one of the formats."""
+    values = models.create(net).state_dict()
+    if name.endswith(".safetensors"):
+        weights.save(values, cwd / name)
+    else:
+        torch.save(values, cwd / name, _use_new_zipfile_serialization=name != "old.pt")
+    return cwd / name
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "old.pt"])
+def test_weights_that_are_cut_anywhere_are_damaged(call, cwd, tiny, name):
+    whole = net_file(cwd, name).read_bytes()
+    for length in (0, 1, 2, 3, 9, 17, 100, 500, len(whole) // 2, len(whole) - 1):
+        (cwd / name).write_bytes(whole[:length])
+        with pytest.raises(weights.IntegrityError, match="damaged or truncated"):
+            weights.read(cwd / name)
+    call("-q", "distill", tiny, "--set", f"student.weights={name}").refused(6, f"{name}: damaged or truncated", "again")
+
+
+@pytest.mark.parametrize("name", ["w.pt", "old.pt"])
+def test_a_checkpoint_with_wrong_bytes_anywhere_is_read_or_refused_but_never_crashes(cwd, name):
+    whole = net_file(cwd, name).read_bytes()
+    for place in range(0, 4000, 53):
+        (cwd / name).write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            weights.load_into(models.create("nano"), cwd / name)
+        except (weights.InputError, weights.IntegrityError) as error:
+            assert name in str(error)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.bin", "w.safetensors"])
+@pytest.mark.parametrize(
+    "junk", [b"junk, junk and more junk", b'{"a": 1}', bytes(range(256))], ids=["text", "json", "bytes"]
+)
+def test_junk_instead_of_weights_is_damaged(cwd, name, junk):
+    (cwd / name).write_bytes(junk)
+    with pytest.raises(weights.IntegrityError, match=rf"{name}: damaged or truncated"):
+        weights.read(cwd / name)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.PTH", "w.ckpt", "w.bin", "w.pkl"])
+@pytest.mark.parametrize("write", ["torch", "pickle"])
+def test_code_in_a_pickle_does_not_run(call, cwd, tiny, name, write):
+    canary = cwd / "canary"
+    if write == "torch":
+        torch.save({"weight": torch.zeros(1), "code": Runs(canary)}, cwd / name)
+    else:
+        (cwd / name).write_bytes(pickle.dumps(Runs(canary)))
+    call("-q", "distill", tiny, "--set", f"student.weights={name}").refused(
+        2, f"{name}: holds more than tensors, and loading it could run code; save its state_dict() with safetensors"
+    )
+    assert not canary.exists()
+    torch.load(cwd / name, weights_only=False) if write == "torch" else pickle.loads((cwd / name).read_bytes())  # noqa: S301
+    assert canary.exists(), "the file would have run nothing anyway"
+
+
+def test_code_in_a_pickle_that_is_called_safetensors_does_not_run(cwd):
+    (cwd / "w.safetensors").write_bytes(pickle.dumps(Runs(cwd / "canary")))
+    with pytest.raises(weights.IntegrityError, match="damaged"):
+        weights.read(cwd / "w.safetensors")
+    assert not (cwd / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ([1, 2], "is not a state_dict"),
+        ({1: torch.zeros(1)}, "is not a state_dict"),
+        ({"state_dict": {}}, "is not a state"),
+    ],
+    ids=["list", "numbers as names", "nested"],
+)
+def test_a_checkpoint_that_is_no_state_dict_is_refused(cwd, value, told):
+    torch.save(value, cwd / "w.pt")
+    with pytest.raises(weights.InputError, match=told):
+        weights.read(cwd / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("net", "told"),
+    [("small", "is (32, 4, 3, 3), the network has (16, 4, 3, 3); name the matching model"), ("dncnn", "has no '")],
+)
+def test_weights_of_another_architecture_are_refused_with_the_parameter(call, cwd, tiny, net, told):
+    name = net_file(cwd, "w.safetensors", net).name
+    call("-q", "distill", tiny, "--set", f"student.weights={name}").refused(2, f"{name}: ", told)
+
+
+def test_weights_with_one_parameter_too_many_or_not_finite_are_refused(cwd):
+    values = dict(models.create("nano").state_dict())
+    save_file(values | {"more": torch.zeros(1)}, cwd / "more.safetensors")
+    with pytest.raises(weights.InputError, match="'more' has no place in the network"):
+        weights.load_into(models.create("nano"), cwd / "more.safetensors")
+    first = next(iter(values))
+    save_file(values | {first: torch.full_like(values[first], float("nan"))}, cwd / "nan.safetensors")
+    with pytest.raises(weights.IntegrityError, match=f"'{first}' holds values that are not finite"):
+        weights.load_into(models.create("nano"), cwd / "nan.safetensors")
+
+
+def test_weights_that_are_missing_are_named(call, cwd, tiny):
+    call("-q", "distill", tiny, "--set", "student.weights=none.safetensors").refused(
+        2, "none.safetensors: no such file"
+    )
+    call("compile", "edgekit.models.plain:DnCnn", "-t", "onnx").refused(2, "needs its weights; add --weights FILE")
+
+
+def test_shipped_weights_whose_bytes_changed_are_refused(cwd, monkeypatch):
+    shutil.copy(zoo.weights("nano"), cwd)
+    shutil.copy(zoo.weights("nano").with_suffix(".json"), cwd)
+    path = cwd / "nano.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    monkeypatch.setattr(zoo, "_FOLDER", cwd)
+    with pytest.raises(weights.IntegrityError, match="is not the file that its card describes; reinstall edgekit"):
+        zoo.weights("nano")
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("no.such_module:Net", "'no.such_module:Net' cannot be made: No module named 'no'"),
+        ("edgekit.models.plain:Nothing", "cannot be made: module 'edgekit.models.plain' has no attribute 'Nothing'"),
+        ("json:dumps", "'json:dumps' cannot be made: "),
+        ("collections:OrderedDict", "'collections:OrderedDict' is a OrderedDict, not a torch.nn.Module"),
+    ],
+)
+def test_a_class_that_is_no_network_is_refused(call, cwd, what, told):
+    name = net_file(cwd, "w.safetensors").name
+    call("compile", what, "--weights", name, "-t", "onnx").refused(2, told)
+
+
+# ONNX files
+
+
+@pytest.mark.parametrize("verb", ["compile", "denoise"])
+def test_junk_instead_of_an_onnx_file_is_refused(call, cwd, leaves, verb):
+    (cwd / "x.onnx").write_bytes(b"junk, junk and more junk")
+    arguments = (
+        ["compile", "x.onnx", "-t", "onnx"]
+        if verb == "compile"
+        else ["denoise", leaves / "leaves-1.png", "-m", "x.onnx"]
+    )
+    call(*arguments).refused(2, "x.onnx: is not a whole ONNX model (24 bytes)", "export it again")
+    (cwd / "x.onnx").unlink()
+    call(*arguments).refused(2, "x.onnx: cannot be read: No such file or directory")
+
+
+def test_an_onnx_file_that_is_cut_anywhere_is_refused(call, cwd, finished):
+    whole = (finished / "05-simplify/student.fp32.onnx").read_bytes()
+    for part in range(16):
+        (cwd / "x.onnx").write_bytes(whole[: len(whole) * part // 16])
+        call("compile", "x.onnx", "-t", "onnx").refused(2, "x.onnx: ")
+    assert not Path("runs").exists()
+
+
+# Engines
+
+
+MISSING = """
+import sys
+from edgekit import backends
+from edgekit.errors import ToolMissingError
+
+for module in ("onnxruntime", "openvino", "tvm", "coremltools"):
+    sys.modules[module] = None
+for engine in backends.DOORS:
+    try:
+        backends.load(engine)
+    except ToolMissingError as error:
+        print(engine, error.exit_code, error)
+"""
+
+
+def test_every_engine_that_is_not_installed_is_told_with_the_command_that_installs_it():
+    done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, check=True)
+    told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert told.keys() == backends.DOORS.keys()
+    for engine, line in told.items():
+        module = "coremltools" if engine == "coreml" else engine
+        assert line.startswith(
+            f"5 the engine '{engine}' needs the package '{module}', which is not installed; run: pip"
+        )
+        assert line.endswith(f"'edgekit[{backends.EXTRAS.get(engine, 'all')}]'")
+
+
+def shim(folder: Path, module: str, body: str) -> Path:
+    """Return a folder for the import path, in which a module does not load."""
+    folder.mkdir()
+    (folder / f"{module}.py").write_text(body, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (
+            "raise ModuleNotFoundError(\"No module named 'tvm'\", name='tvm')",
+            "the engine 'tvm' needs the package 'tvm', which is not installed; run: pip install 'edgekit[tvm]'",
+        ),
+        (
+            "raise OSError('libtvm.so: undefined symbol')",
+            "the engine 'tvm' is installed but does not load: libtvm.so: undefined symbol; reinstall it: pip install",
+        ),
+    ],
+    ids=["missing", "broken"],
+)
+def test_a_command_whose_engine_does_not_load_ends_before_it_makes_anything(cwd, body, told):
+    path = shim(cwd / "shim", "tvm", body)
+    ended = call_process("compile", "nano", "-t", "onnx", "-t", "android-arm64", python_path=path)
+    ended.refused(5, told)
+    assert not Path("runs").exists()
+
+
+def test_int8_for_android_is_unsupported(call, cwd):
+    text = (ROOT / "targets/android-arm64.yaml").read_text(encoding="utf-8")
+    (cwd / "int8.yaml").write_text(text.replace("precision: float32", "precision: int8"), encoding="utf-8")
+    call("-q", "compile", "nano", "-t", "int8.yaml").refused(4, "int8")
+
+
+# Run folders and bundles
+
+
+def test_a_folder_of_another_run_is_refused_and_replaced_when_told(call, tiny):
+    assert call("-q", "distill", tiny, "-o", "r").code == 0
+    before = tree(Path("r"))
+    other = ["-q", "distill", tiny, "-o", "r", "--set", "training.steps=2"]
+    call(*other).refused(
+        2, "r: holds another run (recipe.training.steps is 3 there, 2 here); choose another folder with -o, or replace"
+    )
+    assert tree(Path("r")) | {"lock": b""} == before | {"lock": b""}
+    assert call(*other, "--overwrite").code == 0
+    assert run.read_identity(Path("r"))["recipe"]["training"]["steps"] == 2
+
+
+def test_a_folder_that_another_process_holds_is_refused_with_its_number(call, cwd, tiny):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, "r"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "holding\n"
+        call("distill", tiny, "-o", "r").refused(2, f"r: is in use by process {process.pid}", "wait for it, or choose")
+        process.communicate("")
+
+
+def test_a_file_of_a_run_that_changed_is_refused_by_every_command_that_reads_it(call, cwd, tiny, finished, leaves):
+    shutil.copytree(finished, "run")
+    path = cwd / "run/02-student/student.safetensors"
+    values = load_file(path)
+    save_file({name: 2 * value for name, value in values.items()}, path)
+    told = "02-student/student.safetensors: changed since stage 'student' wrote it; restore it, or delete"
+    edit(tiny, "pictures", "pictures")
+    for arguments in (
+        ["distill", tiny, "-o", "run"],
+        ["compile", "run", "-t", "onnx"],
+        ["denoise", leaves / "leaves-1.png", "-m", "run", "-o", "out.png"],
+        ["baseline", "run"],
+    ):
+        call("-q", *arguments).refused(6, told)
+    assert not Path("out.png").exists()
+
+
+def test_a_bundle_that_changed_is_refused_by_every_command_that_reads_it(call, cwd, finished, leaves):
+    shutil.copytree(finished / "bundles/kept", "kept")
+    (cwd / "kept/README.md").write_text("x", encoding="utf-8")
+    call("verify", "kept").refused(6, "kept/README.md: changed; restore the bundle, or compile it again")
+    call("denoise", leaves / "leaves-1.png", "-m", "kept").refused(6, "kept/README.md: changed")
+
+
+def test_what_is_no_run_and_no_bundle_is_refused(call, cwd):
+    (cwd / "empty").mkdir()
+    call("verify", "empty").refused(2, "empty: is neither a bundle nor a run with bundles; make one: edgekit compile")
+    call("compile", "empty", "-t", "onnx").refused(2, "empty: is not a run folder (it has no run.json)")
+    call("verify").refused(2, "there is no run in 'runs/'; start one: edgekit distill")
+    call("compile", "-t", "onnx").refused(2, "there is no run in 'runs/'")
+    assert tree(cwd) == {}
+
+
+def test_a_home_folder_is_not_taken_for_a_run_folder(call, cwd, tiny):
+    (cwd / "home").mkdir()
+    (cwd / "home/.letter.tmp").write_text("mine", encoding="utf-8")
+    (cwd / "home/letter").write_text("mine", encoding="utf-8")
+    before = tree(cwd)
+    call("distill", tiny, "-o", "home", "--overwrite").refused(2, "home: is not a run folder, and not empty")
+    assert tree(cwd) == before
+
+
+# Disks
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(call, cwd, tiny, leaves):
+    (cwd / "file").write_text("mine", encoding="utf-8")
+    call("distill", tiny, "-o", "file/run").refused(2, "file/run: cannot be written: Not a directory", "-o")
+    call("distill", tiny, "-o", "n" * 300).refused(2, "cannot be written: File name too long")
+    call("denoise", leaves / "leaves-1.png", "-o", "file/out.png").refused(2, "file/out.png: cannot be written")
+    (cwd / "out.png").mkdir()
+    call("denoise", leaves / "leaves-1.png", "-o", "out.png").refused(2, "out.png: cannot be written: Is a directory")
+
+
+@pytest.fixture
+def small_disk(cwd: Path) -> Iterator[Path]:
+    """Give a file system of its own with 100 KiB."""
+    disk = cwd / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(call, cwd, tiny, small_disk):
+    arguments = ["-q", "distill", tiny, "-o", "disk/run"]
+    call(*arguments).refused(2, "disk/run/", "no space is left on the disk", "free some and start the same command")
+    assert [p for p in (cwd / "disk/run").rglob("*.tmp")] == []
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    ended = call(*arguments)
+    assert (ended.code, ended.err) == (0, "")
+    assert [s.name for s in run.read_stages(cwd / "disk/run")] == ["pictures", "student"]
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """Give a function that limits how large a file may become, in bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_that_may_not_grow_is_told_like_a_full_disk(call, cwd, tiny, small_files):
+    arguments = ["-q", "distill", tiny, "-o", "r"]
+    small_files(50_000)
+    ended = call(*arguments)
+    small_files(resource.RLIM_INFINITY)
+    ended.refused(2, "r/", "no space is left on the disk", "free some and start the same command again")
+    assert [p for p in (cwd / "r").rglob("*.tmp")] == []
+    assert call(*arguments).code == 0
+
+
+@pytest.mark.parametrize("what", ["safetensors", "numpy", "picture", "text"])
+def test_a_full_disk_is_told_whoever_writes(cwd, small_files, what):
+    from edgekit.files import atomic_file, write_json
+
+    pixels = np.random.default_rng(0).integers(0, 255, (300, 300), np.uint8)
+
+    def write(path: Path) -> None:
+        if what == "safetensors":
+            weights.save({"w": torch.zeros(90_000)}, path)
+        elif what == "text":
+            write_json(path, {"text": "x" * 90_000})
+        else:
+            with atomic_file(path) as temporary:
+                pixels.tofile(temporary) if what == "numpy" else Image.fromarray(pixels).save(temporary, format="PNG")
+
+    (cwd / "out").write_text("before", encoding="utf-8")
+    small_files(50_000)
+    try:
+        with pytest.raises(weights.InputError, match="out: no space is left on the disk"):
+            write(cwd / "out")
+    finally:
+        small_files(resource.RLIM_INFINITY)
+    assert tree(cwd) == {"out": b"before"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_an_output_that_takes_nothing_is_told():
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command("targets"), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: no space is left on the disk; free some and start the same command again\n"
+
+
+# Interruptions
+
+
+def test_ctrl_c_ends_with_130_and_one_line_and_the_same_command_goes_on(call, cwd, tiny):
+    settings = [f"--set=training.{s}" for s in ("steps=1500", "checkpoint_seconds=0.05", "warmup_steps=10")]
+    with subprocess.Popen(
+        command("distill", tiny, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        until = time.monotonic() + 60
+        while not (saved := list(cwd.glob("runs/tiny/*/checkpoint.safetensors"))) and time.monotonic() < until:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line]
+    assert lines[-1] == "interrupted; start the same command again to go on"
+    assert all(re_start(line) for line in lines[:-1]), err
+    assert saved[0].is_file()
+    assert [p for p in (cwd / "runs").rglob("*.tmp")] == []
+    ended = call("distill", tiny, *settings)
+    assert ended.code == 0
+    assert "going on at step " in ended.err
+
+
+def re_start(line: str) -> bool:
+    """Return whether a line is one of those that tell of progress."""
+    return line.startswith(("pictures ...", "student ...", "training: step", "teacher 'nano' is refused"))

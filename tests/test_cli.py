@@ -1,0 +1,315 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from conftest import LIMITS, command, tree, write_target
+
+from edgekit import __version__, models, recipe, target
+from edgekit.cli import cli
+
+COMMANDS = list(cli.commands)
+HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "openvino", "tvm", "coremltools", "pydantic", "ruamel", "rich", "PIL")
+HELPS = """
+import sys
+from edgekit.cli import cli, main
+for command in ([], *([name] for name in cli.commands)):
+    sys.argv = ["edgekit", *command, "--help"]
+    try:
+        main()
+    except SystemExit as left:
+        assert left.code == 0, (command, left.code)
+print("loaded:", [name for name in sys.modules if name in {heavy}], file=sys.stderr)
+"""
+
+
+def answer(out: str) -> dict:
+    """Return what a command printed, which must be one JSON object with its schema's version."""
+    value = json.loads(out)
+    assert value["schema_version"] == 1
+    return value
+
+
+def test_help_and_every_commands_help_load_nothing_heavy():
+    done = subprocess.run(
+        [sys.executable, "-c", HELPS.replace("{heavy}", repr(HEAVY))], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "loaded: []\n"
+    assert done.stdout.count("Usage: edgekit") == len(COMMANDS) + 1
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = f"import sys, edgekit; print([name for name in sys.modules if name in {HEAVY!r}])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"[]\n"
+
+
+def test_the_commands_come_in_the_order_of_the_way_through(call):
+    lines = call("--help").out.splitlines()
+    listed = [line.split()[0] for line in lines[lines.index("Commands:") + 1 :]]
+    assert listed == COMMANDS
+    assert listed[:4] == ["distill", "train", "compile", "verify"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_commands_help_has_an_example_on_a_line_of_its_own(name, call):
+    shown = call(name, "--help")
+    assert shown.code == 0
+    examples = re.findall(rf"^  (edgekit {name}\b.*)$", shown.out, re.MULTILINE)
+    assert examples, shown.out
+    assert "\\b" not in shown.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_a_commands_help_can_be_parsed(name):
+    found = cli.commands[name]
+    assert found.help is not None
+    for example in re.findall(rf"^edgekit {name}\b(.*)$", found.help, re.MULTILINE):
+        arguments = example.split(">")[0].split()
+        found.make_context(name, arguments, resilient_parsing=False).close()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_says_what_it_does(name):
+    for parameter in cli.commands[name].params:
+        assert not isinstance(parameter, click.Option) or parameter.help
+
+
+def test_the_version_is_the_packages(call):
+    assert call("--version").out == f"edgekit, version {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["compile", "--tarjet", "x"], "No such option '--tarjet'"),
+        (["distil"], "No such command 'distil'"),
+        (["denoise"], "Missing argument 'IMAGE'"),
+        (["denoise", "x.png", "--sigma", "300"], "300.0 is not in the range 0<=x<=255"),
+        (["denoise", "x.png", "--sigma", "nan"], "not a finite number"),
+        (["verify", "x", "--seconds", "inf"], "not a finite number"),
+        (["verify", "x", "--threads", "0"], "0 is not in the range x>=1"),
+        (["schema", "bundle"], "'bundle' is not one of 'recipe', 'target'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line_exits_with_2(call, arguments, told):
+    ended = call(*arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert told in ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("command_name", ["targets", "recipes", "models"])
+def test_what_is_shipped_is_listed(command_name, call):
+    names = {"targets": target.names(), "recipes": recipe.names(), "models": models.names()}[command_name]
+    shown = call(command_name)
+    assert (shown.code, shown.err) == (0, "")
+    for name in names:
+        assert re.search(rf"^ {re.escape(name)} ", shown.out, re.MULTILINE)
+    assert [item["name"] for item in answer(call(command_name, "--json").out)["items"]] == names
+
+
+def test_models_tell_what_the_shipped_weights_reach(call):
+    items = {item["name"]: item for item in answer(call("models", "--json").out)["items"]}
+    assert items["nano"]["parameters"] == "43,396"
+    assert re.search(r"\d\d\.\d\d dB on embedded-evaluation", items["nano"]["sigma_25"])
+    assert items["large"]["shipped"] == "no"
+
+
+def test_doctor_names_every_engine_and_the_command_that_installs_it(call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tvm", None)
+    found = {item["name"]: item for item in answer(call("doctor", "--json").out)["items"]}
+    assert found["onnxruntime"]["found"] is True
+    assert (found["tvm"]["found"], found["tvm"]["fix"]) == (False, "pip install 'edgekit[tvm]'")
+    assert "pip install 'edgekit[tvm]'" in call("doctor").out
+
+
+def test_a_plan_says_what_is_made_and_what_is_to_do(call, tiny, finished):
+    assert {s["state"] for s in answer(call("plan", tiny, "--json").out)["items"]} == {"to do"}
+    steps = {s["name"]: s for s in answer(call("plan", tiny, "-o", finished, "--json").out)["items"]}
+    assert (steps["student"]["state"], steps["fuse"]["state"]) == ("made", "made")
+    assert steps["bundles/onnx"]["state"] == "to do"
+    assert "from shipped weights, 3 steps, taught by 'nano'" in steps["student"]["what"]
+
+
+def test_a_plan_says_which_target_is_blocked_by_a_missing_engine(call, tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tvm", None)
+    text = (Path(__file__).parent.parent / "targets/android-arm64.yaml").read_text(encoding="utf-8")
+    Path("mine.yaml").write_text(text.replace("name: android-arm64", "name: mine"), encoding="utf-8")
+    steps = answer(call("plan", tiny, "-t", "android-arm64", "-t", "mine.yaml", "-t", "onnx", "--json").out)["items"]
+    states = {s["name"]: s["state"] for s in steps if s["name"].startswith("bundles/")}
+    assert states == {"bundles/android-arm64": "blocked", "bundles/mine": "blocked", "bundles/onnx": "to do"}
+
+
+def test_a_plan_refuses_a_teacher_that_does_not_exist(call, tiny):
+    call("plan", tiny, "--set", "teacher.model=tacher").refused(2, "unknown model 'tacher'; did you mean 'teacher'?")
+
+
+@pytest.mark.parametrize("kind", ["recipe", "target"])
+def test_the_schema_is_json(kind, call):
+    schema = json.loads(call("schema", kind).out)
+    assert schema["type"] == "object"
+    assert "schema_version" in schema["required"]
+
+
+@pytest.mark.parametrize(
+    ("shell", "line"),
+    [("bash", "complete -o nosort -F"), ("zsh", "#compdef edgekit"), ("fish", "complete --no-files --command edgekit")],
+)
+def test_completion_is_printed_for_a_shell(shell, line, call):
+    shown = call("completion", shell)
+    assert shown.code == 0
+    assert line in shown.out
+    assert f"_EDGEKIT_COMPLETE={shell}_complete" in shown.out
+
+
+def test_completion_completes():
+    asked = os.environ | {"_EDGEKIT_COMPLETE": "bash_complete", "COMP_WORDS": "edgekit di", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['edgekit']; from edgekit.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=asked, capture_output=True, text=True, check=False)
+    assert done.stdout == "plain,distill\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["distill", "tiny.yaml"],
+        ["train", "tiny.yaml", "-o", "there"],
+        ["run", "tiny.yaml", "-t", "onnx"],
+        ["compile", "nano", "-t", "onnx"],
+    ],
+    ids=lambda value: value[0],
+)
+def test_a_dry_run_writes_nothing(call, cwd, tiny, arguments):
+    before = tree(cwd)
+    shown = call(*arguments, "--dry-run")
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out
+    assert answer(call(*arguments, "--dry-run", "--json").out)["items"]
+    assert tree(cwd) == before
+    assert sorted(p.name for p in cwd.iterdir()) == ["tiny.yaml"]
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(call, tiny):
+    call("distill", tiny, "--dry-run", "--set", "student.model=nanoo").refused(
+        2, "unknown model 'nanoo'; did you mean 'nano'?"
+    )
+    call("compile", "nano", "-t", "onxx", "--dry-run").refused(2, "unknown target 'onxx'; did you mean 'onnx'?")
+
+
+def test_distilling_twice_gives_the_same_record_and_reuses_the_second_time(call, tiny):
+    first = answer(call("distill", tiny, "-o", "a", "--json").out)
+    again = call("distill", tiny, "-o", "b", "--json")
+    assert answer(again.out) == first | {"folder": "b"}
+    assert "student: re-used" not in again.err
+    record = Path("a/run.json").read_bytes()
+    assert Path("b/run.json").read_bytes() == record
+    reused = call("distill", tiny, "-o", "a", "--json")
+    assert "student: re-used" in reused.err
+    assert answer(reused.out) == first
+    assert Path("a/run.json").read_bytes() == record
+
+
+def test_quiet_says_nothing_but_the_result(call, tiny):
+    shown = call("-q", "distill", tiny)
+    assert (shown.code, shown.err) == (0, "")
+    assert "runs/tiny: evaluation pictures" in shown.out
+
+
+@pytest.mark.parametrize(("flags", "code"), [([], 7), (["--allow-unverified"], 0)], ids=["undecided", "allowed"])
+def test_a_run_prints_json_and_nothing_else_on_stdout(call, cwd, tiny, flags, code):
+    write_target(cwd / "kept.yaml", "kept", LIMITS["kept"])
+    ended = call("run", tiny, "--set", "teacher=null", "-t", "kept.yaml", "--json", *flags)
+    assert ended.code == code
+    result = answer(ended.out)
+    assert result["distilled"]["folder"] == "runs/tiny"
+    assert [report["verdict"] for report in result["reports"]] == ["incomplete"]
+    assert "training: step 3/3" in ended.err
+    assert Path("runs/tiny/bundles/kept.report.json").is_file()
+
+
+def test_compiling_prints_where_the_bundles_are(call, cwd, finished):
+    shutil.copytree(finished, "runs/copy")
+    write_target(cwd / "kept.yaml", "kept", LIMITS["kept"])
+    shown = call("-q", "compile", "-t", "kept.yaml")
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out == "kept: runs/copy/bundles/kept\n"
+    result = answer(call("compile", "runs/copy", "-t", "kept.yaml", "--json").out)
+    assert result["bundles"] == {"kept": "runs/copy/bundles/kept"}
+    assert "bundles/kept" in result["reused"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "code", "verdict"),
+    [
+        ("kept", [], 0, "pass"),
+        ("broken", [], 3, "fail"),
+        ("undecided", [], 7, "incomplete"),
+        ("undecided", ["--allow-unverified"], 0, "incomplete"),
+        ("broken", ["--allow-unverified"], 3, "fail"),
+    ],
+    ids=["pass", "fail", "incomplete", "incomplete but allowed", "a failure is never allowed"],
+)
+def test_the_exit_code_is_the_verdict(call, cwd, finished, name, flags, code, verdict):
+    shutil.copytree(finished / "bundles" / name, name)
+    ended = call("-q", "verify", name, "--seconds", "1", "-o", "report.json", "--json", *flags)
+    assert (ended.code, ended.err) == (code, "")
+    [report] = answer(ended.out)["items"]
+    assert report["verdict"] == verdict
+    assert json.loads((cwd / "report.json").read_text(encoding="utf-8")) == report
+
+
+def test_verifying_a_run_verifies_all_its_bundles_and_the_worst_counts(call, cwd, finished):
+    shutil.copytree(finished, "run")
+    ended = call("-q", "verify", "run", "--seconds", "1")
+    assert ended.code == 3
+    for name, verdict in (("kept", "pass"), ("broken", "fail"), ("undecided", "incomplete")):
+        assert f"\n{name}: {verdict}\n" in ended.out
+        assert (cwd / f"run/bundles/{name}.report.json").is_file()
+    call("verify", "run", "-o", "report.json").refused(2, "-o report.json: there are 3 bundles", "name one bundle")
+
+
+@pytest.mark.parametrize("model", ["bundle", "run", "onnx", "shipped"])
+def test_a_picture_is_denoised_by_whatever_model_is_named(call, cwd, finished, leaves, model):
+    what = {
+        "bundle": finished / "bundles/kept",
+        "run": finished,
+        "onnx": finished / "05-simplify/student.fp32.onnx",
+        "shipped": "nano",
+    }[model]
+    picture = next(leaves.glob("*.png"))
+    shown = call("-q", "denoise", picture, "-m", what, "--add-noise", "-o", cwd / "out.png")
+    assert (shown.code, shown.out, shown.err) == (0, f"{cwd}/out.png\n", "")
+    assert (cwd / "out.png").stat().st_size > 100
+    told = answer(call("denoise", picture, "-m", what, "-o", cwd / "out.png", "--json").out)
+    assert told == {"schema_version": 1, "output": f"{cwd}/out.png", "how": told["how"]}
+
+
+def test_what_nobody_reads_ends_the_command_quietly_and_not_with_0():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with subprocess.Popen(command("schema", "recipe"), stdout=writing, stderr=subprocess.PIPE, text=True) as process:
+        os.close(writing)
+        _, err = process.communicate()
+    assert (process.returncode, err) == (141, "")
+
+
+def test_a_table_that_nobody_reads_ends_the_command_quietly_and_not_with_0():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with subprocess.Popen(command("targets"), stdout=writing, stderr=subprocess.PIPE, text=True) as process:
+        os.close(writing)
+        _, err = process.communicate()
+    assert (process.returncode, err) == (141, "")
+
+
+def test_a_terminal_that_knows_no_unicode_gets_ascii():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command("targets"), env=environment, capture_output=True, text=True, check=True)
+    assert "android-arm64" in done.stdout
+    assert done.stdout.isascii()

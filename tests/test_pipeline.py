@@ -1,0 +1,493 @@
+"""The way through, with the real stages on a tiny student: distill, compile, verify."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from edgekit import bundle, files, pipeline, report, run, target, zoo
+from edgekit.errors import InputError, IntegrityError, UnsupportedError
+from edgekit.graph.checks import is_quantized
+from edgekit.graph.reference import agreement_db
+from edgekit.models import weights
+from edgekit.pipeline import compile as compiling
+from edgekit.pipeline import distill, networks, pictures, verify
+from edgekit.recipe import Data, Distillation, Model, Noise, Quantization, Recipe
+from edgekit.target import InputShape, Limits, Target
+
+ONNX = dataclasses.replace(target.load("onnx"), limits=Limits(size_mib=8.0, min_integer_macs=0.5))
+FLOAT = dataclasses.replace(ONNX, name="onnx-float32", precision="float32", limits=Limits())
+QUICK = verify.Settings(seconds=0.3)
+STEPS = tiny.training(steps=5)
+TEACHER = Model(model="nano")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return tiny.write_pictures(tmp_path_factory.mktemp("photos") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def recipe(photos) -> Recipe:
+    return tiny.recipe(photos, teacher=TEACHER, training=STEPS)
+
+
+@pytest.fixture(scope="module")
+def made(recipe, tmp_path_factory) -> pipeline.Result:
+    """The whole way, once: a random nano that the shipped one taught."""
+    folder = tmp_path_factory.mktemp("made") / "run"
+    return pipeline.run_recipe(recipe, [ONNX, FLOAT], folder, settings=QUICK, say=lambda text: None)
+
+
+@pytest.fixture
+def copied(made, tmp_path) -> Path:
+    """A copy of the run, to change."""
+    return shutil.copytree(made.distilled.folder, tmp_path / "run")
+
+
+def denoise(path: Path, noisy: np.ndarray, sigma: float) -> np.ndarray:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    given = {"noisy": noisy, "sigma": np.full((1, 1, 1, 1), sigma, np.float32)}
+    return session.run(["denoised"], {i.name: given[i.name] for i in session.get_inputs()})[0]
+
+
+# The whole way
+
+
+def test_the_whole_way_ends_with_a_verdict_on_every_artifact(made):
+    assert [r.target for r in made.reports] == ["onnx", "onnx-float32"]
+    for found in made.reports:
+        names = {x.name for x in found.limits}
+        assert {"student_drop_db", "int8_drop_db", "golden_outputs"} <= names
+        assert found.verdict == "pass", found.limits
+        written = made.distilled.folder / "bundles" / f"{found.target}.report.json"
+        assert json.loads(written.read_text()) == json.loads(json.dumps(found.as_json()))
+    assert report.exit_code([r.verdict for r in made.reports]) == 0
+
+
+def test_the_ledger_has_a_row_for_everything_that_was_measured_and_adds_up(made):
+    rows = {row.name: row for row in made.reports[0].rows}
+    assert list(rows) == ["noisy input", "teacher FP32", "student FP32", "artifact"]
+    assert rows["noisy input"].psnr_mdb < rows["teacher FP32"].psnr_mdb
+    assert rows["artifact"].drop_mdb == rows["student FP32"].psnr_mdb - rows["artifact"].psnr_mdb
+    assert rows["artifact"].latency_us > 0
+    assert rows["teacher FP32"].latency_us > 0
+    folder = made.compiled.bundles["onnx"]
+    assert rows["artifact"].sha256 == files.sha256(folder / "model.int8.onnx")
+    assert rows["artifact"].size_bytes == (folder / "model.int8.onnx").stat().st_size
+    assert rows["student FP32"].sha256 == files.sha256(folder / "reference" / "student.fp32.onnx")
+
+
+def test_the_psnr_of_the_ledger_is_that_of_the_artifacts_own_outputs(made):
+    folder = made.compiled.bundles["onnx"]
+    found = []
+    for clean in sorted((folder / "golden").glob("*.png")):
+        noisy = np.fromfile(clean.with_suffix("").with_name(f"{clean.stem}.noisy.f32"), "<f4")
+        noisy = noisy.reshape(1, 1, 256, 256)
+        want = np.asarray(compiling.Image.open(clean), np.float64) / 255
+        got = denoise(folder / "model.int8.onnx", noisy, 25 / 255)[0, 0]
+        found.append(-10 * np.log10(np.mean((got - want) ** 2)))
+    artifact = made.reports[0].rows[-1]
+    assert len(found) == 2
+    assert artifact.psnr_mdb == pytest.approx(1000 * np.mean(found), abs=1)
+
+
+def test_the_students_onnx_computes_what_its_weights_do(made):
+    net = networks.from_run(made.distilled.folder).net
+    graph = made.compiled.bundles["onnx"] / "reference" / "student.fp32.onnx"
+    noisy = np.random.default_rng(0).random((1, 1, 40, 48), dtype=np.float32)
+    want = networks.as_function(net)(noisy, 0.1)
+    assert agreement_db(denoise(graph, noisy, 0.1), want) > 90
+
+
+def test_the_int8_artifact_is_integers_and_the_float_one_is_not(made):
+    integer, floating = (made.compiled.bundles[name] / f for name, f in _ARTIFACTS.items())
+    assert is_quantized(onnx.load(integer))
+    assert not is_quantized(onnx.load(floating))
+    manifest = bundle.read(made.compiled.bundles["onnx"])
+    assert manifest.built["precision"] == "int8"
+    assert manifest.built["facts"]["integer_macs_permille"] > 500
+
+
+_ARTIFACTS = {"onnx": "model.int8.onnx", "onnx-float32": "model.fp32.onnx"}
+
+
+@pytest.mark.parametrize("name", _ARTIFACTS)
+def test_the_chain_of_hashes_leads_from_the_teacher_to_the_artifact(made, name):
+    folder = made.distilled.folder
+    links = bundle.read(made.compiled.bundles[name]).chain
+    kinds = ["teacher", "student", "fused", "onnx", "simplified", *(["int8"] if name == "onnx" else []), "artifact"]
+    assert [link.kind for link in links] == kinds
+    assert [link.made_from for link in links] == [None, *(link.sha256 for link in links[:-1])]
+    known = {
+        "teacher": zoo.weights("nano"),
+        "student": folder / "02-student" / "student.safetensors",
+        "fused": folder / "03-fuse" / "fused.safetensors",
+        "onnx": folder / "04-export" / "student.onnx",
+        "simplified": folder / "05-simplify" / "student.fp32.onnx",
+        "int8": folder / "06-quantize" / "student.int8.onnx",
+        "artifact": made.compiled.bundles[name] / _ARTIFACTS[name],
+    }
+    assert {link.kind: link.sha256 for link in links} == {kind: files.sha256(known[kind]) for kind in kinds}
+
+
+def test_every_file_of_a_bundle_is_in_its_manifest(made):
+    for folder in made.compiled.bundles.values():
+        manifest = bundle.read(folder)
+        assert {"README.md", "MODEL_CARD.md", "NOTICES.md"} < set(manifest.files)
+        assert sum(name.endswith(".denoised.f32") for name in manifest.files) == 2
+
+
+@pytest.mark.parametrize("name", _ARTIFACTS)
+def test_the_pages_of_a_bundle_name_what_is_in_it(made, name):
+    folder = made.compiled.bundles[name]
+    page = (folder / "README.md").read_text()
+    assert _ARTIFACTS[name] in page
+    assert ("int8" if name == "onnx" else "float32") in page
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert all(link.sha256 in card for link in bundle.read(folder).chain)
+
+
+def test_the_readmes_lines_denoise_a_picture(made, monkeypatch):
+    folder = made.compiled.bundles["onnx"]
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    noisy = np.fromfile(next((folder / "golden").glob("*.noisy.f32")), "<f4").reshape(1, 1, 256, 256)
+    monkeypatch.chdir(folder)
+    given = {"noisy": noisy}
+    exec(code, given)
+    want = np.fromfile(sorted((folder / "golden").glob("*.denoised.f32"))[0], "<f4")
+    name = sorted((folder / "golden").glob("*.noisy.f32"))[0]
+    assert np.array_equal(np.fromfile(name, "<f4").reshape(noisy.shape), noisy)
+    assert agreement_db(given["denoised"].ravel(), want) > 40
+
+
+# Stages
+
+
+def test_a_second_run_makes_nothing_anew(made, recipe, copied):
+    before = {p: p.stat().st_mtime_ns for p in copied.rglob("*") if p.is_file() and p.name not in _VOLATILE}
+    again = pipeline.run_recipe(recipe, [ONNX, FLOAT], copied, settings=QUICK, say=lambda text: None)
+    stages = [s.name for s in run.read_stages(copied)]
+    assert sorted(again.compiled.reused) == sorted(stages)
+    assert len(stages) == 9
+    after = {p: p.stat().st_mtime_ns for p in copied.rglob("*") if p.is_file() and p.name not in _VOLATILE}
+    assert {p: t for p, t in after.items() if not p.name.endswith("report.json")} == {
+        p: t for p, t in before.items() if not p.name.endswith("report.json")
+    }
+
+
+_VOLATILE = ("lock", "measured.json")
+
+
+def test_another_limit_makes_the_bundle_anew_and_nothing_else(copied):
+    stricter = dataclasses.replace(ONNX, limits=Limits(size_mib=1.0))
+    again = compiling.compile_model(str(copied), [stricter])
+    assert set(again.reused) == {"fuse", "export", "simplify", "quantize", "teacher"}
+    assert bundle.read(again.bundles["onnx"]).target["limits"]["size_mib"] == 1.0
+
+
+def test_a_file_of_a_stage_that_changed_is_refused_by_name(copied):
+    path = copied / "05-simplify" / "student.fp32.onnx"
+    damaged = path.read_bytes()[:-1] + b"\x00"
+    path.unlink()
+    path.write_bytes(damaged)
+    with pytest.raises(IntegrityError, match=f"{path}: changed since stage 'simplify' wrote it"):
+        compiling.compile_model(str(copied), [ONNX])
+
+
+def test_two_compiles_in_two_folders_give_the_same_bytes(made, recipe, tmp_path):
+    second = pipeline.run_recipe(recipe, [ONNX, FLOAT], tmp_path / "run", settings=QUICK, say=lambda text: None)
+    for name, folder in made.compiled.bundles.items():
+        assert bundle.hashes(folder) == bundle.hashes(second.compiled.bundles[name])
+        assert files.sha256(folder / "manifest.json") == files.sha256(second.compiled.bundles[name] / "manifest.json")
+    assert (made.distilled.folder / "run.json").read_bytes() == (tmp_path / "run" / "run.json").read_bytes()
+
+
+@pytest.mark.backend
+def test_two_compiles_for_openvino_give_the_same_bytes(copied, made, tmp_path):
+    pytest.importorskip("openvino")
+    wanted = target.load("linux-x86_64")
+    first = compiling.compile_model(str(copied), [wanted]).bundles[wanted.name]
+    other = shutil.copytree(made.distilled.folder, tmp_path / "other")
+    second = compiling.compile_model(str(other), [wanted]).bundles[wanted.name]
+    assert files.sha256(first) == files.sha256(second)
+    assert bundle.read(first).chain[-1].sha256 == bundle.combined_sha256([first / "model.xml", first / "model.bin"])
+
+
+# Teachers
+
+
+def distilled(photos: Path, folder: Path, **changes: object) -> tuple[distill.Distilled, Path]:
+    return distill.distill(tiny.recipe(photos, **{"training": STEPS, **changes}), folder), folder
+
+
+def test_a_teacher_that_beats_its_student_teaches_it(made):
+    found = made.distilled
+    assert found.teacher_refused == ""
+    assert found.start_mdb is None
+    assert found.teacher_mdb > found.noisy_mdb
+    assert found.nlm_mdb > found.noisy_mdb
+
+
+def test_a_teacher_that_does_not_beat_its_student_is_refused(photos, tmp_path, caplog):
+    poor = Model(model="small", weights=str(tiny.write_weights("small", tmp_path / "poor.safetensors")))
+    with caplog.at_level(logging.WARNING):
+        taught, folder = distilled(photos, tmp_path / "taught", student=Model(model="nano"), teacher=poor)
+    assert taught.teacher_refused == caplog.messages[-1]
+    assert "teacher 'small' is refused: it reaches" in taught.teacher_refused
+    assert "its student 'nano' before training" in taught.teacher_refused
+    facts = {s.name: s.facts for s in run.read_stages(folder)}["student"]
+    assert facts["teacher_refused"] == taught.teacher_refused
+    alone, folder_alone = distilled(photos, tmp_path / "alone", student=Model(model="nano"))
+    one, other = (load_file(f / "02-student" / networks.WEIGHTS) for f in (folder, folder_alone))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (taught.student_mdb, taught.start_mdb) == (alone.student_mdb, alone.start_mdb)
+    links = bundle.read(compiling.compile_model(str(folder), [FLOAT]).bundles[FLOAT.name]).chain
+    assert [(link.kind, link.made_from) for link in links[:2]] == [("teacher", None), ("student", None)]
+
+
+def test_a_teacher_that_does_not_beat_the_noise_is_refused(photos, tmp_path):
+    poor = Model(model="nano", weights=str(tiny.write_weights("nano", tmp_path / "poor.safetensors")))
+    found, _ = distilled(photos, tmp_path / "run", teacher=poor)
+    assert "is refused: it reaches" in found.teacher_refused
+    assert "the noisy input" in found.teacher_refused
+
+
+def test_a_teacher_leaves_its_mark_on_the_student(made, photos, tmp_path):
+    alone, folder = distilled(photos, tmp_path / "alone")
+    assert alone.teacher_mdb is None
+    one, other = (load_file(f / "02-student" / networks.WEIGHTS) for f in (made.distilled.folder, folder))
+    assert not torch.equal(one["tail.weight"], other["tail.weight"])
+
+
+def test_training_alone_ignores_the_recipes_teacher(recipe, photos, tmp_path):
+    distill.distill(recipe, tmp_path / "alone", alone=True)
+    _, without = distilled(photos, tmp_path / "without")
+    name = "02-student/student.safetensors"
+    assert files.sha256(tmp_path / "alone" / name) == files.sha256(without / name)
+
+
+def test_a_network_of_other_channels_than_the_data_is_refused(photos, tmp_path):
+    wanted = tiny.recipe(photos, student=Model(model="nano"), data=Data(train=(str(photos / "train"),), channels=3))
+    with pytest.raises(InputError, match="'nano' takes 1 channels, data.channels is 3"):
+        distill.distill(wanted, tmp_path / "run")
+
+
+# Students
+
+
+def test_a_student_with_batchnorm_goes_the_whole_way(photos, tmp_path):
+    student = Model(
+        model="nano", weights="random", options={"batchnorm": True, "activation": "hardswish", "noise_level": False}
+    )
+    # Real statistics: enough steps for them to leave their start.
+    recipe = tiny.recipe(photos, student=student, training=tiny.training(steps=60), teacher=TEACHER)
+    made = pipeline.run_recipe(recipe, [ONNX], tmp_path / "run", settings=QUICK, say=lambda text: None)
+    assert made.reports[0].verdict == "pass", made.reports[0].limits
+    trained = load_file(tmp_path / "run" / "02-student" / networks.WEIGHTS)
+    variances = torch.cat([v for name, v in trained.items() if name.endswith("running_var")])
+    assert (variances - 1).abs().mean() > 0.1
+    facts = {s.name: s.facts for s in run.read_stages(tmp_path / "run")}
+    assert facts["fuse"]["batchnorms_folded"] == sum(name.endswith("running_var") for name in trained)
+    for graph in (tmp_path / "run").rglob("*.onnx"):
+        assert "BatchNormalization" not in {node.op_type for node in onnx.load(graph).graph.node}
+    noisy = np.random.default_rng(0).random((1, 1, 64, 64), dtype=np.float32)
+    want = networks.as_function(networks.from_run(tmp_path / "run").net)(noisy, 0.0)
+    graph = made.compiled.bundles["onnx"] / "reference" / "student.fp32.onnx"
+    assert agreement_db(denoise(graph, noisy, 0.0), want) > 80
+    assert bundle.read(made.compiled.bundles["onnx"]).model["takes_sigma"] is False
+
+
+def test_a_colour_student_goes_the_whole_way_and_lacks_a_teacher(tmp_path):
+    colour = tiny.write_pictures(tmp_path / "pictures", channels=3)
+    recipe = tiny.recipe(colour, channels=3, training=STEPS)
+    made = pipeline.run_recipe(recipe, [ONNX], tmp_path / "run", settings=QUICK, say=lambda text: None)
+    (found,) = made.reports
+    verdicts = {x.name: x.verdict for x in found.limits}
+    assert verdicts.pop("student_drop_db") == "incomplete"
+    assert set(verdicts.values()) == {"pass"}
+    assert bundle.read(made.compiled.bundles["onnx"]).model["channels"] == 3
+    assert [row.name for row in found.rows] == ["noisy input", "student FP32", "artifact"]
+
+
+def test_the_student_of_an_unfinished_run_is_not_compiled(recipe, tmp_path):
+    with run.open_run(tmp_path / "run", {"recipe": dataclasses.asdict(recipe)}):
+        pass
+    with pytest.raises(InputError, match="its student is not finished; start the same edgekit distill again"):
+        compiling.compile_model(str(tmp_path / "run"), [ONNX])
+
+
+def test_the_engine_is_asked_for_before_anything_is_made(recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(compiling.backends.DOORS, "tvm", "edgekit.backends.nowhere")
+    with pytest.raises(ModuleNotFoundError):
+        pipeline.run_recipe(recipe, [target.load("android-arm64")], tmp_path / "run", say=lambda text: None)
+    assert not (tmp_path / "run").exists()
+
+
+# A user's own networks
+
+
+class Colour(torch.nn.Module):
+    """A user's network: colour, blind, two convolutions."""
+
+    channels, stride = 3, 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.last = torch.nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        return noisy - self.last(torch.relu(self.first(noisy)))
+
+
+@pytest.fixture(scope="module")
+def own_weights(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("own") / "colour.safetensors"
+    weights.save(Colour().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def own(own_weights, tmp_path_factory) -> compiling.Compiled:
+    folder = tmp_path_factory.mktemp("own") / "run"
+    return compiling.compile_model("test_pipeline:Colour", [FLOAT], weights=own_weights, folder=folder)
+
+
+def test_a_users_class_is_compiled_with_its_weights(own, own_weights):
+    folder = own.bundles[FLOAT.name]
+    net = Colour()
+    weights.load_into(net, own_weights)
+    noisy = np.random.default_rng(0).random((1, 3, 48, 40), dtype=np.float32)
+    with torch.no_grad():
+        want = net(torch.from_numpy(noisy)).numpy()
+    assert agreement_db(denoise(folder / "model.fp32.onnx", noisy, 0.0), want) > 90
+    links = bundle.read(folder).chain
+    assert [link.kind for link in links] == ["student", "fused", "onnx", "simplified", "artifact"]
+    assert links[0].sha256 == files.sha256(own_weights)
+    assert [link.made_from for link in links] == [None, *(link.sha256 for link in links[:-1])]
+
+
+@pytest.mark.slow
+def test_a_users_onnx_file_is_quantized_and_compiled(own, tmp_path):
+    path = tmp_path / "my-net.onnx"
+    shutil.copyfile(own.bundles[FLOAT.name] / "model.fp32.onnx", path)
+    compiled = compiling.compile_model(str(path), [ONNX], folder=tmp_path / "run")
+    folder = compiled.bundles["onnx"]
+    manifest = bundle.read(folder)
+    assert [link.kind for link in manifest.chain] == ["onnx", "simplified", "int8", "artifact"]
+    assert manifest.chain[0].sha256 == files.sha256(path)
+    assert manifest.chain[-1].sha256 == files.sha256(folder / "model.int8.onnx")
+    assert (manifest.model["name"], manifest.model["channels"]) == ("my_net", 3)
+    noisy = np.random.default_rng(0).random((1, 3, 48, 40), dtype=np.float32)
+    assert agreement_db(denoise(folder / "model.int8.onnx", noisy, 0.0), denoise(path, noisy, 0.0)) > 30
+    again = compiling.compile_model(str(path), [ONNX], folder=tmp_path / "run")
+    assert set(again.reused) == {"simplify", "quantize", "bundles/onnx"}
+
+
+def test_a_class_in_the_current_folder_is_found(tmp_path, monkeypatch, own_weights):
+    (tmp_path / "my_colour_net.py").write_text("from test_pipeline import Colour\n\nclass Mine(Colour):\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    assert networks.from_class("my_colour_net:Mine", own_weights).net.channels == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "with_weights", "said"),
+    [
+        ("test_pipeline:Colour", False, "needs its weights; add --weights FILE.safetensors"),
+        ("test_pipeline:Color", True, "cannot be made: .*no attribute 'Color'"),
+        ("no_such_module:Net", True, "cannot be made: No module named 'no_such_module'"),
+        ("test_pipeline:TEACHER", True, "cannot be made: .*not callable"),
+        ("pathlib:Path", True, "is a PosixPath, not a torch.nn.Module"),
+        ("torch.nn:Identity", True, "'first.bias' has no place in the network"),
+    ],
+    ids=["no weights", "no such class", "no such module", "no class", "no network", "other weights"],
+)
+def test_a_class_that_cannot_be_used_is_refused(own_weights, name, with_weights, said):
+    with pytest.raises(InputError, match=said):
+        networks.from_class(name, own_weights if with_weights else None)
+
+
+def test_an_onnx_file_does_not_serve_a_target_that_compiles_from_torch(own, tmp_path, monkeypatch):
+    pytest.importorskip("coremltools")
+    path = shutil.copyfile(own.bundles[FLOAT.name] / "model.fp32.onnx", tmp_path / "net.onnx")
+    with pytest.raises(UnsupportedError, match="'ios-arm64' compiles from torch, and 'net' is an ONNX file"):
+        compiling.compile_model(str(path), [target.load("ios-arm64")], folder=tmp_path / "run")
+
+
+@pytest.mark.parametrize("what", ["nanno", "no/such/folder", "missing.onnx"])
+def test_a_model_that_is_not_there_is_refused_by_name(tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=what):
+        compiling.compile_model(what, [FLOAT])
+    assert not (tmp_path / "runs").exists()
+
+
+# Pictures
+
+
+def test_one_folder_in_all_places_is_divided_and_shares_no_picture(tmp_path):
+    source = tmp_path / "many"
+    source.mkdir()
+    for seed in range(20):
+        tiny.Image.fromarray(tiny.dead_leaves(seed, 32, 32)[0]).save(source / f"{seed}.png")
+    chosen = pictures.load(Data(train=(str(source),), evaluation=str(source), evaluation_pictures=20))
+    hashes = [{p.sha256 for p in s} for s in (chosen.train, chosen.held_out, chosen.evaluation)]
+    assert all(hashes)
+    assert sum(map(len, hashes)) == len(set.union(*hashes)) == 20
+
+
+def test_a_picture_in_two_sets_is_refused(photos, tmp_path):
+    mixed = shutil.copytree(photos / "train", tmp_path / "mixed")
+    shutil.copyfile(photos / "evaluation" / "0.png", mixed / "again.png")
+    data = Data(train=(str(mixed),), calibration=str(photos / "held_out"), evaluation=str(photos / "evaluation"))
+    with pytest.raises(InputError, match=r"'again.png' of mixed\S* and '0.png' of evaluation are the same picture"):
+        pictures.load(data)
+
+
+def test_calibration_meets_the_levels_that_the_network_was_trained_for(photos):
+    held_out = pictures.held_out(tiny.recipe(photos).data)
+    samples = pictures.noisy_samples(held_out, Noise(train=(10.0, 30.0), evaluate=25.0), count=9, stride=16)
+    assert {round(255 * sigma) for _, sigma in samples} == {15, 25}
+    assert {noisy.shape for noisy, _ in samples} == {(1, 1, 64, 64)}
+    for noisy, sigma in samples:
+        clean = [p.pixels / 255 for p in held_out]
+        assert min(np.std(noisy[0] - c) for c in clean) == pytest.approx(sigma, rel=0.05)
+    assert len({noisy.tobytes() for noisy, _ in samples}) == 9
+
+
+def test_golden_pictures_have_the_targets_shape(photos):
+    evaluation = pictures.evaluation(tiny.recipe(photos).data)
+    tile = dataclasses.replace(ONNX, input=InputShape(height=32, width=128))
+    golden = compiling.golden_pictures(evaluation, tile)
+    assert [p.pixels.shape for p in golden] == [(1, 32, 128)] * 2
+    middle = golden.pictures[0].pixels[0, :, 32:96]
+    assert np.array_equal(middle, evaluation.pictures[0].pixels[0, 16:48])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization": Quantization(calibration_pictures=8, method="percentile")},
+        {"quantization": Quantization(calibration_pictures=8, keep_float=())},
+        {"distillation": Distillation(output_weight=0.9)},
+    ],
+    ids=["another calibration", "everything in integers", "another distillation"],
+)
+def test_settings_of_a_recipe_reach_the_artifact(made, photos, tmp_path, changes):
+    recipe = tiny.recipe(photos, teacher=TEACHER, training=STEPS, **changes)
+    distill.distill(recipe, tmp_path / "run")
+    folder = compiling.compile_model(str(tmp_path / "run"), [ONNX]).bundles["onnx"]
+    assert files.sha256(folder / "model.int8.onnx") != files.sha256(made.compiled.bundles["onnx"] / "model.int8.onnx")
