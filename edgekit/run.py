@@ -167,13 +167,14 @@ def open_run(root: Path, identity: Mapping[str, object] | None, *, overwrite: bo
     with _lock(root):
         _sweep(root)
         if (root / _RECORD).exists():
-            recorded = read_identity(root)
+            recorded, stages = _read(root)
             if identity is None or recorded == json.loads(json.dumps(identity)):
                 run = Run(root, recorded)
                 run._load()
                 yield run
                 return
-            if not overwrite:
+            # A run that came to nothing, as one with a misspelt model, is in nobody's way.
+            if stages and not overwrite:
                 raise InputError(
                     f"{root}: holds another run ({_difference(recorded, identity)})",
                     remedy="choose another folder with -o, or replace it with --overwrite",

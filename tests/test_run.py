@@ -318,3 +318,11 @@ def test_files_of_a_run_may_be_read_as_widely_as_others(cwd):
         os.umask(mask)
     assert (cwd / "r/01-first").stat().st_mode & 0o777 == 0o750
     assert (cwd / "r/x/w.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_run_that_came_to_nothing_makes_room_for_another(cwd):
+    with pytest.raises(InputError, match="no such model"), run.open_run(cwd / "r", {"recipe": {"model": "nanno"}}):
+        raise InputError("no such model")
+    with run.open_run(cwd / "r", IDENTITY) as opened:
+        make(opened, [])
+    assert run.read_identity(cwd / "r")["recipe"]["name"] == "tiny"
