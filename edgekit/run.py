@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -249,7 +249,7 @@ def code_sha256(modules: tuple[str, ...]) -> str:
     return json_sha256([sha256(f) for f in files])
 
 
-def versions(packages: Sequence[str]) -> dict[str, str]:
+def versions(packages: Iterable[str]) -> dict[str, str]:
     """Return the installed version of each distribution; one that is missing is left out."""
     found = {}
     for name in packages:

@@ -312,5 +312,9 @@ def test_the_middle_of_each_picture_is_cut_out():
     small = sets.centred(PictureSet(name="x", pictures=(Picture(name="a", pixels=pixels),)), 2, 4)
     assert small.name == "x-2x4"
     np.testing.assert_array_equal(small.pictures[0].pixels, pixels[:, 2:4, 2:6])
-    with pytest.raises(InputError, match="'a' has 2x4 pixels, less than 3x4"):
-        sets.centred(small, 3, 4)
+
+
+def test_a_picture_smaller_than_the_middle_asked_for_is_mirrored():
+    pixels = np.arange(6, dtype=np.uint8).reshape(1, 2, 3)
+    grown = sets.centred(PictureSet(name="x", pictures=(Picture(name="a", pixels=pixels),)), 3, 5)
+    np.testing.assert_array_equal(grown.pictures[0].pixels[0], [[0, 1, 2, 2, 1], [3, 4, 5, 5, 4], [3, 4, 5, 5, 4]])

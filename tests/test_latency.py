@@ -9,6 +9,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
+from edgekit import run
 from edgekit.errors import InputError
 from edgekit.measure import host
 from edgekit.measure.latency import WARM_UP_RUNS, Paired, Ratio, decide, interleave, ratio_with_bound
@@ -171,7 +172,7 @@ def test_the_host_knows_its_processor_and_memory_on_linux():
 
 
 def test_a_package_that_is_missing_is_left_out():
-    assert list(host.versions(["numpy", "no-such-package"])) == ["numpy"]
+    assert list(run.versions(["numpy", "no-such-package"])) == ["numpy"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from edgekit.data.photos import Channels, Pixels, list_pictures, read_picture
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, ToolMissingError
@@ -179,11 +181,7 @@ def digest(pictures: PictureSet) -> str:
 
 
 def centred(pictures: PictureSet, height: int, width: int) -> PictureSet:
-    """Return the middle of each picture, (c, height, width): a set that an emulator gets through.
-
-    Raises:
-        InputError: A picture is smaller than that.
-    """
+    """Return the middle of each picture, (c, height, width); a smaller one is first continued by its mirror image."""
     return PictureSet(
         name=f"{pictures.name}-{height}x{width}",
         pictures=tuple(_middle(picture, height, width) for picture in pictures),
@@ -233,11 +231,10 @@ def _tiles(picture: Picture) -> Iterator[Picture]:
 
 
 def _middle(picture: Picture, height: int, width: int) -> Picture:
-    _, full_height, full_width = picture.pixels.shape
-    if full_height < height or full_width < width:
-        raise InputError(f"'{picture.name}' has {full_height}x{full_width} pixels, less than {height}x{width}")
-    top, left = (full_height - height) // 2, (full_width - width) // 2
-    return Picture(name=picture.name, pixels=picture.pixels[:, top : top + height, left : left + width].copy())
+    below, right = (max(0, want - have) for want, have in zip((height, width), picture.pixels.shape[1:], strict=True))
+    pixels = np.pad(picture.pixels, ((0, 0), (0, below), (0, right)), mode="symmetric")
+    top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
+    return Picture(name=picture.name, pixels=pixels[:, top : top + height, left : left + width].copy())
 
 
 def _leaves(split: Split, count: int, channels: Channels) -> tuple[Picture, ...]:

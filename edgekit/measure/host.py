@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -12,6 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from edgekit.run import versions
 
 # What decides how fast INT8 and half-precision kernels run; the rest of a processor's features says little.
 FEATURES = (
@@ -90,19 +91,8 @@ def describe(packages: Iterable[str] = PACKAGES) -> Host:
         usable_cores=_usable_cores(),
         memory_mib=_memory_mib(),
         python=platform.python_version(),
-        packages=versions(packages),
+        packages=versions(sorted(packages)),
     )
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Return name -> version of those packages that are installed, sorted by name."""
-    found: dict[str, str] = {}
-    for name in sorted(packages):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def gpu() -> Gpu | None:

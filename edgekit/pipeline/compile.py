@@ -18,7 +18,7 @@ from edgekit import __version__, backends, bundle, config, run
 from edgekit.backends import Built, Source
 from edgekit.bundle import Link, Manifest
 from edgekit.compress import export, fuse, quantize, simplify
-from edgekit.data import noise
+from edgekit.data import noise, sets
 from edgekit.data.sets import Picture, PictureSet
 from edgekit.errors import InputError, ToolMissingError, UnsupportedError
 from edgekit.files import sha256
@@ -343,15 +343,10 @@ def _calibration(recipe: Recipe, graph: _Graph) -> list[tuple[Array, float]]:
 def golden_pictures(evaluation: PictureSet, target: Target) -> PictureSet:
     """Return the middle of each evaluation picture, in the target's input shape, or 256x256 where it takes any."""
     height, width = target.input.height or GOLDEN_SIDE, target.input.width or GOLDEN_SIDE
-    crops = []
-    for picture in evaluation:
-        _, h, w = picture.pixels.shape
-        missing = (max(0, height - h), max(0, width - w))
-        pixels = np.pad(picture.pixels, ((0, 0), (0, missing[0]), (0, missing[1])), mode="symmetric")
-        top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
-        crop = pixels[:, top : top + height, left : left + width].copy()
-        crops.append(Picture(name=picture.name.replace("/", "-"), pixels=crop))
-    return PictureSet(name=f"{evaluation.name}-{height}x{width}", pictures=tuple(crops))
+    crops = sets.centred(evaluation, height, width)
+    # The names become file names.
+    named = tuple(Picture(name=p.name.replace("/", "-"), pixels=p.pixels) for p in crops)
+    return PictureSet(name=crops.name, pictures=named)
 
 
 def read_golden(folder: Path, name: str, files: Sequence[str]) -> PictureSet:

@@ -7,7 +7,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 
-from edgekit import backends
+from edgekit import backends, run
 from edgekit.measure import host
 
 _MODULES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tvm": "tvm", "coreml": "coremltools"}
@@ -26,7 +26,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Return what edgekit needs and whether it is here; engines are looked up, not imported."""
-    versions = host.versions(
+    versions = run.versions(
         ("torch", "onnxruntime", "openvino", "nncf", "apache-tvm", "apache-tvm-ffi", "coremltools")
     )
     gpu = host.gpu()

@@ -1,0 +1,437 @@
+"""The verdict: every limit can be kept, broken and left undecided; it is decided from the bundle alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from edgekit import bundle, report, target
+from edgekit.errors import InputError, IntegrityError
+from edgekit.measure.latency import Paired
+from edgekit.pipeline import baseline, distill, verify
+from edgekit.pipeline import compile as compiling
+from edgekit.recipe import Model
+from edgekit.report import Limit, Report
+from edgekit.target import InputShape, Limits
+
+ONNX = dataclasses.replace(target.load("onnx"), limits=Limits(size_mib=8.0))
+QUICK = verify.Settings(seconds=0.2)
+EDGEKIT = [sys.executable, "-c", "from edgekit.cli import main; main()", "-q"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A bundle of a random nano, with the shipped one as its teacher."""
+    folder = tmp_path_factory.mktemp("made")
+    photos = tiny.write_pictures(folder / "pictures")
+    recipe = tiny.recipe(photos, teacher=Model(model="nano"), training=tiny.training(steps=5))
+    distill.distill(recipe, folder / "run")
+    return compiling.compile_model(str(folder / "run"), [ONNX]).bundles["onnx"]
+
+
+@pytest.fixture
+def copied(made, tmp_path, monkeypatch) -> Path:
+    """A copy of the bundle, in an empty folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(made, tmp_path / "bundle")
+
+
+def changed(folder: Path, *, manifest: Mapping[str, Mapping[str, object]] | None = None) -> Path:
+    """Return the bundle with parts of its manifest replaced, and the hashes of its files taken anew."""
+    path = folder / bundle.MANIFEST
+    raw = json.loads(path.read_text())
+    for part, values in (manifest or {}).items():
+        raw[part] |= values
+    raw["files"] = bundle.hashes(folder)
+    path.write_text(json.dumps(raw))
+    return folder
+
+
+def limits(**asked: float | None) -> dict[str, dict[str, object]]:
+    return {"target": {"limits": dataclasses.asdict(Limits(**asked))}}
+
+
+def judged(folder: Path) -> Report:
+    return verify.verify(folder, settings=QUICK)
+
+
+def only(found: Report, name: str) -> Limit:
+    (limit,) = (x for x in found.limits if x.name == name)
+    return limit
+
+
+def exit_code(found: Report, **allow: bool) -> int:
+    return report.exit_code([found.verdict], **allow)
+
+
+# Kept and broken
+
+
+def test_a_bundle_that_keeps_every_limit_passes(copied):
+    asked = limits(speedup_vs_fp32=0.01, size_mib=8.0, min_integer_macs=0.5)
+    found = judged(changed(copied, manifest=asked))
+    assert {x.name: x.verdict for x in found.limits} == dict.fromkeys(
+        ("student_drop_db", "int8_drop_db", "golden_outputs", "size_mib", "min_integer_macs", "speedup_vs_fp32"), "pass"
+    )
+    assert (found.verdict, exit_code(found)) == ("pass", 0)
+    assert found.speedup["shape"] == (1, 1, 256, 256)
+    assert found.speedup["pairs"] >= 8
+
+
+BROKEN = {
+    "student_drop_db": {"budgets": {"student_drop_db": -40.0}},
+    "int8_drop_db": {"budgets": {"int8_drop_db": 0.0}},
+    "speedup_vs_fp32": limits(speedup_vs_fp32=1e6),
+    "size_mib": limits(size_mib=1e-3),
+    "min_integer_macs": limits(min_integer_macs=1.0),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_limit_that_is_broken_fails_the_bundle(copied, name):
+    if name == "int8_drop_db":
+        _swap_artifact(copied)
+    found = judged(changed(copied, manifest=BROKEN[name]))
+    limit = only(found, name)
+    assert limit.verdict == "fail", limit
+    assert (found.verdict, exit_code(found), exit_code(found, allow_unverified=True)) == ("fail", 3, 3)
+    assert all(x.verdict == "pass" for x in found.limits if x.name not in (name, "golden_outputs"))
+
+
+def _swap_artifact(folder: Path) -> None:
+    """Put the teacher in the artifact's place: it computes something else than the student."""
+    shutil.copyfile(folder / "reference" / "teacher.fp32.onnx", folder / "model.int8.onnx")
+
+
+def test_an_artifact_that_gives_other_pictures_than_it_was_packed_with_fails(copied):
+    for file in (copied / "golden").glob("*.denoised.f32"):
+        values = np.fromfile(file, "<f4")
+        # 34 dB from the recorded picture.
+        (values + 0.02).astype("<f4").tofile(file)
+    limit = only(judged(changed(copied)), "golden_outputs")
+    assert (limit.verdict, limit.limit, limit.measured) == ("fail", "at least 40 dB alike", "34.0 dB")
+
+
+def test_one_picture_that_differs_is_enough(copied):
+    file = sorted((copied / "golden").glob("*.denoised.f32"))[-1]
+    np.full(256 * 256, np.nan, "<f4").tofile(file)
+    assert only(judged(changed(copied)), "golden_outputs").verdict == "fail"
+
+
+def test_the_last_bits_of_another_processor_do_not_fail(copied):
+    for file in (copied / "golden").glob("*.denoised.f32"):
+        values = np.fromfile(file, "<f4")
+        (values + np.random.default_rng(0).normal(0, 0.001, values.shape)).astype("<f4").tofile(file)
+    limit = only(judged(changed(copied)), "golden_outputs")
+    assert (limit.verdict, limit.measured) == ("pass", "60.0 dB")
+
+
+def test_a_golden_output_of_another_size_is_refused_by_name(copied):
+    file = min((copied / "golden").glob("*.denoised.f32"))
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(IntegrityError, match=f"{file}: holds 65535 numbers, not 65536"):
+        judged(changed(copied))
+
+
+def test_an_artifact_that_gives_nan_fails_on_its_quality(copied):
+    import onnx
+    from onnx import numpy_helper
+
+    path = copied / "model.int8.onnx"
+    model = onnx.load(path)
+    tensor = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 4)
+    tensor.CopyFrom(numpy_helper.from_array(np.full(tuple(tensor.dims), np.nan, np.float32), tensor.name))
+    onnx.save(model, path)
+    found = judged(changed(copied))
+    assert found.rows[-1].psnr_mdb == 0
+    assert only(found, "int8_drop_db").verdict == "fail"
+    assert only(found, "golden_outputs").verdict == "fail"
+
+
+# Undecided
+
+
+def _without_golden(folder: Path) -> None:
+    for file in (folder / "golden").glob("*.denoised.f32"):
+        file.unlink()
+
+
+def _without_teacher(folder: Path) -> None:
+    (folder / "reference" / "teacher.fp32.onnx").unlink()
+
+
+UNDECIDED = {
+    "no golden outputs": (_without_golden, {}, {"golden_outputs": "the bundle records no outputs"}),
+    "no teacher": (
+        _without_teacher,
+        limits(speedup_vs_fp32=1.0),
+        {"student_drop_db": "the bundle holds no teacher", "speedup_vs_fp32": "the bundle holds no teacher"},
+    ),
+    "memory that nobody counts": (
+        lambda folder: None,
+        limits(peak_memory_mib=64.0),
+        {"peak_memory_mib": "not measured for this engine"},
+    ),
+    "integers that nobody counts": (
+        lambda folder: None,
+        limits(min_integer_macs=0.5),
+        {"min_integer_macs": "not measured for this engine"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("prepare", "asked", "undecided"), UNDECIDED.values(), ids=UNDECIDED)
+def test_what_could_not_be_decided_is_incomplete(copied, prepare, asked, undecided):
+    prepare(copied)
+    if "min_integer_macs" in undecided:
+        asked = {**asked, "built": {"facts": {}}}
+    found = judged(changed(copied, manifest=asked))
+    assert {x.name: x.reason for x in found.limits if x.verdict == "incomplete"} == undecided
+    assert {x.verdict for x in found.limits if x.name not in undecided} == {"pass"}
+    assert (found.verdict, exit_code(found), exit_code(found, allow_unverified=True)) == ("incomplete", 7, 0)
+
+
+def test_a_failure_outweighs_what_could_not_be_decided(copied):
+    _without_golden(copied)
+    found = judged(changed(copied, manifest=limits(size_mib=1e-3)))
+    assert (found.verdict, exit_code(found, allow_unverified=True)) == ("fail", 3)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [([2.0] * 8, "pass"), ([0.5] * 8, "fail"), ([0.5, 0.6, 0.7, 0.9, 1.1, 1.3, 1.4, 1.5], "incomplete")],
+    ids=["above", "below", "around"],
+)
+def test_a_speed_up_that_may_lie_on_either_side_of_the_limit_is_not_decided(copied, monkeypatch, ratios, verdict):
+    def interleave(teacher, artifact, *, min_pairs, max_seconds):
+        teacher()
+        artifact()
+        return Paired(a_us=tuple(round(1000 * r) for r in ratios), b_us=(1000,) * len(ratios))
+
+    monkeypatch.setattr(verify.latency, "interleave", interleave)
+    found = judged(changed(copied, manifest=limits(speedup_vs_fp32=1.0)))
+    limit = only(found, "speedup_vs_fp32")
+    assert limit.verdict == verdict
+    assert ("inconclusive" in limit.reason) == (verdict == "incomplete")
+    assert exit_code(found) == {"pass": 0, "fail": 3, "incomplete": 7}[verdict]
+
+
+def test_an_engine_that_is_not_installed_leaves_the_artifact_undecided(copied, monkeypatch):
+    monkeypatch.setitem(verify.backends.DOORS, "openvino", "no_such_package.door")
+    # The manifest of an OpenVINO bundle differs in these two places; nothing of the artifact is opened.
+    asked = {"target": {**limits(speedup_vs_fp32=1.0)["target"], "engine": "openvino"}}
+    found = judged(changed(copied, manifest=asked))
+    undecided = {x.name for x in found.limits if x.verdict == "incomplete"}
+    assert undecided == {"int8_drop_db", "golden_outputs", "speedup_vs_fp32"}
+    assert all("pip install 'edgekit[openvino]'" in x.reason for x in found.limits if x.name in undecided)
+    assert only(found, "student_drop_db").verdict == "pass"
+    assert exit_code(found) == 7
+
+
+@pytest.mark.emulated
+@pytest.mark.slow
+def test_an_arm64_library_is_judged_under_qemu_and_undecided_without_it(made, tmp_path, monkeypatch):
+    pytest.importorskip("tvm")
+    run = shutil.copytree(made.parents[1], tmp_path / "run")
+    small = dataclasses.replace(target.load("android-arm64"), input=InputShape(height=64, width=64))
+    folder = compiling.compile_model(str(run), [small]).bundles["android-arm64"]
+    found = judged(folder)
+    verdicts = {(x.name, x.reason): x.verdict for x in found.limits}
+    for cpu in small.runner.cpus:
+        assert verdicts["int8_drop_db", f"qemu {cpu} (emulated)"] == "pass"
+        assert verdicts["golden_outputs", f"qemu {cpu} (emulated)"] == "pass"
+    assert {x.name for x in found.limits if x.verdict == "incomplete"} == {"runs_on_target"}
+    assert "emulated time is not latency" in only(found, "runs_on_target").reason
+    assert all(row.latency_us is None for row in found.rows)
+    assert exit_code(found) == 7
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    without = judged(folder)
+    undecided = {x.name: x.reason for x in without.limits if x.verdict == "incomplete"}
+    assert set(undecided) == {"int8_drop_db", "golden_outputs", "runs_on_target"}
+    assert all("is on the PATH; install QEMU" in reason for reason in undecided.values())
+
+
+@pytest.mark.backend
+@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac runs Core ML itself")
+def test_a_core_ml_package_is_evaluated_off_a_mac_and_its_engine_undecided(made, tmp_path):
+    pytest.importorskip("coremltools")
+    run = shutil.copytree(made.parents[1], tmp_path / "run")
+    small = dataclasses.replace(target.load("ios-arm64"), input=InputShape(height=64, width=64))
+    found = judged(compiling.compile_model(str(run), [small]).bundles["ios-arm64"])
+    assert {x.name for x in found.limits if x.verdict == "incomplete"} == {"runs_on_target"}
+    assert only(found, "runs_on_target").reason == ("evaluated without its engine here; the engine itself was not run")
+    assert only(found, "int8_drop_db").verdict == "pass"
+    assert exit_code(found) == 7
+
+
+# From the bundle alone
+
+
+def test_a_bundle_is_verified_where_nothing_else_of_the_run_is(copied, made):
+    """`copied` stands in another folder than the run, and the current folder holds nothing else."""
+    assert made.parents[1] not in copied.parents
+    assert [p.name for p in Path.cwd().iterdir()] == ["bundle"]
+    before = bundle.hashes(copied)
+    found = judged(copied)
+    assert found.verdict == "pass"
+    assert bundle.hashes(copied) == before
+    assert verify.default_path(copied) == copied.parent / "bundle.report.json"
+
+
+def test_pictures_are_judged_on_identical_noise_every_time(copied):
+    one, other = judged(copied), judged(copied)
+    assert [r.psnr_mdb for r in one.rows] == [r.psnr_mdb for r in other.rows]
+    assert [r.ssim_e5 for r in one.rows] == [r.ssim_e5 for r in other.rows]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.int8.onnx", "reference/teacher.fp32.onnx", "golden/0.png.png", "README.md", "golden/0.png.denoised.f32"],
+)
+def test_a_changed_file_is_refused_by_name(copied, name):
+    path = copied / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(IntegrityError, match=f"{path}: changed"):
+        judged(copied)
+
+
+def test_a_missing_or_added_file_is_refused_by_name(copied):
+    (copied / "extra.txt").write_text("")
+    with pytest.raises(IntegrityError, match=r"extra\.txt: is not in the manifest"):
+        judged(copied)
+    (copied / "extra.txt").unlink()
+    (copied / "README.md").unlink()
+    with pytest.raises(IntegrityError, match=r"README\.md: is missing"):
+        judged(copied)
+
+
+def test_a_limit_of_the_wrong_type_is_refused_by_name(copied):
+    with pytest.raises(IntegrityError, match="size_mib"):
+        judged(changed(copied, manifest={"target": {"limits": {"size_mib": "small"}}}))
+
+
+def test_a_run_folder_stands_for_all_its_bundles(made, tmp_path):
+    assert verify.bundles_of(made.parents[1]) == [made]
+    assert verify.bundles_of(made) == [made]
+    with pytest.raises(InputError, match="is neither a bundle nor a run with bundles"):
+        verify.bundles_of(tmp_path)
+
+
+def test_all_pictures_of_a_fixed_tile_are_timed_in_its_shape(made, tmp_path):
+    run = shutil.copytree(made.parents[1], tmp_path / "run")
+    tile = dataclasses.replace(ONNX, name="tile", input=InputShape(height=64, width=96))
+    found = judged(compiling.compile_model(str(run), [tile]).bundles["tile"])
+    assert found.speedup["shape"] == (1, 1, 64, 96)
+    assert found.verdict == "pass"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asked", "allow", "code"),
+    [
+        (limits(size_mib=8.0), (), 0),
+        (limits(size_mib=1e-3), ("--allow-unverified",), 3),
+        (limits(peak_memory_mib=64.0), (), 7),
+        (limits(peak_memory_mib=64.0), ("--allow-unverified",), 0),
+    ],
+    ids=["pass", "fail", "incomplete", "incomplete and allowed"],
+)
+def test_the_command_exits_with_the_verdict_from_another_folder(copied, tmp_path, asked, allow, code):
+    changed(copied, manifest=asked)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = subprocess.run(
+        [*EDGEKIT, "verify", "../bundle", "--seconds", "1", "--json", *allow],
+        cwd=elsewhere,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert (
+        json.loads(done.stdout)["items"][0]["verdict"]
+        == {0: "pass", 3: "fail", 7: "incomplete"}[7 if allow and code == 0 else code]
+    )
+    assert (tmp_path / "bundle.report.json").is_file()
+    assert not list(elsewhere.iterdir())
+
+
+# The recorded teacher
+
+
+def record(folder: Path, made: Path, **changes: object) -> baseline.Baseline:
+    """Write a record of the bundle's teacher into results/baselines, with a PSNR of 90 dB on the bundle's pictures."""
+    manifest = bundle.read(made)
+    golden = compiling.read_golden(made, "golden", [str(f) for f in manifest.protocol["files"]])
+    made_up = baseline.Baseline(
+        teacher="nano",
+        teacher_sha256=manifest.chain[0].sha256,
+        device="Some GPU",
+        driver="1",
+        threads=0,
+        latencies=(
+            baseline.Latency(
+                height=256, width=256, arithmetic="float32", median_us=700, p10_us=690, p90_us=720, runs=100
+            ),
+        ),
+        sigma255=25.0,
+        quality={baseline.sets.digest(golden): 90_000},
+        protocol="a test",
+        packages={},
+        date="2026-01-01T00:00:00Z",
+    )
+    kept = dataclasses.replace(made_up, **changes)
+    baseline.write(kept, folder / "results" / "baselines" / f"{kept.date[:4]}.json")
+    return kept
+
+
+def test_a_recorded_figure_of_the_same_teacher_on_the_same_pictures_decides(copied, made):
+    record(Path.cwd(), made)
+    found = judged(copied)
+    limit = only(found, "student_drop_db")
+    assert (limit.verdict, limit.reason) == ("fail", "teacher on Some GPU")
+    student = next(r for r in found.rows if r.name == "student FP32")
+    assert limit.measured == f"{(90_000 - student.psnr_mdb) / 1000:+.3f} dB"
+    assert [(b.device, b.median_us) for b in found.baselines] == [("Some GPU", 700)]
+
+
+def test_the_newest_record_decides(copied, made):
+    record(Path.cwd(), made, date="2027-01-01T00:00:00Z", device="New GPU")
+    record(Path.cwd(), made)
+    assert only(judged(copied), "student_drop_db").reason == "teacher on New GPU"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"teacher_sha256": "0" * 64}, {"quality": {"0" * 64: 90_000}}, {"sigma255": 15.0}],
+    ids=["another teacher", "other pictures", "another noise"],
+)
+def test_a_record_of_something_else_is_printed_and_decides_nothing(copied, made, changes):
+    record(Path.cwd(), made, **changes)
+    found = judged(copied)
+    assert (only(found, "student_drop_db").verdict, only(found, "student_drop_db").reason) == (
+        "pass",
+        "teacher measured here",
+    )
+    assert len(found.baselines) == 1
+
+
+def test_a_record_of_seed_0_says_nothing_of_a_bundle_with_another_seed(copied, made):
+    record(Path.cwd(), made)
+    found = judged(changed(copied, manifest={"protocol": {"seeds": [1]}}))
+    assert only(found, "student_drop_db").reason == "teacher measured here"
