@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 RUNS = Path("runs")
 _RECORD, _MEASURED, _LOCK = "run.json", "measured.json", "lock"
 _SCHEMA_VERSION = 1
+_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 Facts = Mapping[str, object]
 
 
@@ -78,8 +80,11 @@ class Run:
             work: Writes the stage's files into the folder that it is given, and returns the stage's facts.
 
         Raises:
+            InputError: The name is no folder's; a target's may come from anywhere, and what lies there is replaced.
             IntegrityError: A file of the stage changed since it was written.
         """
+        if not _NAME.fullmatch(name):
+            raise InputError(f"'{name}' cannot be a folder of a run", remedy="use letters, digits, '-', '_' and '.'")
         tools = versions(packages)
         key = json_sha256([name, dict(inputs), dict(settings), code_sha256(tuple(code)), tools])
         if (known := self._stages.get(name)) and known.key == key and (self.root / known.folder).is_dir():

@@ -173,6 +173,18 @@ def test_a_run_that_stops_between_its_result_and_the_next_command_is_made_whole(
     same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_run_that_was_killed_while_it_wrote_a_file_of_its_result_goes_on(tmp_path, pictures):
+    recipe = tiny.recipe(pictures, training=tiny.training(steps=30, checkpoint_seconds=1e-9))
+    with pytest.raises(StopError):
+        distill.distill(recipe, tmp_path / "run", progress=stop_at({20}))
+    half = tmp_path / "run" / ".02-student.abc.tmp"
+    half.mkdir()
+    (half / ".student.safetensors.1.tmp").write_bytes(b"half")
+    distill.distill(recipe, tmp_path / "run")
+    distill.distill(recipe, tmp_path / "whole")
+    same(tmp_path / "whole", tmp_path / "run")
+
+
 def test_time_is_counted_over_all_sittings(tmp_path):
     job = loop.Job(
         net=tiny.network("nano"),

@@ -326,3 +326,16 @@ def test_a_run_that_came_to_nothing_makes_room_for_another(cwd):
     with run.open_run(cwd / "r", IDENTITY) as opened:
         make(opened, [])
     assert run.read_identity(cwd / "r")["recipe"]["name"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "bundles/", "bundles/.", "bundles/../..", "../home", "/home", "bundles/a/b", "a\n"]
+)
+def test_a_stage_lies_in_a_folder_of_its_own_inside_the_run(cwd, name):
+    (cwd / "home").mkdir()
+    with run.open_run(cwd / "r", IDENTITY) as opened:
+        make(opened, [], name="bundles/mine", number=0)
+        before = tree(cwd)
+        with pytest.raises(InputError, match="cannot be a folder of a run"):
+            make(opened, [], name=name, number=0)
+    assert tree(cwd) == before

@@ -49,14 +49,17 @@ def card(name: str) -> Card:
     """Return the card of shipped weights.
 
     Raises:
-        InputError: No weights of that name are shipped.
+        InputError: No weights of that name are shipped. IntegrityError: The card is damaged.
     """
     path = _FOLDER / f"{name}.json"
     if not path.is_file():
         raise InputError(f"no weights are shipped for '{name}'; {nearest(name, names())}")
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    raw["measured"] = tuple(Measured(**m) for m in raw["measured"])
-    return Card(**(raw | {"notes": tuple(raw["notes"])}))
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        measured = tuple(Measured(**m) for m in raw["measured"])
+        return Card(**(raw | {"measured": measured, "notes": tuple(raw["notes"])}))
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path}: damaged card: {error}", remedy="reinstall edgekit") from error
 
 
 def weights(name: str) -> Path:
