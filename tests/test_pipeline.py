@@ -493,3 +493,21 @@ def test_settings_of_a_recipe_reach_the_artifact(made, photos, tmp_path, changes
     distill.distill(recipe, tmp_path / "run")
     folder = compiling.compile_model(str(tmp_path / "run"), [ONNX]).bundles["onnx"]
     assert files.sha256(folder / "model.int8.onnx") != files.sha256(made.compiled.bundles["onnx"] / "model.int8.onnx")
+
+
+# Again
+
+
+def test_the_run_folder_of_a_shipped_model_is_compiled_like_any_other(tmp_path):
+    folder = tmp_path / "run"
+    compiling.compile_model("nano", [FLOAT], folder=folder)
+    again = compiling.compile_model(str(folder), [ONNX])
+    assert set(again.bundles) == {ONNX.name}
+    assert {"fuse", "export", "simplify", "teacher"} <= set(again.reused)
+    chain = [link.sha256 for link in bundle.read(again.bundles[ONNX.name]).chain if link.kind == "student"]
+    assert chain == [zoo.card("nano").sha256]
+
+
+def test_a_run_folder_without_its_network_says_so(own):
+    with pytest.raises(InputError, match="holds bundles of a network, not the network; name the network itself"):
+        compiling.compile_model(str(own.folder), [FLOAT])

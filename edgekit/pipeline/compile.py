@@ -102,7 +102,20 @@ def compile_model(
     recipe = _default_recipe(network.name, network.net.channels)
     identity = {"recipe": asdict(recipe), "compiles": {"model": what, "sha256": network.sha256}}
     with run.open_run(folder or run.RUNS / network.name, identity, overwrite=overwrite) as opened:
+        if network.model:
+            _keep_student(opened, network)
         return compile_student(opened, recipe, network, targets)
+
+
+def _keep_student(opened: Run, network: Network) -> None:
+    """Make the stage `student` of a shipped model, so that its run folder can be compiled again like any other."""
+
+    def work(out: Path) -> Mapping[str, object]:
+        shutil.copyfile(network.weights, out / networks.WEIGHTS)
+        networks.describe(out, network.model, network.options)
+        return {}
+
+    opened.stage("student", number=2, inputs={"student": network.sha256}, settings={}, code=(), packages=(), work=work)
 
 
 def compile_student(opened: Run, recipe: Recipe, network: Network, targets: Sequence[Target]) -> Compiled:
@@ -232,7 +245,7 @@ def _quantized(opened: Run, recipe: Recipe, graph: _Graph) -> Path:
         number=6,
         inputs={"simplified": sha256(graph.fp32)} | {p.name: p.sha256 for p in held_out},
         settings=asdict(recipe.quantization) | asdict(recipe.noise),
-        code=("compress/quantize", "data", "pipeline/pictures"),
+        code=("compress/quantize", "data", "graph", "pipeline/pictures"),
         packages=("onnxruntime", "onnx", "numpy"),
         work=work,
     )
@@ -304,7 +317,16 @@ def _bundle(
             "budgets": asdict(recipe.budgets),
             "quantization": asdict(recipe.quantization),
         },
-        code=("backends", "runners", "bundle", "pipeline/compile", "pipeline/pages", "models", "compress/fuse"),
+        code=(
+            "backends",
+            "runners",
+            "bundle",
+            "pipeline/compile",
+            "pipeline/pages",
+            "pipeline/templates",
+            "models",
+            "compress/fuse",
+        ),
         packages=_ENGINE_PACKAGES[target.engine],
         work=work,
     )

@@ -101,6 +101,10 @@ def from_run(folder: Path) -> Network:
         if stage.name == "student":
             made = read_description(folder / stage.folder)
             return _load(made.model, made.model, made.options, folder / stage.folder / WEIGHTS)
+    if "compiles" in run.read_identity(folder):
+        raise InputError(
+            f"{folder}: holds bundles of a network, not the network", remedy="name the network itself again"
+        )
     raise InputError(f"{folder}: its student is not finished", remedy="start the same edgekit distill again")
 
 

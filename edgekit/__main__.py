@@ -1,0 +1,5 @@
+"""`python -m edgekit` is `edgekit`."""
+
+from edgekit.cli import main
+
+main()
