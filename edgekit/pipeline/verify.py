@@ -233,7 +233,7 @@ def _open(path: Path, built: Built, target: Target, settings: Settings) -> tuple
     """Return the artifact's sessions, or none and why there are none."""
     try:
         return backends.load(target.engine).open_session(path, built, target, threads=settings.threads), ""
-    except ToolMissingError as error:
+    except (ToolMissingError, IncompleteError) as error:
         return (), str(error)
 
 
