@@ -16,7 +16,7 @@ from edgekit import backends, bundle, config
 from edgekit.backends import Built, Session
 from edgekit.bundle import Manifest
 from edgekit.data.sets import PictureSet
-from edgekit.errors import InputError, IntegrityError, ToolMissingError
+from edgekit.errors import IncompleteError, InputError, IntegrityError, ToolMissingError
 from edgekit.files import write_json
 from edgekit.graph.reference import agreement_db
 from edgekit.measure import host, latency, quality
