@@ -329,7 +329,8 @@ def _sweep(root: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            # Gone already where it lay in a folder that was itself half written.
+            path.unlink(missing_ok=True)
 
 
 def _empty(root: Path) -> None:

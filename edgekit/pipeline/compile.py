@@ -420,7 +420,9 @@ def _manifest(
     if quantized:
         links.append(Link(kind="int8", sha256=sha256(quantized), made_from=links[-1].sha256))
     made = bundle.combined_sha256(bundle.artifact_files(out, built.files))
-    links.append(Link(kind="artifact", sha256=made, made_from=links[-1].sha256))
+    # Core ML compiles the fused torch network; the others compile the last graph.
+    origin = next(link for link in links if link.kind == "fused") if target.engine == "coreml" else links[-1]
+    links.append(Link(kind="artifact", sha256=made, made_from=origin.sha256))
     return Manifest(
         edgekit=__version__,
         target=asdict(target),
