@@ -1,4 +1,4 @@
-"""Write the tables of README.md that come from files: the shipped weights.
+"""Write the tables of README.md that come from files: the shipped weights, and the latency of their artifacts.
 
 python scripts/readme_tables.py           # writes
 python scripts/readme_tables.py --check   # exits with 1 when the README is not up to date
@@ -7,12 +7,15 @@ python scripts/readme_tables.py --check   # exits with 1 when the README is not 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from edgekit import zoo
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+LATENCY = ROOT / "results" / "benchmarks" / "latency.json"
 SETS = {"set12": "Set12", "bsd68": "BSD68", "embedded-evaluation": "embedded"}
 
 
@@ -22,7 +25,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     text = README.read_text(encoding="utf-8")
-    wanted = put(text, "zoo", zoo_table())
+    wanted = put(put(text, "zoo", zoo_table()), "latency", latency_table())
     if check:
         sys.exit(0 if text == wanted else f"{README.name}: its tables are old; run: python scripts/readme_tables.py")
     README.write_text(wanted, encoding="utf-8")
@@ -50,6 +53,17 @@ def zoo_table() -> str:
         trained = f"{card.trained['minutes']} min, {card.trained['device']}"
         lines.append(f"| `{name}` | {card.parameters:,} | {' | '.join(cells)} | {trained} |")
     return "\n".join(lines) + "\n"
+
+
+def latency_table() -> str:
+    """Return the ratio of the FP32 teacher's latency to each artifact's, from the recorded benchmark."""
+    record = json.loads(LATENCY.read_text(encoding="utf-8"))
+    lines = ["| model, engine, arithmetic | teacher FP32, ms | student, ms | ratio (95 % bound) |", "|---|---|---|---|"]
+    for name, row in record["figures"].items():
+        bound = f"{row['ratio']:.1f} ({row['low']:.1f} to {row['high']:.1f})"
+        lines.append(f"| {name} | {row['teacher_ms']:.0f} | {row['student_ms']:.1f} | {bound} |")
+    machine = f"{record['host']['cpu']['model']}, {', '.join(record['host']['cpu']['features'])}"
+    return "\n".join([*lines, "", f"{machine}; {record['protocol']}; {record['date'][:10]}.", ""])
 
 
 if __name__ == "__main__":
