@@ -117,6 +117,8 @@ def train_student(opened: Run, recipe: Recipe, *, progress: Progress, alone: boo
 
 def _list_pictures(opened: Run, chosen: Pictures) -> Stage:
     def write(out: Path) -> Mapping[str, object]:
+        # In the stage, so that a run that goes on does not look again.
+        pictures.refuse_leaks(chosen)
         named = {s.name: {p.name: p.sha256 for p in s} for s in (chosen.train, chosen.held_out, chosen.evaluation)}
         write_json(out / "pictures.json", named)
         return {"train": len(chosen.train), "held_out": len(chosen.held_out), "evaluation": len(chosen.evaluation)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgekit.data import sets
+from edgekit.data import overlap, sets
 from edgekit.data.noise import add_gaussian
 from edgekit.data.sets import PictureSet, Shares, Split
 from edgekit.measure.quality import Array, pad_to_multiple
@@ -29,7 +29,7 @@ class Pictures:
 
 
 def load(data: Data) -> Pictures:
-    """Return the recipe's pictures.
+    """Return the recipe's pictures; `refuse_leaks` looks further than for equal ones.
 
     Raises:
         InputError: A folder is missing or empty, a picture cannot be read, or one picture is in two sets.
@@ -37,6 +37,12 @@ def load(data: Data) -> Pictures:
     chosen = Pictures(train=_train(data), held_out=held_out(data), evaluation=evaluation(data))
     sets.check_disjoint(chosen.train, chosen.held_out, chosen.evaluation)
     return chosen
+
+
+def refuse_leaks(chosen: Pictures) -> None:
+    """Raise InputError where what is learned or chosen from shows what a figure is taken on, if only a part of it."""
+    overlap.refuse_overlaps(chosen.train, chosen.evaluation, chosen.held_out)
+    overlap.refuse_overlaps(chosen.held_out, chosen.evaluation)
 
 
 def held_out(data: Data) -> PictureSet:
