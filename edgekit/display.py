@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from edgekit.pipeline.comparison import Comparison, Written
     from edgekit.pipeline.distill import Distilled
     from edgekit.report import Report, Verdict
     from edgekit.training.loop import Moment
@@ -103,6 +104,22 @@ def print_report(report: Report) -> None:
     limits = [(x.name, x.limit, x.measured, _coloured(x.verdict), x.reason) for x in report.limits]
     print_table("", ("limit", "asked", "measured", "verdict", "why"), limits)
     _console().print(Text(f"{report.target}: ") + _coloured(report.verdict) + Text("\n"))
+
+
+def print_comparison(found: Comparison, written: Written) -> None:
+    """Print the method table, one for each set of pictures, what was not run and why, and where the files lie."""
+    from edgekit.pipeline.comparison import cells, header
+
+    for pictures in found.pictures:
+        rows = [cells(row, found.sigmas, brief=True) for row in found.rows if row.pictures == pictures.name]
+        print_table(f"{pictures.name}: {pictures.count} pictures", header(found.sigmas, brief=True), rows)
+    for row in found.unfinished():
+        _console().print(Text(f"not run: {row.title}: {row.reason}", style="yellow"), soft_wrap=True)
+    if written.no_plot:
+        _console().print(Text(f"no plot: {written.no_plot}", style="yellow"), soft_wrap=True)
+    for path in (written.table, written.record, written.plot):
+        if path is not None:
+            _console().print(Text(str(path)), soft_wrap=True)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:

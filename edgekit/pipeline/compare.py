@@ -1,0 +1,582 @@
+"""clean pictures -> method table: every method by one protocol, each network as the product itself makes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from edgekit import __version__, backends, bundle, config, run, target, zoo
+from edgekit.backends import Built
+from edgekit.bundle import artifact_files, combined_sha256
+from edgekit.data import noise, sets
+from edgekit.data.photos import Channels
+from edgekit.data.sets import PictureSet
+from edgekit.errors import EdgekitError, InputError, ToolMissingError, UnsupportedError, nearest
+from edgekit.files import storage_errors
+from edgekit.graph import checks, cost
+from edgekit.measure import host, latency, quality
+from edgekit.measure.quality import Array, Denoise
+from edgekit.pipeline import compile as compiling
+from edgekit.pipeline import networks
+from edgekit.pipeline.comparison import Arithmetic, Comparison, Figure, Pictures, Row
+from edgekit.pipeline.pictures import EMBEDDED
+from edgekit.pipeline.verify import size_bytes
+from edgekit.recipe import Data, Recipe
+
+log = logging.getLogger(__name__)
+Say = Callable[[str], None]
+OnnxEngine: TypeAlias = Literal["onnxruntime", "openvino"]
+# The shipped target that makes each engine's INT8 artifact.
+INT8_TARGETS: dict[OnnxEngine, str] = {"onnxruntime": "onnx", "openvino": "linux-x86_64"}
+CLASSICS = ("nlm", "bm3d")
+BM3D_LICENCE = "the package bm3d (Tampere University) may be used for non-commercial purposes only"
+_LEFT_OUT = "left out on request"
+_STRIDE = 8
+_SIDE = compiling.GOLDEN_SIDE
+_PROTOCOL = (
+    "white Gaussian noise by docs/protocol.md (RandomState(index + 1000003 * seed)), unclipped; PSNR of a peak of 1, "
+    "no crop, the result neither clipped nor rounded, mean over seeds and then pictures; SSIM with a Gaussian window "
+    "11x11. Every method is told the noise level, unless its network is blind."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How much is measured.
+
+    sigmas: Noise levels on the scale 0 to 255. seeds: Draws of noise for each picture. without: Of `CLASSICS`.
+    seconds: For each row's runs by turns with the reference. threads: Of every method that can be told.
+    """
+
+    sigmas: tuple[float, ...] = (25.0,)
+    seeds: int = 1
+    seconds: float = 5.0
+    threads: int = 1
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A network of others, as an ONNX file that is run as it is. sigma255: The only noise level that it is for."""
+
+    name: str
+    path: Path
+    sigma255: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A method, opened. files: What an app ships. graph: The float graph. notes: What a reader must know."""
+
+    denoise: Denoise
+    files: tuple[Path, ...] = ()
+    graph: Path | None = None
+    integer_macs_permille: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A row to be.
+
+    sigmas: Those that it is measured at. open: Raises EdgekitError where it cannot be run. reason: Why it shall not be.
+    rank: Place among those that the others may be timed against, the lowest first; None for one that may not.
+    timed: Whether its latency says anything.
+    """
+
+    name: str
+    arithmetic: Arithmetic
+    engine: str
+    pictures: PictureSet
+    sigmas: tuple[float, ...]
+    stride: int
+    open: Callable[[], Program]
+    reason: str = ""
+    rank: int | None = None
+    timed: bool = True
+
+    def empty(self, reason: str = "") -> Row:
+        """Return the row without any figure."""
+        return Row(
+            name=self.name,
+            arithmetic=self.arithmetic,
+            engine=self.engine,
+            pictures=self.pictures.name,
+            reason=reason or self.reason,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be compared; nothing has been run."""
+
+    entries: tuple[Entry, ...]
+    settings: Settings
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """A network to compare. alone: It has an FP32 row only, for it is what students are compared with."""
+
+    name: str
+    what: str
+    channels: Channels
+    stride: int
+    alone: bool = False
+
+
+def parse_peer(text: str) -> Peer:
+    """Return the peer that `NAME=FILE.onnx` or `NAME@SIGMA=FILE.onnx` names.
+
+    Raises:
+        InputError: It is neither.
+    """
+    name, equals, file = text.partition("=")
+    _, at, level = name.partition("@")
+    if not (name and equals and file):
+        raise InputError(f"--peer {text}: is not NAME=FILE.onnx", remedy="as in --peer DnCNN@25=dncnn.onnx")
+    try:
+        sigma255 = float(level) if at else None
+    except ValueError as error:
+        raise InputError(
+            f"--peer {text}: '{level}' is no noise level", remedy="give a number, as in DnCNN@25"
+        ) from error
+    return Peer(name=name, path=Path(file), sigma255=sigma255)
+
+
+def plan(
+    what: Sequence[str], *, peers: Sequence[Peer] = (), pictures: Path | None = None, settings: Settings, folder: Path
+) -> Plan:
+    """Return the rows in their order, after checking everything that can be checked without running it.
+
+    Args:
+        what: Shipped names, run folders and ONNX files; all shipped weights unless told.
+        peers: Networks of others.
+        pictures: Folder of clean pictures; the embedded evaluation set unless told.
+        settings: How much is measured.
+        folder: Where the networks are compiled; they are re-used there.
+
+    Raises:
+        InputError: An unknown model, no pictures, a file that is no denoiser's, or pictures that a model learned from.
+        UnsupportedError: A graph that does not take every multiple of the stride.
+    """
+    sigmas = tuple(sorted(set(settings.sigmas)))
+    settings = dataclasses.replace(settings, sigmas=sigmas)
+    _check_settings(settings, peers)
+    given = list(what) or _shipped()
+    # A file that is quantized already cannot go through the product's own quantization; it is run as it is.
+    finished = [w for w in given if w.endswith(".onnx") and checks.is_quantized(checks.load_onnx(Path(w)))]
+    peers = [*peers, *(Peer(name=Path(w).stem, path=Path(w)) for w in finished)]
+    models = [_model(w) for w in given if w not in finished]
+    channels = {m.channels for m in models}
+    peer_channels = {p.name: _onnx_channels(p.path) for p in peers}
+    _check_names(["noisy", "NLM", "BM3D", *(m.name for m in models), *(p.name for p in peers)])
+    chosen = {c: _pictures(pictures, c) for c in sorted(channels | set(peer_channels.values()))}
+    for model in models:
+        _check_unseen(model, chosen[model.channels])
+    entries = [entry for found in chosen.values() for entry in _classics(found, settings)]
+    entries += [_peer(p, chosen[peer_channels[p.name]], settings) for p in peers]
+    entries += [e for m in models for e in _networks(m, chosen[m.channels], settings, folder)]
+    return Plan(entries=tuple(entries), settings=settings, folder=folder)
+
+
+def compare(planned: Plan, *, say: Say = log.info) -> Comparison:
+    """Return the measured table; a row that cannot be run says why.
+
+    Args:
+        planned: What to compare.
+        say: Told what is being measured.
+
+    Raises:
+        InputError: The folder cannot be written to.
+    """
+    with storage_errors(planned.folder):
+        planned.folder.mkdir(parents=True, exist_ok=True)
+    settings = planned.settings
+    reference, timer = _reference(planned)
+    rows = []
+    for number, entry in enumerate(planned.entries, 1):
+        say(f"{number}/{len(planned.entries)}: {entry.empty().title} on {entry.pictures.name}")
+        rows.append(_row(entry, settings, timer))
+    unique = {e.pictures.name: e.pictures for e in planned.entries}
+    return Comparison(
+        rows=tuple(rows),
+        pictures=tuple(
+            Pictures(name=p.name, sha256=sets.digest(p), count=len(p), channels=len(p.pictures[0].pixels))
+            for p in unique.values()
+        ),
+        sigmas=settings.sigmas,
+        seeds=tuple(range(settings.seeds)),
+        threads=settings.threads,
+        seconds=settings.seconds,
+        pairs=latency.LEAST_PAIRS,
+        reference="" if reference is None else reference.empty().title,
+        protocol=_PROTOCOL,
+        host=asdict(host.describe((*host.PACKAGES, "bm3d", "bm4d", "pillow"))),
+        edgekit=__version__,
+        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+
+
+def _check_settings(settings: Settings, peers: Sequence[Peer]) -> None:
+    for sigma255 in settings.sigmas:
+        if not (math.isfinite(sigma255) and 0 < sigma255 <= 255):
+            raise InputError(f"noise level {sigma255:g} is not between 0 and 255", remedy="as in --sigma 25")
+    if not settings.sigmas or settings.seeds < 1:
+        raise InputError(f"nothing to measure with {len(settings.sigmas)} noise levels and {settings.seeds} seeds")
+    for name in settings.without:
+        if name not in CLASSICS:
+            raise InputError(f"there is no method '{name}' to leave out; {nearest(name, CLASSICS)}")
+    for peer in peers:
+        if peer.sigma255 is not None and peer.sigma255 not in settings.sigmas:
+            raise InputError(
+                f"peer '{peer.name}' is for noise level {peer.sigma255:g}, which is not measured",
+                remedy=f"add --sigma {peer.sigma255:g}",
+            )
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two models are called '{name}'", remedy="rename one of them, or name it once")
+
+
+def _shipped() -> list[str]:
+    """Return the names of all shipped weights, the largest first."""
+    return sorted(zoo.names(), key=lambda name: -zoo.card(name).parameters)
+
+
+def _model(what: str) -> _Model:
+    path = Path(what)
+    if what.endswith(".onnx"):
+        return _Model(name=path.stem, what=what, channels=_onnx_channels(path), stride=_STRIDE)
+    if path.is_dir():
+        network, name = networks.from_run(path), path.resolve().name
+    elif what in zoo.names():
+        network, name = networks.shipped(what), what
+    else:
+        raise InputError(
+            f"'{what}' is no model with shipped weights, no run folder and no ONNX file; {nearest(what, zoo.names())}"
+        )
+    return _Model(
+        name=name,
+        what=what,
+        channels=3 if network.net.channels == 3 else 1,
+        stride=network.net.stride,
+        alone=network.model.startswith("teacher"),
+    )
+
+
+def _onnx_channels(path: Path) -> Channels:
+    """Return the channels of a file that takes every multiple of the stride; raises as `plan`."""
+    model = checks.load_onnx(path)
+    channels = checks.interface(model, path).channels
+    if channels not in (1, 3):
+        raise InputError(f"{path}: takes {channels} channels", remedy="compare networks for 1 or 3")
+    try:
+        cost.infer_shapes(model, 33 * _STRIDE, 35 * _STRIDE)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{path}: {error}", remedy=f"pictures come in any multiple of {_STRIDE}") from error
+    return 1 if channels == 1 else 3
+
+
+def _pictures(path: Path | None, channels: Channels) -> PictureSet:
+    found = sets.embedded("evaluation", channels=channels) if path is None else sets.folder(path, channels=channels)
+    for picture in found:
+        if min(picture.pixels.shape[-2:]) < quality.SSIM_WINDOW:
+            height, width = picture.pixels.shape[-2:]
+            raise InputError(
+                f"{picture.name} of {found.name} is {height}x{width} pixels; SSIM needs {quality.SSIM_WINDOW} a side",
+                remedy="take it out of the folder",
+            )
+    return PictureSet(name=f"{found.name} in colour" if channels == 3 else found.name, pictures=found.pictures)
+
+
+def _check_unseen(model: _Model, pictures: PictureSet) -> None:
+    """Raise InputError where a run learned from, or chose its weights by, one of the pictures."""
+    root = Path(model.what)
+    if not root.is_dir():
+        return
+    listed = [root / stage.folder / "pictures.json" for stage in run.read_stages(root) if stage.name == "pictures"]
+    for path in listed:
+        data = config.checked(run.read_identity(root)["recipe"], Recipe, root / "run.json").data
+        for name, seen in dict(json.loads(path.read_text(encoding="utf-8"))).items():
+            known = {digest: picture for picture, digest in seen.items()} if name != _evaluation_name(data) else {}
+            for picture in pictures:
+                if picture.sha256 in known:
+                    raise InputError(
+                        f"{root}: learned from '{known[picture.sha256]}', which is '{picture.name}' of {pictures.name}",
+                        remedy="compare on pictures that it has not seen",
+                    )
+
+
+def _evaluation_name(data: Data) -> str:
+    """Return what a run calls its evaluation pictures in its list of pictures."""
+    if data.evaluation == EMBEDDED:
+        return "embedded-evaluation"
+    name = Path(data.evaluation).resolve().name
+    return f"{name}-evaluation" if data.evaluation in data.train else name
+
+
+def _classics(pictures: PictureSet, settings: Settings) -> list[Entry]:
+    """Return the rows of the methods that are no network."""
+    noisy = Entry(
+        name="noisy",
+        arithmetic="",
+        engine="",
+        pictures=pictures,
+        sigmas=settings.sigmas,
+        stride=_STRIDE,
+        open=lambda: Program(denoise=quality.noisy_input),
+        timed=False,
+    )
+    nlm = dataclasses.replace(
+        noisy,
+        name="NLM",
+        engine=_versioned("scikit-image"),
+        open=lambda: Program(denoise=quality.nlm),
+        reason=_LEFT_OUT if "nlm" in settings.without else "",
+        rank=3,
+        timed=True,
+    )
+    bm3d = dataclasses.replace(
+        noisy,
+        name="BM3D",
+        engine=_versioned("bm3d"),
+        open=lambda: _open_bm3d(settings.threads),
+        reason=_LEFT_OUT if "bm3d" in settings.without else _missing(_import_bm3d),
+        timed=True,
+    )
+    return [noisy, nlm, bm3d]
+
+
+def _peer(peer: Peer, pictures: PictureSet, settings: Settings) -> Entry:
+    def open_() -> Program:
+        denoise = backends.load_onnx("onnxruntime").open_onnx(peer.path, threads=settings.threads)
+        notes = () if peer.sigma255 is None else (f"measured at noise level {peer.sigma255:g} alone, which it is for",)
+        return Program(denoise=denoise, files=(peer.path,), graph=peer.path, notes=notes)
+
+    quantized = checks.is_quantized(checks.load_onnx(peer.path))
+    return Entry(
+        name=peer.name,
+        arithmetic="int8" if quantized else "float32",
+        engine=_versioned("onnxruntime"),
+        pictures=pictures,
+        sigmas=settings.sigmas if peer.sigma255 is None else (peer.sigma255,),
+        stride=_STRIDE,
+        open=open_,
+        rank=2,
+    )
+
+
+def _networks(model: _Model, pictures: PictureSet, settings: Settings, folder: Path) -> list[Entry]:
+    """Return the rows of one network: FP32 and INT8 in each engine; FP32 alone for a teacher."""
+    root = folder / "models" / model.name
+    # One file serves both engines' rows and the reference.
+    float_graph = functools.cache(lambda: _float_graph(model, root))
+
+    def entry(kind: Arithmetic, engine: OnnxEngine) -> Entry:
+        def open_float() -> Program:
+            path = float_graph()
+            denoise = backends.load_onnx(engine).open_onnx(path, threads=settings.threads)
+            return Program(denoise=denoise, files=(path,), graph=path)
+
+        return Entry(
+            name=model.name,
+            arithmetic=kind,
+            engine=_versioned(engine),
+            pictures=pictures,
+            sigmas=settings.sigmas,
+            stride=model.stride,
+            open=open_float if kind == "float32" else lambda: _open_int8(model, engine, settings.threads, root),
+            reason=_missing(lambda: backends.load(engine)),
+            rank=(0 if model.alone else 1) if (kind, engine) == ("float32", "onnxruntime") else None,
+        )
+
+    kinds: tuple[Arithmetic, ...] = ("float32",) if model.alone else ("float32", "int8")
+    return [entry(kind, engine) for kind in kinds for engine in INT8_TARGETS]
+
+
+def _float_graph(model: _Model, folder: Path) -> Path:
+    """Return the fused, simplified float graph: what INT8 is made from."""
+    made = compiling.compile_model(model.what, (), folder=folder, overwrite=True)
+    stage = next(s for s in run.read_stages(made.folder) if s.name == "simplify")
+    return made.folder / stage.folder / "student.fp32.onnx"
+
+
+def _open_int8(model: _Model, engine: OnnxEngine, threads: int, folder: Path) -> Program:
+    """Compile the engine's shipped target, and open the bundle's artifact."""
+    wanted = target.load(INT8_TARGETS[engine])
+    backend = backends.load(engine)
+    path = compiling.compile_model(model.what, [wanted], folder=folder, overwrite=True).bundles[wanted.name]
+    manifest = bundle.read(path)
+    built = config.checked(manifest.built, Built, path / bundle.MANIFEST)
+    _, session = backend.open_session(path, built, wanted, threads=threads)[0]
+    permille = built.facts.get("integer_macs_permille")
+    return Program(
+        denoise=session,
+        files=tuple(artifact_files(path, built.files)),
+        graph=path / "reference" / "student.fp32.onnx",
+        integer_macs_permille=None if permille is None else int(permille),
+        notes=built.notes,
+    )
+
+
+def _open_bm3d(threads: int) -> Program:
+    """Open BM3D (Dabov et al., 2007; the authors' package), profile `np`, block matching in luminance for colour.
+
+    Raises:
+        ToolMissingError: It is not installed, or does not load.
+    """
+    bm3d = _import_bm3d()
+    profile = bm3d.BM3DProfile()
+    profile.num_threads = threads
+
+    def denoise(noisy: Array, sigma: float) -> Array:
+        planes = noisy[0].transpose(1, 2, 0).astype(np.float64)
+        if planes.shape[-1] == 3:
+            denoised = bm3d.bm3d_rgb(planes, sigma, profile).transpose(2, 0, 1)
+        else:
+            denoised = bm3d.bm3d(planes[:, :, 0], sigma, profile).reshape(1, *planes.shape[:2])
+        return np.ascontiguousarray(denoised[None], dtype=np.float32)
+
+    return Program(denoise=denoise, notes=(BM3D_LICENCE,))
+
+
+def _import_bm3d() -> ModuleType:
+    try:
+        return importlib.import_module("bm3d")
+    except ModuleNotFoundError as error:
+        raise ToolMissingError(
+            f"BM3D needs the package '{error.name}', which is not installed",
+            remedy=f"run: pip install 'edgekit[bm3d]' ({BM3D_LICENCE})",
+        ) from error
+    except (ImportError, OSError) as error:
+        raise ToolMissingError(f"the package bm3d is installed but does not load: {error}") from error
+
+
+def _missing(load: Callable[[], object]) -> str:
+    """Return why a package cannot be used; empty where it can."""
+    try:
+        load()
+    except ToolMissingError as error:
+        return str(error)
+    return ""
+
+
+def _versioned(package: str) -> str:
+    return f"{package} {run.versions((package,)).get(package, '')}".rstrip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Timer:
+    """Times a program by turns with the reference."""
+
+    reference: Callable[[], None]
+    seconds: float
+
+    def __call__(self, program: Callable[[], None]) -> latency.Paired:
+        return latency.interleave(self.reference, program, min_pairs=latency.LEAST_PAIRS, max_seconds=self.seconds)
+
+
+def _reference(planned: Plan) -> tuple[Entry | None, _Timer | None]:
+    """Return what the others are timed against: the first by rank that runs; both are None where none does."""
+    ranked = [(entry.rank, entry) for entry in planned.entries if entry.rank is not None and not entry.reason]
+    for _, entry in sorted(ranked, key=lambda pair: pair[0]):
+        try:
+            program = entry.open()
+        except EdgekitError as error:
+            log.debug("%s is no reference: %s", entry.name, error)
+            continue
+        return entry, _Timer(reference=_runner(entry, program), seconds=planned.settings.seconds)
+    return None, None
+
+
+def _runner(entry: Entry, program: Program) -> Callable[[], None]:
+    """Return one run of a program on the middle of its first picture."""
+    first = PictureSet(name=entry.pictures.name, pictures=entry.pictures.pictures[:1])
+    (picture,) = sets.centred(first, _SIDE, _SIDE)
+    noisy = noise.add_gaussian(picture.pixels, entry.sigmas[0], index=0)[None]
+
+    def once() -> None:
+        program.denoise(noisy, entry.sigmas[0] / 255)
+
+    return once
+
+
+def _row(entry: Entry, settings: Settings, timer: _Timer | None) -> Row:
+    """Return the measured row, or why there is none."""
+    if entry.reason:
+        return entry.empty()
+    try:
+        program = entry.open()
+        figures = tuple(_figure(entry, program, sigma255, settings) for sigma255 in entry.sigmas)
+    except EdgekitError as error:
+        return entry.empty(str(error))
+    row = _described(entry, program, figures)
+    if not entry.timed or timer is None:
+        return row
+    paired = timer(_runner(entry, program))
+    return dataclasses.replace(
+        row,
+        latency_us=paired.b_median_us,
+        reference_us=paired.a_median_us,
+        speedup=latency.ratio_with_bound(paired),
+        slowdown=latency.ratio_with_bound(latency.Paired(a_us=paired.b_us, b_us=paired.a_us)),
+    )
+
+
+def _figure(entry: Entry, program: Program, sigma255: float, settings: Settings) -> Figure:
+    found = quality.evaluate(
+        program.denoise,
+        entry.pictures,
+        sigma255=sigma255,
+        seeds=tuple(range(settings.seeds)),
+        stride=entry.stride,
+    )
+    return Figure(
+        sigma255=sigma255,
+        psnr_mdb=found.psnr_mdb,
+        ssim_e5=found.ssim_e5,
+        nonfinite_pixels=found.nonfinite_pixels,
+    )
+
+
+def _described(entry: Entry, program: Program, figures: tuple[Figure, ...]) -> Row:
+    notes = list(program.notes)
+    notes += [
+        f"{f.nonfinite_pixels} values at noise level {f.sigma255:g} are not finite; their pictures count as 0 dB"
+        for f in figures
+        if f.nonfinite_pixels
+    ]
+    parameters, macs = None, None
+    if program.graph is not None:
+        graph = checks.read_onnx(program.graph)
+        parameters = cost.parameters(graph)
+        try:
+            macs = sum(cost.macs_by_node(graph, _SIDE, _SIDE).values())
+        except UnsupportedError as error:
+            notes.append(f"MACs were not counted: {error}")
+    return dataclasses.replace(
+        entry.empty(),
+        figures=figures,
+        parameters=parameters,
+        macs_256=macs,
+        integer_macs_permille=program.integer_macs_permille,
+        size_bytes=size_bytes(program.files) if program.files else None,
+        sha256=combined_sha256(program.files) if program.files else "",
+        notes=tuple(notes),
+    )
