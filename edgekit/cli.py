@@ -20,6 +20,7 @@ from edgekit import __version__
 from edgekit.errors import INTERRUPTED, EdgekitError, InputError
 
 if TYPE_CHECKING:
+    from edgekit.pipeline.comparison import Comparison, Written
     from edgekit.pipeline.distill import Distilled
     from edgekit.report import Report
     from edgekit.training.loop import Moment
@@ -283,10 +284,10 @@ def run(
     if dry_run:
         _show_plan(recipe_name, overrides, targets, output, as_json)
         return
-    from edgekit import pipeline
+    from edgekit.pipeline import whole
 
     with _progress() as progress:
-        result = pipeline.run_recipe(
+        result = whole.run_recipe(
             loaded, wanted, output, overwrite=overwrite, progress=progress, say=logging.getLogger("edgekit").info
         )
 
@@ -350,6 +351,89 @@ def baseline(model: str, seconds: float, output: Path | None, as_json: bool) -> 
 
 
 @cli.command()
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
+@click.option(
+    "--pictures",
+    type=click.Path(path_type=Path),
+    help="Folder of clean pictures [default: the embedded evaluation pictures].",
+)
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="ONNX file of another's network, run as it is; NAME@25=FILE for one noise level only. Several may be given.",
+)
+@click.option(
+    "--sigma",
+    "sigmas",
+    multiple=True,
+    default=(25.0,),
+    show_default=True,
+    type=_Finite(0, 255, min_open=True),
+    help="Noise level, up to 255; may be given several times.",
+)
+@click.option(
+    "--seeds", default=1, show_default=True, type=click.IntRange(1, 4000), help="Draws of noise for each picture."
+)
+@click.option(
+    "--seconds", default=5.0, show_default=True, type=_Finite(0.1), help="For each row's runs beside the reference."
+)
+@click.option(
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of every method that can be told."
+)
+@click.option(
+    "--without", multiple=True, type=click.Choice(["nlm", "bm3d"]), help="Leave out a slow method; BM3D takes seconds."
+)
+@_output_option("Folder of table.md, comparison.json and plot.png [default: comparison].")
+@_dry_run_option
+@_json_option
+def compare(
+    models: tuple[str, ...],
+    pictures: Path | None,
+    peers: tuple[str, ...],
+    sigmas: tuple[float, ...],
+    seeds: int,
+    seconds: float,
+    threads: int,
+    without: tuple[str, ...],
+    output: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Compare methods on clean pictures: noisy, NLM, BM3D, peers, and networks in FP32 and INT8.
+
+    A MODEL is a shipped name, a run folder or an ONNX file; all shipped weights unless told.
+
+    \b
+    edgekit compare
+    edgekit compare teacher nano --pictures photos --sigma 15 --sigma 25 --seeds 3
+    edgekit compare base --peer DnCNN@25=dncnn.onnx -o comparison
+    """
+    from edgekit.pipeline import compare as comparing
+
+    settings = comparing.Settings(sigmas=sigmas, seeds=seeds, seconds=seconds, threads=threads, without=without)
+    planned = comparing.plan(
+        models,
+        peers=[comparing.parse_peer(peer) for peer in peers],
+        pictures=pictures,
+        settings=settings,
+        folder=output or Path("comparison"),
+    )
+    if dry_run:
+        rows = [entry.empty() for entry in planned.entries]
+        shown = [(row.title, row.pictures, row.reason or "to do") for row in rows]
+        named = [dict(zip(("row", "pictures", "state"), line, strict=True)) for line in shown]
+        _emit(named, as_json, lambda: _table("", ("row", "pictures", "state"), shown))
+        return
+    from edgekit.pipeline import comparison
+
+    found = comparing.compare(planned)
+    written = comparison.write(found, planned.folder)
+    _emit({"comparison": asdict(found), "files": asdict(written)}, as_json, lambda: _print_comparison(found, written))
+
+
+@cli.command()
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option(
     "-m",
@@ -378,6 +462,33 @@ def denoise(
     to = output or image.with_name(f"{image.stem}.denoised.png")
     path = denoising.denoise_file(opened, image, to, sigma255=sigma, add_noise=add_noise)
     _emit({"output": str(path), "how": opened.how}, as_json, lambda: click.echo(path))
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-t", "--target", "target_name", metavar="TARGET", help="Leave out what this target does not mind.")
+@click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="Option of the network.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Weights of a package.module:Class; not needed.")
+@_json_option
+def lint(model: str, target_name: str | None, options: tuple[str, ...], weights: Path | None, as_json: bool) -> None:
+    """Say what will hurt in a network, with what it was measured to cost, before anything is trained.
+
+    \b
+    edgekit lint base --option activation=hardswish --option se=true -t linux-x86_64
+    edgekit lint my_package.nets:Denoiser
+    """
+    from edgekit import config, target
+    from edgekit.pipeline import lint as linting
+
+    chosen = target.load(target_name) if target_name else None
+    findings = linting.lint(model, chosen, options=config.options(options), weights=weights)
+    rows = [(f.rule, f.what, f.cost, f.advice) for f in findings]
+    nothing = f"{model}: nothing found that would hurt" + (f" on {target_name}" if target_name else "")
+    _emit(
+        findings,
+        as_json,
+        lambda: _table("", ("rule", "what", "measured", "advice"), rows) if rows else click.echo(nothing),
+    )
 
 
 @cli.command()
@@ -601,6 +712,12 @@ def _print_reports(reports: Sequence[Report]) -> None:
 
     for report in reports:
         print_report(report)
+
+
+def _print_comparison(found: Comparison, written: Written) -> None:
+    from edgekit.display import print_comparison
+
+    print_comparison(found, written)
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -86,6 +86,21 @@ def json_schema(kind: type[T]) -> dict[str, object]:
     return _adapter(kind).json_schema()
 
 
+def options(texts: Sequence[str]) -> dict[str, bool | int | str]:
+    """Return options of a network that the command line gives as NAME=VALUE, with YAML values.
+
+    Raises:
+        InputError: No name, or a value that is neither a truth value, a whole number nor text.
+    """
+    tree = CommentedMap()
+    for text in texts:
+        _override(tree, text, flag="--option")
+    for name, value in tree.items():
+        if not isinstance(value, bool | int | str):
+            raise InputError(f"--option {name}={value!r}: expected true, false, a whole number or text")
+    return dict(tree)
+
+
 def _adapter(into: type[T]) -> TypeAdapter[T]:
     return TypeAdapter(into)
 
@@ -121,11 +136,12 @@ def _plain_json(path: Path, tree: CommentedMap) -> str:
         raise InputError(f"{path}: holds what a settings file cannot: {error}") from error
 
 
-def _override(tree: CommentedMap, text: str) -> None:
+def _override(tree: CommentedMap, text: str, flag: str = "--set") -> None:
     """Put `a.b=value` into the tree; the value is YAML."""
     name, equals, value = text.partition("=")
     if not equals or not all(name.split(".")):
-        raise InputError(f"--set {text}: expected NAME=VALUE", remedy="for example --set training.steps=100")
+        example = "training.steps=100" if flag == "--set" else "activation=hardswish"
+        raise InputError(f"{flag} {text}: expected NAME=VALUE", remedy=f"for example {flag} {example}")
     at: CommentedMap = tree
     *parents, last = name.split(".")
     for parent in parents:
@@ -135,7 +151,7 @@ def _override(tree: CommentedMap, text: str) -> None:
     try:
         at[last] = YAML(typ="rt").load(StringIO(value))
     except (YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"--set {text}: the value is not YAML", remedy="quote it if it is text") from error
+        raise InputError(f"{flag} {text}: the value is not YAML", remedy="quote it if it is text") from error
 
 
 def _explain(

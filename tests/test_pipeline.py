@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from edgekit import backends, bundle, files, pipeline, report, run, target, zoo
+from edgekit import backends, bundle, files, report, run, target, zoo
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, IntegrityError, ToolMissingError, UnsupportedError
 from edgekit.graph.checks import is_quantized
 from edgekit.graph.reference import agreement_db
 from edgekit.models import weights
 from edgekit.pipeline import compile as compiling
-from edgekit.pipeline import distill, networks, pictures, verify
+from edgekit.pipeline import distill, networks, pictures, verify, whole
 from edgekit.recipe import Data, Distillation, Model, Noise, Quantization, Recipe
 from edgekit.target import InputShape, Limits
 
@@ -46,10 +46,10 @@ def recipe(photos) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def made(recipe, tmp_path_factory) -> pipeline.Result:
+def made(recipe, tmp_path_factory) -> whole.Result:
     """The whole way, once: a random nano that the shipped one taught."""
     folder = tmp_path_factory.mktemp("made") / "run"
-    return pipeline.run_recipe(recipe, [ONNX, FLOAT], folder, settings=QUICK, say=lambda text: None)
+    return whole.run_recipe(recipe, [ONNX, FLOAT], folder, settings=QUICK, say=lambda text: None)
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_the_readmes_lines_denoise_a_picture(made, monkeypatch):
 
 def test_a_second_run_makes_nothing_anew(made, recipe, copied):
     before = {p: p.stat().st_mtime_ns for p in copied.rglob("*") if p.is_file() and p.name not in _VOLATILE}
-    again = pipeline.run_recipe(recipe, [ONNX, FLOAT], copied, settings=QUICK, say=lambda text: None)
+    again = whole.run_recipe(recipe, [ONNX, FLOAT], copied, settings=QUICK, say=lambda text: None)
     stages = [s.name for s in run.read_stages(copied)]
     assert sorted(again.compiled.reused) == sorted(stages)
     assert len(stages) == 9
@@ -208,7 +208,7 @@ def test_a_file_of_a_stage_that_changed_is_refused_by_name(copied):
 
 
 def test_two_compiles_in_two_folders_give_the_same_bytes(made, recipe, tmp_path):
-    second = pipeline.run_recipe(recipe, [ONNX, FLOAT], tmp_path / "run", settings=QUICK, say=lambda text: None)
+    second = whole.run_recipe(recipe, [ONNX, FLOAT], tmp_path / "run", settings=QUICK, say=lambda text: None)
     for name, folder in made.compiled.bundles.items():
         assert bundle.hashes(folder) == bundle.hashes(second.compiled.bundles[name])
         assert files.sha256(folder / "manifest.json") == files.sha256(second.compiled.bundles[name] / "manifest.json")
@@ -294,7 +294,7 @@ def test_a_student_with_batchnorm_goes_the_whole_way(photos, tmp_path):
     )
     # Real statistics: enough steps for them to leave their start.
     recipe = tiny.recipe(photos, student=student, training=tiny.training(steps=60), teacher=TEACHER)
-    made = pipeline.run_recipe(recipe, [ONNX], tmp_path / "run", settings=QUICK, say=lambda text: None)
+    made = whole.run_recipe(recipe, [ONNX], tmp_path / "run", settings=QUICK, say=lambda text: None)
     assert made.reports[0].verdict == "pass", made.reports[0].limits
     trained = load_file(tmp_path / "run" / "02-student" / networks.WEIGHTS)
     variances = torch.cat([v for name, v in trained.items() if name.endswith("running_var")])
@@ -313,7 +313,7 @@ def test_a_student_with_batchnorm_goes_the_whole_way(photos, tmp_path):
 def test_a_colour_student_goes_the_whole_way_and_lacks_a_teacher(tmp_path):
     colour = tiny.write_pictures(tmp_path / "pictures", channels=3)
     recipe = tiny.recipe(colour, channels=3, training=STEPS)
-    made = pipeline.run_recipe(recipe, [ONNX], tmp_path / "run", settings=QUICK, say=lambda text: None)
+    made = whole.run_recipe(recipe, [ONNX], tmp_path / "run", settings=QUICK, say=lambda text: None)
     (found,) = made.reports
     verdicts = {x.name: x.verdict for x in found.limits}
     assert verdicts.pop("student_drop_db") == "incomplete"
@@ -332,7 +332,7 @@ def test_the_student_of_an_unfinished_run_is_not_compiled(recipe, tmp_path):
 def test_the_engine_is_asked_for_before_anything_is_made(recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(backends.DOORS, "tvm", "no_such_package.door")
     with pytest.raises(ToolMissingError, match=r"the engine 'tvm' needs .* run: pip install 'edgekit\[tvm\]'"):
-        pipeline.run_recipe(recipe, [target.load("android-arm64")], tmp_path / "run", say=lambda text: None)
+        whole.run_recipe(recipe, [target.load("android-arm64")], tmp_path / "run", say=lambda text: None)
     assert not (tmp_path / "run").exists()
 
 

@@ -5,9 +5,10 @@ import itertools
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -664,36 +665,58 @@ def test_a_job_trains_and_goes_on_where_there_is_torch_and_little_else(written, 
     assert "step 40, loss 0." in whole.stdout
     assert whole.stdout.splitlines()[-1] == str(result)
 
-    stopped = start("parts", "--max-minutes", "1e-9")
-    assert stopped.returncode == 0, stopped.stderr + stopped.stdout
-    for number in (20, 30):
-        _run_until(written, photos, tmp_path / "parts", number)
+    for step in (10, 20, 30):
+        paused = start("parts", "--pause-after", "1e-9")
+        assert paused.returncode == 0, paused.stderr + paused.stdout
+        assert f"step {step}, loss 0." in paused.stdout
+        assert paused.stdout.splitlines()[-1].endswith("(paused; the same command goes on)")
     on = start("parts")
     assert on.returncode == 0, on.stderr + on.stdout
     assert (tmp_path / "parts" / "nano.safetensors").read_bytes() == result.read_bytes()
 
 
-def _run_until(job_path: Path, photos: Path, out: Path, step: int) -> None:
-    """Train in this process up to a step, and be interrupted there."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    real = loop.train
+@pytest.mark.slow
+def test_two_processes_train_one_network_until_one_clock_says_so(written, photos, tmp_path):
+    out = tmp_path / "out"
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "edgekit.training")
+    pictures = ("--pictures", str(photos / "train"), "--held-out", str(photos / "held_out"), "--out", str(out))
+    ran = subprocess.run(
+        [sys.executable, *launch, str(written), *pictures, "--max-minutes", "0.05"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr + ran.stdout
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert last["ended_by"] == "time"
+    assert last["images"] == last["steps"] * 2 * 2  # two processes with a batch of two
+    weights.load_into(models.create("nano"), out / "nano.safetensors")
 
-    def interrupted(job: Job, folder: Path, report: Callable[[Moment], None]):
-        def stop(moment: Moment) -> None:
-            report(moment)
-            if moment.step == step:
-                raise KeyboardInterrupt
 
-        return real(job, folder, stop)
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
-    loop.train = interrupted
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            command.train(job_path, [photos / "train"], photos / "held_out", out)
-    finally:
-        loop.train = real
-        torch.set_num_threads(threads)
+
+def test_a_batch_that_memory_does_not_hold_is_refused_with_one_that_it_may_hold(little_memory, tmp_path):
+    big = job(training=tiny.training(batch=4_000_000, accumulate=2, patch=16))
+    said = r"out of memory on cpu with training\.batch=20000000 patches of 16 pixels; " + (
+        r"--set training\.batch=10000000 --set training\.accumulate=4 makes the same step"
+    )
+    with pytest.raises(InputError, match=said):
+        loop.train(big, tmp_path, silent)
+
+
+def test_a_limit_of_minutes_makes_the_learning_rate_follow_time(written, photos, tmp_path):
+    job = command.timed(job_file.read(written), 0.005)
+    result, outcome = command.train(job, [photos / "train"], photos / "held_out", tmp_path / "out")
+    assert result.is_file()
+    assert outcome.ended_by == "time"
+    assert outcome.seconds >= 0.3
 
 
 @pytest.mark.parametrize(
@@ -717,7 +740,7 @@ def test_one_folder_gives_both_pictures_to_learn_from_and_held_out_ones(written,
 
     for seed in range(24):
         Image.fromarray(dead_leaves(seed, 32, 32)[0]).save(folder / f"{seed}.png")
-    result = command.train(written, [folder], None, tmp_path / "out")
+    result, _ = command.train(job_file.read(written), [folder], None, tmp_path / "out")
     assert result.is_file()
 
 

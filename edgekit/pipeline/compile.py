@@ -25,7 +25,6 @@ from edgekit.files import sha256
 from edgekit.graph import checks, cost
 from edgekit.graph.receptive_field import receptive_field
 from edgekit.measure.quality import Array
-from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import networks, pages, pictures
 from edgekit.pipeline.networks import Network
 from edgekit.recipe import Model, Quantization, Recipe
@@ -146,7 +145,7 @@ def _compile_onnx(path: Path, targets: Sequence[Target], folder: Path | None, ov
 def _to_graph(opened: Run, network: Network) -> _Graph:
     """Make the stages `fuse`, `export` and `simplify` of a torch network."""
     net = network.net
-    noisy, sigma = _example(net)
+    noisy, sigma = networks.example(net)
 
     def fuse_net(out: Path) -> Mapping[str, object]:
         fused = fuse.fuse(net, noisy, sigma)
@@ -339,7 +338,7 @@ def _source(recipe: Recipe, graph: _Graph, quantized: Path | None, target: Targe
                 f"target '{target.name}' compiles from torch, and '{graph.name}' is an ONNX file",
                 remedy="name a run folder, a shipped model, or package.module:Class with --weights",
             )
-        return fuse.fuse(graph.network.net, *_example(graph.network.net))
+        return fuse.fuse(graph.network.net, *networks.example(graph.network.net))
 
     return Source(
         name=graph.name.replace("-", "_"),
@@ -449,13 +448,6 @@ def _manifest(
         chain=tuple(links),
         files={},
     )
-
-
-def _example(net: Denoiser) -> tuple[torch.Tensor, torch.Tensor | None]:
-    generator = torch.Generator().manual_seed(0)
-    side = 8 * net.stride
-    noisy = torch.rand(1, net.channels, side, side, generator=generator)
-    return noisy, torch.full((1, 1, 1, 1), 25 / 255) if net.takes_sigma else None
 
 
 def _default_recipe(name: str, channels: int) -> Recipe:

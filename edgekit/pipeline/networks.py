@@ -124,9 +124,33 @@ def from_class(name: str, path: Path | None) -> Network:
     Raises:
         InputError: No such class, no weights, or weights that do not fit.
     """
-    module, _, attribute = name.partition(":")
     if path is None:
         raise InputError(f"'{name}' needs its weights", remedy="add --weights FILE.safetensors")
+    made = _made(name)
+    weights.load_into(made, path)
+    net = _behind_interface(made)
+    label = name.partition(":")[2].lower()
+    return Network(name=label, model="", net=net.eval(), options={}, weights=path, sha256=sha256(path))
+
+
+def untrained(name: str) -> Denoiser:
+    """Return the network of `package.module:Class` as its constructor leaves it.
+
+    Raises:
+        InputError: No such class.
+    """
+    return _behind_interface(_made(name)).eval()
+
+
+def example(net: Denoiser) -> tuple[Tensor, Tensor | None]:
+    """Return random pictures (1, c, h, w) of eight strides a side, and a noise level where the network takes one."""
+    side = 8 * net.stride
+    noisy = torch.rand(1, net.channels, side, side, generator=torch.Generator().manual_seed(0))
+    return noisy, torch.full((1, 1, 1, 1), 25 / 255) if net.takes_sigma else None
+
+
+def _made(name: str) -> nn.Module:
+    module, _, attribute = name.partition(":")
     # The console script's own folder stands on the path, not the one that the user's network lies in.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
@@ -138,9 +162,11 @@ def from_class(name: str, path: Path | None) -> Network:
         ) from error
     if not isinstance(made, nn.Module):
         raise InputError(f"'{name}' is a {type(made).__name__}, not a torch.nn.Module")
-    net = made if isinstance(made, Denoiser) else _adapt(made)
-    weights.load_into(made, path)
-    return Network(name=attribute.lower(), model="", net=net.eval(), options={}, weights=path, sha256=sha256(path))
+    return made
+
+
+def _behind_interface(made: nn.Module) -> Denoiser:
+    return made if isinstance(made, Denoiser) else _adapt(made)
 
 
 def _adapt(made: nn.Module) -> Foreign:

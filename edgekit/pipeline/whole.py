@@ -1,8 +1,4 @@
-"""The way through edgekit: recipe -> run folder -> target -> artifact -> verdict.
-
-`distill` makes a run folder from a recipe, `compile` makes bundles from a run folder or a model, `verify` makes a
-report from a bundle; each is a module of this package, and `run_recipe` is the three in one.
-"""
+"""recipe -> verdict in one call."""
 
 from __future__ import annotations
 

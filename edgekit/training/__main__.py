@@ -11,6 +11,8 @@ import json
 import logging
 import math
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch
 from accelerate import PartialState
 
 from edgekit import models, run
-from edgekit.data import sets
+from edgekit.data import overlap, sets
 from edgekit.data.noise import add_gaussian
 from edgekit.data.photos import Channels
 from edgekit.data.sets import PictureSet, Shares, Split
@@ -29,6 +31,7 @@ from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
 from edgekit.recipe import Model
 from edgekit.training import job_file, loop
+from edgekit.training.job_file import JobFile
 
 log = logging.getLogger("edgekit.training")
 _WITHOUT_HELD_OUT = Shares(train=85, calibration=15, evaluation=0)
@@ -41,38 +44,57 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=Path, nargs="+", required=True, help="folders to learn from")
     parser.add_argument("--held-out", type=Path, help="folder to choose weights on [default: 15 %% of the pictures]")
     parser.add_argument("--out", type=Path, required=True, help="folder of the result")
-    parser.add_argument("--max-minutes", type=float, help="end at the latest then, instead of the job's own limit")
+    parser.add_argument("--max-minutes", type=float, help="train so long; the learning rate then follows time")
+    parser.add_argument("--pause-after", type=float, default=math.inf, help="minutes of this sitting")
     given = parser.parse_args(arguments)
     level = logging.INFO if _is_main_process() else logging.ERROR
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING, force=True)
     log.setLevel(level)
     try:
-        path = train(given.job, given.pictures, given.held_out, given.out, given.max_minutes)
+        job = job_file.read(given.job)
+        if given.max_minutes is not None:
+            job = timed(job, given.max_minutes)
+        path, outcome = train(
+            job, given.pictures, given.held_out, given.out, pause_at=time.monotonic() + 60 * given.pause_after
+        )
     except EdgekitError as error:
         log.error("error: %s", error)
         return error.exit_code
     except KeyboardInterrupt:
         log.error("interrupted; start the same command again to go on")
         return INTERRUPTED
-    log.info("%s", path)
+    log.info("%s%s", path, " (paused; the same command goes on)" if outcome.ended_by == "pause" else "")
     return 0
 
 
-def train(path: Path, folders: list[Path], held_out: Path | None, out: Path, max_minutes: float | None = None) -> Path:
-    """Train a job and return the file of its weights, float32.
+def timed(job: JobFile, minutes: float) -> JobFile:
+    """Return the job with a limit of time instead of steps."""
+    return replace(job, training=replace(job.training, steps=0, max_minutes=minutes))
+
+
+def train(
+    job: JobFile,
+    folders: Sequence[Path],
+    held_out: Path | None,
+    out: Path,
+    *,
+    pause_at: float = math.inf,
+    checked: bool = False,
+) -> tuple[Path, loop.Outcome]:
+    """Train a job; return the file of its weights, float32, and how training ended.
 
     Args:
-        path: The job.
+        job: The job.
         folders: Pictures to learn from; without `held_out`, 15 % of them are held out.
         held_out: Pictures whose PSNR is followed, and decides when the job says `keep_better`.
         out: Where the weights, `log.jsonl` and the checkpoint go.
-        max_minutes: Instead of the job's own limit.
+        checked: Whether the pictures were looked through for leaks already.
+        pause_at: Moment of the monotonic clock; the weights are the average of then, and the same call goes on.
 
     Raises:
         InputError: Something of the job or the pictures is wrong. IntegrityError: A damaged file.
         EdgekitError: The loss is not finite.
     """
-    job = job_file.read(path)
     channels: Channels = 1 if job.channels == 1 else 3
     split: Split | None = None if held_out else "train"
     learned = [sets.folder(f, channels=channels, split=split, shares=_WITHOUT_HELD_OUT) for f in folders]
@@ -82,8 +104,10 @@ def train(path: Path, folders: list[Path], held_out: Path | None, out: Path, max
         else sets.folder(folders[0], channels=channels, split="calibration", shares=_WITHOUT_HELD_OUT)
     )
     sets.check_disjoint(*learned, kept_back)
-    settings = job.training if max_minutes is None else replace(job.training, max_minutes=max_minutes)
-    torch.manual_seed(settings.seed)
+    if not checked and not (out / "checkpoint.safetensors").exists() and _is_main_process():
+        for chosen in learned:
+            overlap.refuse_overlaps(chosen, kept_back)
+    torch.manual_seed(job.training.seed)
     out.mkdir(parents=True, exist_ok=True)
     main_process = _is_main_process()
 
@@ -108,13 +132,12 @@ def train(path: Path, folders: list[Path], held_out: Path | None, out: Path, max
             teacher=_network(job.teacher).eval() if job.teacher else None,
             pictures=[p.pixels for s in learned for p in s],
             sigma=job.noise.train,
-            training=settings,
+            training=job.training,
             distillation=job.distillation,
             validate=lambda net: psnr_db(net, kept_back, job.noise.evaluate),
-            # The job's own hash covers its weights, which it names by theirs.
             identity=json_sha256(
                 [
-                    sha256(path),
+                    asdict(_by_bytes(job)),
                     [sets.digest(s) for s in (*learned, kept_back)],
                     run.code_sha256(("models", "training", "recipe", "data")),
                 ]
@@ -122,22 +145,32 @@ def train(path: Path, folders: list[Path], held_out: Path | None, out: Path, max
         ),
         out,
         report,
+        pause_after_seconds=pause_at - time.monotonic(),
     )
     result = out / f"{job.student.model}.safetensors"
     if main_process:
         loop.save_weights(values, result)
         with (out / "log.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(asdict(outcome)) + "\n")
-    return result
+    return result, outcome
 
 
-def psnr_db(net: Denoiser, pictures: PictureSet, sigma255: float) -> float:
-    """Return the mean PSNR in dB by docs/protocol.md, seed 0, without scikit-image; 0 dB where it is not finite."""
+def _by_bytes(job: JobFile) -> JobFile:
+    """Return the job with its weights named by their hashes, so that it is the same wherever its folder lies."""
+
+    def named(model: Model) -> Model:
+        return model if model.weights == job_file.RANDOM else replace(model, weights=sha256(Path(model.weights)))
+
+    return replace(job, student=named(job.student), teacher=named(job.teacher) if job.teacher else None)
+
+
+def psnr_db(net: Denoiser, pictures: PictureSet, sigma255: float, *, seed: int = 0) -> float:
+    """Return the mean PSNR in dB by docs/protocol.md, without scikit-image; 0 dB where it is not finite."""
     device = next(net.parameters()).device
     found = []
     for index, picture in enumerate(pictures):
         _, height, width = picture.pixels.shape
-        noisy = add_gaussian(picture.pixels, sigma255, index=index)
+        noisy = add_gaussian(picture.pixels, sigma255, index=index, seed=seed)
         padded = np.pad(noisy, ((0, 0), (0, -height % net.stride), (0, -width % net.stride)), mode="reflect")
         level = torch.full((1, 1, 1, 1), sigma255 / 255, device=device) if net.takes_sigma else None
         with torch.no_grad():

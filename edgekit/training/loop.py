@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
@@ -69,7 +70,7 @@ class Outcome:
     """How a run ended.
 
     start_psnr_db, psnr_db: Held-out PSNR of the starting and of the trained weights. kept: Which of them were kept.
-    ended_by: `steps` or `time`.
+    ended_by: `steps`, `time`, or `pause` where the run is not over and goes on from its checkpoint.
     """
 
     steps: int
@@ -81,15 +82,24 @@ class Outcome:
     ended_by: str
 
 
-def train(job: Job, folder: Path, report: Callable[[Moment], None]) -> tuple[dict[str, Tensor], Outcome]:
+def train(
+    job: Job, folder: Path, report: Callable[[Moment], None], *, pause_after_seconds: float = math.inf
+) -> tuple[dict[str, Tensor], Outcome]:
     """Return the weights that the run keeps, and how it ended; goes on from a checkpoint in `folder`.
 
     The same job gives the same weights, bit for bit, on a CPU with the same number of threads and the same versions,
     however often it was interrupted, as long as steps and not time end it.
 
+    Args:
+        job: What to train.
+        folder: Of the checkpoint.
+        report: Told where training stands.
+        pause_after_seconds: Of this sitting; the state is saved then and the average of that moment returned.
+
     Raises:
         EdgekitError: The loss or a gradient is not finite; the last checkpoint is from before that.
-        InputError: The folder holds the checkpoint of another job, the settings never end, or a patch does not fit.
+        InputError: Memory ran out, the folder holds the checkpoint of another job, the settings never end, or a patch
+            does not fit.
     """
     settings = job.training
     # Accelerate keeps its mixed precision for the whole process; the next run in it may want another.
@@ -104,7 +114,12 @@ def train(job: Job, folder: Path, report: Callable[[Moment], None]) -> tuple[dic
     _channels_last(learner.to(device)).train()
     if job.teacher is not None:
         _channels_last(job.teacher.to(device)).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=settings.peak_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        learner.parameters(),
+        lr=settings.peak_rate,
+        weight_decay=settings.weight_decay,
+        fused=device.type == "cuda",
+    )
     start = {name: t.detach().clone() for name, t in job.net.state_dict().items()}
     ema = {name: t.clone() for name, t in start.items()}
 
@@ -115,14 +130,24 @@ def train(job: Job, folder: Path, report: Callable[[Moment], None]) -> tuple[dic
         log.info("going on at step %d", position.step)
     wrapped, prepared = accelerator.prepare(learner, optimizer)
     run = _Run(job, accelerator, wrapped, prepared, bank, ema)
-    step, seconds = position.step, position.seconds
+    clock = _Clock(position.seconds, accelerator)
+    step, seconds, saved_at = position.step, position.seconds, position.seconds
     psnr_db = math.nan
-    clock = _Clock(seconds)
-    saved_at = clock.seconds()
-    while not (over := schedule.is_over(settings, step, clock.seconds())):
-        run.step(step, schedule.progress(settings, step, clock.seconds()))
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            now = checkpoint.Position(job=job.identity, step=step, seconds=seconds)
+            checkpoint.save(path, now, learner, ema, optimizer)
+
+    paused = False
+    while not (over := schedule.is_over(settings, step, seconds)) and not paused:
+        try:
+            run.step(step, schedule.progress(settings, step, seconds))
+        except (RuntimeError, MemoryError) as error:
+            raise _explained(error, settings, device) from error
         step += 1
-        if step % _LOOK_EVERY == 0 or schedule.is_over(settings, step, clock.seconds()):
+        if step % _LOOK_EVERY == 0 or (settings.steps and step >= settings.steps):
+            seconds = clock.seconds()
             loss = run.mean_loss()
             if not math.isfinite(loss):
                 kept = f"the last good state is kept in {path}" if path.exists() else "no state was saved yet"
@@ -132,22 +157,23 @@ def train(job: Job, folder: Path, report: Callable[[Moment], None]) -> tuple[dic
                 )
             if step % settings.validate_every < _LOOK_EVERY:
                 psnr_db = _validate(job, ema)
-            report(_moment(job, step, clock, loss, psnr_db, accelerator.num_processes))
-            if clock.seconds() - saved_at >= settings.checkpoint_seconds and accelerator.is_main_process:
-                now = checkpoint.Position(job=job.identity, step=step, seconds=clock.seconds())
-                checkpoint.save(path, now, learner, ema, optimizer)
-                saved_at = clock.seconds()
-    assert over
+            report(_moment(job, step, seconds, loss, psnr_db, accelerator.num_processes))
+            paused = seconds - position.seconds >= pause_after_seconds
+            if seconds - saved_at >= settings.checkpoint_seconds:
+                save()
+                saved_at = seconds
+    if paused and not over:
+        save()
     start_psnr_db, psnr_db = _validate(job, start), _validate(job, ema)
     better = psnr_db > start_psnr_db or not settings.keep_better
     outcome = Outcome(
         steps=step,
-        seconds=clock.seconds(),
+        seconds=seconds,
         images=step * settings.batch * settings.accumulate * accelerator.num_processes,
         start_psnr_db=start_psnr_db,
         psnr_db=psnr_db,
         kept="trained" if better else "start",
-        ended_by="steps" if settings.steps and step >= settings.steps else "time",
+        ended_by="pause" if not over else "steps" if settings.steps and step >= settings.steps else "time",
     )
     return (ema if better else start), outcome
 
@@ -165,10 +191,16 @@ class _Run:
         ema: dict[str, Tensor],
     ) -> None:
         self._job, self._accelerator, self._learner, self._optimizer = job, accelerator, learner, optimizer
-        self._bank, self._ema = bank, ema
+        self._bank = bank
         self._lesson = Lesson(job.teacher, job.distillation)
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
+        # One call for all tensors: launching one kernel each costs a GPU more than the arithmetic.
+        values = job.net.state_dict()
+        floats = [name for name, value in values.items() if value.is_floating_point()]
+        self._averages = [ema[name] for name in floats]
+        self._values = [values[name] for name in floats]
+        self._counters = [(ema[name], value) for name, value in values.items() if name not in set(floats)]
 
     def step(self, step: int, done: float) -> None:
         """Make one optimizer step and move the average."""
@@ -186,11 +218,9 @@ class _Run:
             self._losses.append(loss.detach())
         decay = min(settings.ema, (1 + step) / (10 + step))
         with torch.no_grad():
-            for name, value in self._job.net.state_dict().items():
-                if value.is_floating_point():
-                    self._ema[name].lerp_(value, 1 - decay)
-                else:
-                    self._ema[name].copy_(value)
+            torch._foreach_lerp_(self._averages, self._values, 1 - decay)
+            for average, value in self._counters:
+                average.copy_(value)
 
     def mean_loss(self) -> float:
         """Return the mean loss since the last call; not finite where a loss or a gradient was not."""
@@ -218,16 +248,21 @@ class _Run:
 
 
 class _Clock:
-    """Seconds spent in this run over all sittings."""
+    """Seconds spent in this run over all sittings, the main process's in every process.
 
-    def __init__(self, before: float) -> None:
-        self._before, self._start = before, time.monotonic()
+    The learning rate and the end of a run may follow it, in which no two processes may differ.
+    """
+
+    def __init__(self, before: float, accelerator: Accelerator) -> None:
+        self._before, self._start, self._accelerator = before, time.monotonic(), accelerator
 
     def seconds(self) -> float:
-        return self._before + self.sitting()
-
-    def sitting(self) -> float:
-        return time.monotonic() - self._start
+        mine = self._before + time.monotonic() - self._start
+        if self._accelerator.num_processes == 1:
+            return mine
+        # Whole milliseconds, since not every device has float64.
+        agreed = broadcast(torch.tensor([int(1000 * mine)], device=self._accelerator.device))
+        return int(agreed.item()) / 1000
 
 
 def _channels_last(module: nn.Module) -> nn.Module:
@@ -254,19 +289,36 @@ def _check(job: Job, smallest_side: int) -> None:
             )
 
 
-def _moment(job: Job, step: int, clock: _Clock, loss: float, psnr_db: float, processes: int) -> Moment:
+def _explained(error: Exception, settings: Training, device: torch.device) -> Exception:
+    """Return what to say of an error: which settings need less memory, if memory is what ran out."""
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        return error
+    patches = settings.batch * settings.accumulate
+    fewer = next((b for b in range(settings.batch // 2, 0, -1) if patches % b == 0), 0)
+    proposal = (
+        f"--set training.batch={fewer} --set training.accumulate={patches // fewer} makes the same step in less memory"
+        if fewer
+        else "set training.patch lower"
+    )
+    return InputError(
+        f"out of memory on {device} with training.batch={settings.batch} patches of {settings.patch} pixels",
+        remedy=proposal,
+    )
+
+
+def _moment(job: Job, step: int, seconds: float, loss: float, psnr_db: float, processes: int) -> Moment:
     settings = job.training
-    done = schedule.progress(settings, step, clock.seconds())
-    left = clock.seconds() / max(done, 1e-9) * (1 - done)
+    done = schedule.progress(settings, step, seconds)
+    left = seconds / max(done, 1e-9) * (1 - done)
     if settings.max_minutes:
-        left = min(left, 60 * settings.max_minutes - clock.seconds())
+        left = min(left, 60 * settings.max_minutes - seconds)
     images = step * settings.batch * settings.accumulate * processes
     return Moment(
         step=step,
         steps=settings.steps,
         loss=loss,
         psnr_db=psnr_db,
-        images_per_second=images / max(clock.seconds(), 1e-9),
+        images_per_second=images / max(seconds, 1e-9),
         seconds_left=max(0.0, left),
         done=done,
     )

@@ -1,0 +1,78 @@
+"""MODEL -> what will hurt on a target, before anything is trained."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+
+from edgekit import models, zoo
+from edgekit.compress import export, fuse, simplify
+from edgekit.errors import InputError
+from edgekit.graph import checks
+from edgekit.graph import lint as rules
+from edgekit.graph.lint import Finding
+from edgekit.models.denoiser import Denoiser
+from edgekit.pipeline import networks
+from edgekit.target import Target
+
+
+def lint(
+    what: str,
+    target: Target | None = None,
+    *,
+    options: Mapping[str, models.Option] | None = None,
+    weights: Path | None = None,
+) -> list[Finding]:
+    """Return what will hurt in a network; without a target, what hurts any.
+
+    Args:
+        what: A network of `edgekit models` (which needs no weights), shipped weights, a run folder, an ONNX file, or
+            `package.module:Class`.
+        target: Leaves out what its precision does not mind.
+        options: Of a network of `edgekit models`.
+        weights: Of a class; random ones do as well.
+
+    Raises:
+        InputError: Nothing of that name, an unknown option, or a graph that is quantized already.
+        UnsupportedError: A graph that edgekit cannot export or read.
+    """
+    found = rules.lint(_graph(what, dict(options or {}), weights))
+    if target is None or target.precision == "int8":
+        return found
+    return [finding for finding in found if not finding.only_int8]
+
+
+def _graph(what: str, options: Mapping[str, models.Option], weights: Path | None) -> onnx.ModelProto:
+    if what.endswith(".onnx"):
+        model = checks.load_onnx(Path(what))
+        if checks.is_quantized(model):
+            raise InputError(f"{what}: is quantized already", remedy="give the float graph that it was made from")
+        return model
+    return _exported(_network(what, options, weights))
+
+
+def _network(what: str, options: Mapping[str, models.Option], weights: Path | None) -> Denoiser:
+    if Path(what).is_dir():
+        return networks.from_run(Path(what)).net
+    if ":" in what:
+        return networks.from_class(what, weights).net if weights else networks.untrained(what)
+    if what in models.names():
+        return models.create(what, options).eval()
+    card = zoo.card(what)
+    return models.create(card.model, {**card.options, **options}).eval()
+
+
+def _exported(net: Denoiser) -> onnx.ModelProto:
+    noisy, sigma = networks.example(net)
+    with tempfile.TemporaryDirectory() as folder:
+        raw = export.export_onnx(
+            fuse.fuse(net, noisy, sigma),
+            channels=net.channels,
+            takes_sigma=net.takes_sigma,
+            stride=net.stride,
+            out=Path(folder, "raw.onnx"),
+        )
+        return checks.load_onnx(simplify.simplify(raw, Path(folder, "float.onnx")))
