@@ -704,8 +704,8 @@ def little_memory() -> Iterator[None]:
 
 def test_a_batch_that_memory_does_not_hold_is_refused_with_one_that_it_may_hold(little_memory, tmp_path):
     big = job(training=tiny.training(batch=4_000_000, accumulate=2, patch=16))
-    said = r"out of memory on cpu with training\.batch=20000000 patches of 16 pixels; " + (
-        r"--set training\.batch=10000000 --set training\.accumulate=4 makes the same step"
+    said = r"out of memory on cpu with training\.batch=4000000 patches of 16 pixels; " + (
+        r"--set training\.batch=2000000 --set training\.accumulate=4 makes the same step"
     )
     with pytest.raises(InputError, match=said):
         loop.train(big, tmp_path, silent)

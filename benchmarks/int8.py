@@ -1,0 +1,122 @@
+"""Measures what INT8 costs and brings: loss in dB, speed and integer share of each student, in each engine here.
+
+    python benchmarks/int8.py --research-data ../shared/data      # writes results/int8/<model>.json, prints a table
+
+The artifacts are those of `edgekit compile`, opened as `edgekit verify` opens them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from edgekit import backends, bundle, config, target, zoo
+from edgekit.backends import Built, Session
+from edgekit.data import sets
+from edgekit.data.sets import PictureSet
+from edgekit.files import write_json
+from edgekit.measure import host, latency, quality
+from edgekit.pipeline import compile as compiling
+from edgekit.target import Target
+
+RESULTS = Path(__file__).parent.parent / "results" / "int8"
+TARGETS = ("onnx", "linux-x86_64")
+SIGMAS = (15, 25, 50)
+SIDE = 256
+Figures = dict[str, object]
+
+
+def main() -> None:
+    """Measure the named students, or all that are shipped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="shipped names [default: all but the teacher]")
+    parser.add_argument("--research-data", type=Path, help="folder with test/set12 and test/bsd68")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of interleaved runs for each ratio")
+    parser.add_argument("--runs", type=Path, help="keep and re-use run folders here")
+    given = parser.parse_args()
+    pictures = [sets.embedded("evaluation")]
+    if given.research_data:
+        pictures += [sets.folder(given.research_data / "test" / name, channels=1) for name in ("set12", "bsd68")]
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in given.models or [n for n in zoo.names() if n != "teacher"]:
+            folder = (given.runs or Path(scratch)) / name
+            found = {t: measure(name, t, folder / t, pictures, given.seconds) for t in TARGETS}
+            record = {
+                "schema_version": 1,
+                "kind": "edgekit-int8",
+                "model": name,
+                "weights_sha256": zoo.card(name).sha256,
+                "protocol": f"PSNR: seed 0, docs/protocol.md; latency: 1x1x{SIDE}x{SIDE}, one thread, by turns for "
+                f"{given.seconds:g} s, medians, 95 % bounds",
+                "engines": found,
+                "host": asdict(host.describe()),
+                "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+            write_json(RESULTS / f"{name}.json", record)
+
+
+def measure(
+    model: str, target_name: str, folder: Path, pictures: list[PictureSet], seconds: float
+) -> Mapping[str, object]:
+    """Return the figures of one student in one engine."""
+    path = compiling.compile_model(model, [target.load(target_name)], folder=folder).bundles[target_name]
+    manifest = bundle.read(path)
+    chosen = config.checked(manifest.target, Target, path)
+    built = config.checked(manifest.built, Built, path)
+    engine = backends.load_onnx("openvino" if chosen.engine == "openvino" else "onnxruntime")
+    int8 = engine.open_session(path, built, chosen, threads=1)[0][1]
+    fp32 = engine.open_onnx(path / "reference" / "student.fp32.onnx", threads=1)
+    teacher = engine.open_onnx(path / "reference" / "teacher.fp32.onnx", threads=1)
+    faster, against_teacher = _paired(fp32, int8, seconds), _paired(teacher, int8, seconds)
+    loss = {f"{p.name} {sigma}": _loss(fp32, int8, p, sigma) for p in pictures for sigma in SIGMAS}
+    found: Figures = {
+        "fp32_ms": faster.a_median_us / 1000,
+        "int8_ms": faster.b_median_us / 1000,
+        "int8_against_fp32": _ratio(faster),
+        "teacher_ms": against_teacher.a_median_us / 1000,
+        "int8_against_teacher": _ratio(against_teacher),
+        "facts": dict(built.facts),
+        "loss_mdb": loss,
+    }
+    print(model, chosen.engine, found, flush=True)
+    return found
+
+
+def _loss(fp32: Session, int8: Session, pictures: PictureSet, sigma: float) -> Mapping[str, object]:
+    before, after = (quality.evaluate(session, pictures, sigma255=sigma) for session in (fp32, int8))
+    drops = {b.name: b.psnr_mdb - a.psnr_mdb for b, a in zip(before.pictures, after.pictures, strict=True)}
+    worst = max(drops, key=lambda name: drops[name])
+    return {
+        "fp32": before.psnr_mdb,
+        "int8": after.psnr_mdb,
+        "mean": before.psnr_mdb - after.psnr_mdb,
+        "worst": drops[worst],
+        "worst_picture": worst,
+    }
+
+
+def _paired(slow: Session, fast: Session, seconds: float) -> latency.Paired:
+    noisy = np.random.default_rng(0).random((1, 1, SIDE, SIDE), dtype=np.float32)
+    return latency.interleave(_once(slow, noisy), _once(fast, noisy), min_pairs=8, max_seconds=seconds)
+
+
+def _once(session: Session, noisy: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Callable[[], None]:
+    def run() -> None:
+        session(noisy, 25 / 255)
+
+    return run
+
+
+def _ratio(paired: latency.Paired) -> Mapping[str, float]:
+    ratio = latency.ratio_with_bound(paired)
+    return {"ratio": ratio.ratio_e3 / 1000, "low": ratio.low_e3 / 1000, "high": ratio.high_e3 / 1000}
+
+
+if __name__ == "__main__":
+    main()
