@@ -2,12 +2,13 @@
 
 EdgekitError                 1  internal: a defect of edgekit's own
 ├── InputError               2  usage, configuration or input (a recipe, a picture, a folder, a full disk)
+├── LimitError               3  a limit that cannot be kept whatever is tried
 ├── UnsupportedError         4  an operator, model or precision that the engine or target does not take
 ├── ToolMissingError         5  an engine or tool that is not installed, or is installed and broken
 ├── IntegrityError           6  a file that is damaged, or whose bytes changed since they were recorded
 └── IncompleteError          7  something that the target requires could not be run here
 
-A limit that fails is a verdict, not an error: `verify` then exits with LIMIT_FAILED (3).
+A limit that an artifact fails is a verdict, not an error: `verify` then exits with LIMIT_FAILED (3).
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ class InputError(EdgekitError):
     """The command, the configuration or an input file is wrong."""
 
     exit_code = 2
+
+
+class LimitError(EdgekitError):
+    """A limit cannot be kept, so that there is no artifact to give a verdict on."""
+
+    exit_code = LIMIT_FAILED
 
 
 class UnsupportedError(EdgekitError):

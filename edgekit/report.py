@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import ClassVar, Literal
 
 from edgekit.errors import INCOMPLETE, LIMIT_FAILED, OK
+from edgekit.target import STRICT
 
 Verdict = Literal["pass", "fail", "incomplete"]
 SCHEMA_VERSION = 1
@@ -55,8 +56,56 @@ class Recorded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FloatNode:
+    """A convolution or matrix product that runs in float. macs_permille: Its share of all, in thousandths."""
+
+    __pydantic_config__: ClassVar = STRICT
+    name: str
+    op: str
+    macs_permille: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What an engine computes in integers, by its own account.
+
+    integer_macs_permille: Share of the multiply-accumulates, in thousandths, rounded down.
+    float_nodes: The products that run in float, those with the largest share first.
+    float_ops_between: Operator -> how many of it the engine computes in float between two integer products.
+    how: Where the account comes from, with the engine's version.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    integer_macs_permille: int
+    float_nodes: tuple[FloatNode, ...] = ()
+    float_ops_between: Mapping[str, int] = field(default_factory=dict)
+    how: str
+
+    def in_float(self, most: int = 4) -> str:
+        """Return the products in float with their shares, the largest `most` by name and the others counted."""
+        named = [f"{node.name} {node.macs_permille / 10:.1f} %" for node in self.float_nodes[:most]]
+        if others := self.float_nodes[most:]:
+            named.append(f"{len(others)} others {sum(node.macs_permille for node in others) / 10:.1f} %")
+        return ", ".join(named) or "none"
+
+    def lines(self) -> list[str]:
+        """Return the account for a reader: the share, and what runs in float if anything does."""
+        found = [f"{self.integer_macs_permille / 10:.1f} % of the multiply-accumulates in integers ({self.how})"]
+        if self.float_nodes and self.integer_macs_permille:
+            found.append(f"in float: {self.in_float()}")
+        if self.float_ops_between:
+            ops = sorted(self.float_ops_between.items(), key=lambda item: (-item[1], item[0]))
+            counted = ", ".join(f"{count} {op}" for op, count in ops)
+            found.append(f"in float between integer products: {counted}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `edgekit verify` found out about one bundle."""
+    """What `edgekit verify` found out about one bundle.
+
+    audit: What runs in integers, asked of the engine here; as recorded where it does not run here; None if neither.
+    """
 
     target: str
     model: str
@@ -69,6 +118,7 @@ class Report:
     host: Mapping[str, object]
     date: str
     notes: tuple[str, ...] = ()
+    audit: Audit | None = None
 
     def as_json(self) -> dict[str, object]:
         """Return the report for `report.json`."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from edgekit.errors import ToolMissingError
+from edgekit.report import Audit
 from edgekit.target import Engine, Precision, Target
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Built:
     tools: Name -> version of everything that had a hand in it.
     facts: Figures about the artifact that are the same on every rerun, named with their unit.
     notes: Sentences for the manifest and the README, such as what was left in float and why.
+    audit: What ran in integers on the machine that compiled it; None where the engine gives no such account.
     """
 
     files: Mapping[str, str]
@@ -70,6 +72,7 @@ class Built:
     tools: Mapping[str, str]
     facts: Mapping[str, int | str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    audit: Audit | None = None
 
 
 class Session(Protocol):
@@ -98,6 +101,14 @@ class Backend(Protocol):
         self, bundle: Path, built: Built, target: Target, *, threads: int = 1
     ) -> list[tuple[str, Session]]:
         """Open the artifact in every way the target's runner names: (label, session), as ("qemu cortex-a76", s)."""
+        ...
+
+    def audit(self, bundle: Path, built: Built, target: Target) -> Audit:
+        """Return what the artifact's own file computes in integers on this machine, by the engine's account.
+
+        Raises:
+            IncompleteError: The engine gives no account here; then the recorded one has to do.
+        """
         ...
 
 

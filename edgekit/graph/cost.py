@@ -11,7 +11,11 @@ from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY
 from edgekit.graph.walk import initializers, producers
 
-_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+# Type -> which input holds the weights; the data is the first.
+WEIGHT_INPUT = {
+    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger"), 1),
+    **dict.fromkeys(("QLinearConv", "QLinearMatMul"), 3),
+}
 Shape = tuple[int, ...]
 
 
@@ -68,7 +72,7 @@ def macs_by_node(model: onnx.ModelProto, height: int, width: int) -> dict[str, i
     shapes = infer_shapes(model, height, width)
     result: dict[str, int] = {}
     for node in model.graph.node:
-        if node.op_type not in _WEIGHTED:
+        if node.op_type not in WEIGHT_INPUT:
             continue
         if not node.name or node.name in result:
             raise UnsupportedError(
@@ -119,24 +123,30 @@ def integer_permille(model: onnx.ModelProto, integer_nodes: frozenset[str]) -> i
 
 
 def dequantized_weight(model: onnx.ModelProto) -> dict[str, str]:
-    """Return node name -> integer initializer, for the nodes of a QDQ graph whose weight is a dequantized constant."""
+    """Return node name -> integer initializer, for the nodes whose weight is one, dequantized or as it is."""
     made_by, stored = producers(model), initializers(model)
     found: dict[str, str] = {}
     for node in model.graph.node:
-        source = made_by.get(node.input[1]) if node.op_type in _WEIGHTED else None
-        if source is not None and source.op_type == "DequantizeLinear" and source.input[0] in stored:
-            found[node.name] = source.input[0]
+        if node.op_type not in WEIGHT_INPUT:
+            continue
+        weight = node.input[WEIGHT_INPUT[node.op_type]]
+        source = made_by.get(weight)
+        if source is not None and source.op_type == "DequantizeLinear":
+            weight = source.input[0]
+        if weight in stored and stored[weight].data_type != onnx.TensorProto.FLOAT:
+            found[node.name] = weight
     return found
 
 
 def _macs(node: onnx.NodeProto, shapes: dict[str, Shape]) -> int:
-    missing = [name for name in (node.input[0], node.input[1], node.output[0]) if name not in shapes]
+    names = (node.input[0], node.input[WEIGHT_INPUT[node.op_type]], node.output[0])
+    missing = [name for name in names if name not in shapes]
     if missing:
         raise UnsupportedError(f"node '{node.name}' ({node.op_type}): the shape of '{missing[0]}' cannot be inferred")
-    source, weight, result = (shapes[name] for name in (node.input[0], node.input[1], node.output[0]))
+    source, weight, result = (shapes[name] for name in names)
     if node.op_type == "ConvTranspose":
         return math.prod(source) * math.prod(weight[1:])
-    if node.op_type == "Conv":
+    if node.op_type in ("Conv", "ConvInteger", "QLinearConv"):
         return math.prod(result) * math.prod(weight[1:])
     return math.prod(result) * source[-2 if _transposed(node) else -1]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
 
 from edgekit.bundle import Manifest
+from edgekit.report import Audit
 
 _LICENCES = {
     "onnx": "The model files follow the ONNX format (Apache-2.0); edgekit (Apache-2.0) wrote them.",
@@ -17,9 +19,11 @@ _LICENCES = {
     "onnxruntime": "An app ships ONNX Runtime (MIT) beside the model.",
 }
 
+_MUSL = "The program in bin/ has musl (MIT) inside, whose licence is licences/musl.txt."
 
-def write(out: Path, manifest: Manifest) -> None:
-    """Write README.md, MODEL_CARD.md and NOTICES.md into a bundle."""
+
+def write(out: Path, manifest: Manifest, audit: Audit | None) -> None:
+    """Write README.md, MODEL_CARD.md and NOTICES.md into a bundle; the first tells what runs in integers."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("edgekit.pipeline"),
         undefined=jinja2.StrictUndefined,
@@ -29,6 +33,10 @@ def write(out: Path, manifest: Manifest) -> None:
     )
     engine = str(manifest.target["engine"])
     notices = [_LICENCES["onnx"]] + ([_LICENCES[engine]] if engine in _LICENCES else [])
+    files = manifest.built["files"]
+    assert isinstance(files, Mapping)
+    if "licence_musl" in files:
+        notices.append(_MUSL)
     for name in ("README.md", "MODEL_CARD.md", "NOTICES.md"):
-        page = environment.get_template(f"{name}.j2").render(m=manifest, engine=engine, notices=notices)
+        page = environment.get_template(f"{name}.j2").render(m=manifest, engine=engine, notices=notices, audit=audit)
         (out / name).write_text(page, encoding="utf-8")

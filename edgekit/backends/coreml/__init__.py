@@ -10,9 +10,15 @@ from edgekit.backends.coreml.convert import build
 from edgekit.backends.coreml.session import NativeSession, ReferenceSession
 from edgekit.backends.coreml.structure import check_structure
 from edgekit.errors import IncompleteError, UnsupportedError
+from edgekit.report import Audit
 from edgekit.target import Target
 
-__all__ = ["build", "check_structure", "open_session"]
+__all__ = ["audit", "build", "check_structure", "open_session"]
+
+
+def audit(bundle: Path, built: Built, target: Target) -> Audit:
+    """Return that nothing runs in integers: `build` makes float packages only, and says so of INT8."""
+    return Audit(integer_macs_permille=0, how=f"{target.precision}; edgekit makes no integer package for Core ML")
 
 
 def open_session(bundle: Path, built: Built, target: Target, *, threads: int = 1) -> list[tuple[str, Session]]:
