@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from edgekit.pipeline.bench import Latency, Measurement, Percentiles
     from edgekit.pipeline.comparison import Comparison, Written
     from edgekit.pipeline.distill import Distilled
     from edgekit.report import Report, Verdict
@@ -103,6 +105,8 @@ def print_report(report: Report) -> None:
     print_table(f"{report.target}: {report.model}", header, rows)
     limits = [(x.name, x.limit, x.measured, _coloured(x.verdict), x.reason) for x in report.limits]
     print_table("", ("limit", "asked", "measured", "verdict", "why"), limits)
+    if report.audit is not None:
+        _console().print(Text("\n".join(report.audit.lines())), soft_wrap=True)
     _console().print(Text(f"{report.target}: ") + _coloured(report.verdict) + Text("\n"))
 
 
@@ -120,6 +124,59 @@ def print_comparison(found: Comparison, written: Written) -> None:
     for path in (written.table, written.record, written.plot):
         if path is not None:
             _console().print(Text(str(path)), soft_wrap=True)
+
+
+def print_measurement(measured: Measurement, written: Path | None = None) -> None:
+    """Print what an artifact does on a device, what it costs, and where the record lies."""
+    shape, quality, cost = measured.shape, measured.quality, measured.cost
+    agreement = "no golden outputs" if quality.agreement_mdb is None else f"{quality.agreement_mdb / 1000:.1f} dB"
+    psnr = f"{quality.psnr_mdb / 1000:.3f} dB, {quality.pictures} golden pictures at noise level {quality.sigma255:g}"
+    rows = [
+        ("device", _device(measured)),
+        ("features", ", ".join(measured.features) or "not told"),
+        ("variant", f"{measured.variant}, {measured.precision}"),
+        ("one call", f"{shape.width}x{shape.height} pixels, halo {shape.halo}"),
+        *_latency_rows(measured.latency),
+        ("PSNR", psnr),
+        ("agreement with golden outputs", agreement),
+        ("MACs of a call", f"{cost.macs:,}"),
+        ("file", f"{cost.artifact_bytes:,} bytes"),
+    ]
+    if measured.emulated_us is not None:
+        rows.insert(4, ("time of a call", f"{measured.emulated_us / 1e6:.2f} s, emulated, not a latency"))
+    if cost.arena_bytes is not None:
+        rows.append(("arena", f"{cost.arena_bytes:,} bytes"))
+    if cost.peak_memory_kib is not None:
+        rows.append(("peak memory of the program", f"{cost.peak_memory_kib / 1024:.1f} MiB"))
+    found = cost.instructions
+    counted = f"{found.per_call:,} ({found.cpu}, one thread)" if found else f"not counted: {cost.instructions_reason}"
+    rows.append(("instructions of a call", counted))
+    print_table(f"{measured.target}: {measured.model}", ("what", "measured"), rows)
+    if written is not None:
+        _console().print(Text(str(written)), soft_wrap=True)
+
+
+def _device(measured: Measurement) -> str:
+    facts = measured.before
+    heat = [f"{t / 1000:.0f} C" for t in (facts.temperature_mc, measured.after.temperature_mc) if t is not None]
+    parts = (facts.model, facts.soc, facts.cpu, facts.system, " to ".join(heat), f"by {measured.device}")
+    return ", ".join(part for part in parts if part)
+
+
+def _latency_rows(latency: Latency | None) -> list[tuple[str, str]]:
+    if latency is None:
+        return []
+    rows = [(f"latency of a call, 1 thread, {latency.runs} runs", _percentiles(latency.call))]
+    if latency.megapixel is not None:
+        how = f"{latency.side}x{latency.side}, {latency.threads} threads, {latency.picture_runs} runs"
+        rows.append((f"latency of a delivered megapixel, {how}", _percentiles(latency.megapixel)))
+    loaded = "" if latency.load_us is None else f"loaded in {latency.load_us / 1000:.2f} ms, "
+    return [*rows, ("first call", f"{loaded}{latency.first_us / 1000:.2f} ms")]
+
+
+def _percentiles(found: Percentiles) -> str:
+    shown = f"p50 {found.p50_us / 1000:.2f} ms, p10 {found.p10_us / 1000:.2f}, p90 {found.p90_us / 1000:.2f}"
+    return shown if found.p99_us is None else f"{shown}, p99 {found.p99_us / 1000:.2f}"
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:

@@ -138,26 +138,77 @@ class Distillation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantization:
-    """Static INT8: symmetric weights per channel, activations per tensor.
+class Qat:
+    """Quantization-aware training, for a graph that loses more than its budget.
 
-    keep_float: Parts that stay in float: `head` and `tail` are the first and the last convolution, `skip` the additions
-        of residuals and skips, which then read the unrounded tensors.
+    steps: Optimizer steps; 0 never trains. batch, patch: Patches of a step, and their side in pixels.
+    rate, scale_rate: Peak learning rate (Adam) of weights and biases, and of the logarithms of scales; both fall by a
+        cosine.
+    teacher_share: Share of the loss that compares with the float graph's picture instead of the clean one.
+    feature_weight: Weight of the distance to the float graph's features at the lowest resolution.
+    ema: Decay of the moving average of weights and scales, which is what is kept.
+    checkpoint_seconds: How often the state is saved.
     """
 
     __pydantic_config__: ClassVar = STRICT
-    method: Literal["minmax", "percentile", "entropy"] = "minmax"
+    steps: Annotated[int, Bound(least=0)] = 1500
+    batch: Count = 4
+    patch: Annotated[int, Bound(least=16)] = 96
+    rate: Positive = 5e-4
+    scale_rate: NotNegative = 2e-3
+    teacher_share: Fraction = 0.8
+    feature_weight: NotNegative = 0.0
+    ema: Fraction = 0.99
+    checkpoint_seconds: Positive = 30.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """INT8: symmetric weights per channel, activations per tensor.
+
+    mode: `static` fixes the ranges before; `dynamic` finds them in each picture, which is slower than float for
+        convolutions and is there to be compared with.
+    method: Where the ranges end: at the outermost values of the calibration pictures, or so that 0.01 % of each picture
+        lies outside at either end.
+    equalize: Make the channels of a tensor alike in range first; the network's function stays the same.
+    reduce_range: Weights of 7 bits. Intel and AMD processors without VNNI need them, for their sums of two products
+        saturate; `auto` asks the processor at hand.
+    keep_float: Parts that stay in float whatever the budget: `head` and `tail` are the first and the last convolution,
+        `skip` the additions of residuals and skips, which then read the unrounded tensors.
+    qat: Training of the graph with its rounding, for when it loses more than the budget; takes minutes, so it has to be
+        asked for with `qat.steps`.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    mode: Literal["static", "dynamic"] = "static"
+    method: Literal["minmax", "percentile"] = "percentile"
     calibration_pictures: Annotated[int, Bound(least=8)] = 32
-    keep_float: tuple[Literal["head", "tail", "skip"], ...] = ("head", "tail", "skip")
+    equalize: bool = True
+    reduce_range: Literal["auto", "always", "never"] = "auto"
+    keep_float: tuple[Literal["head", "tail", "skip"], ...] = ()
+    qat: Qat = field(default_factory=lambda: Qat(steps=0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budgets:
-    """Most dB that may be lost: from the teacher to the student, and from the student to the artifact."""
+    """Most dB that may be lost: from the teacher to the student, and from the student to the artifact.
+
+    int8_drop_db: None takes the model's own, see `int8_drop_db`.
+    """
 
     __pydantic_config__: ClassVar = STRICT
     student_drop_db: float = 1.0
-    int8_drop_db: NotNegative = 0.15
+    int8_drop_db: NotNegative | None = None
+
+
+# The smaller the network, the more of its precision its activations need.
+_INT8_DROP_DB = {"nano": 0.08, "small": 0.08}
+
+
+def int8_drop_db(budgets: Budgets, model: str) -> float:
+    """Return the most dB that INT8 may cost a model: the recipe's, else 0.08 for nano and small and 0.05 for others."""
+    return _INT8_DROP_DB.get(model, 0.05) if budgets.int8_drop_db is None else budgets.int8_drop_db
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from edgekit.recipe import Quantization
 
 SIGMA = 25 / 255
 ONNX = target.load("onnx")
+SETTINGS = Quantization(calibration_pictures=8, keep_float=("head", "tail"))
 FLOAT = dataclasses.replace(ONNX, precision="float32")
 
 
@@ -26,7 +27,7 @@ def source(request, tmp_path_factory) -> Source:
     traced = export_onnx(net, channels=1, takes_sigma=net.takes_sigma, stride=8, out=folder / "traced.onnx")
     fp32 = simplify(traced, folder / "simple.onnx")
     pictures = [(probe(48, 64, 1, seed=i), SIGMA) for i in range(8)]
-    int8 = quantize_static(fp32, pictures, folder / "int8.onnx", Quantization(calibration_pictures=8)).onnx
+    int8 = quantize_static(fp32, pictures, folder / "int8.onnx", SETTINGS).onnx
     return Source(
         name="nano",
         fp32_onnx=fp32,

@@ -138,7 +138,7 @@ def test_the_chain_of_hashes_leads_from_the_teacher_to_the_artifact(made, name):
         "fused": folder / "03-fuse" / "fused.safetensors",
         "onnx": folder / "04-export" / "student.onnx",
         "simplified": folder / "05-simplify" / "student.fp32.onnx",
-        "int8": folder / "06-quantize" / "student.int8.onnx",
+        "int8": folder / "06-quantize" / "onnxruntime" / "student.int8.onnx",
         "artifact": made.compiled.bundles[name] / _ARTIFACTS[name],
     }
     assert {link.kind: link.sha256 for link in links} == {kind: files.sha256(known[kind]) for kind in kinds}
@@ -194,7 +194,7 @@ _VOLATILE = ("lock", "measured.json")
 def test_another_limit_makes_the_bundle_anew_and_nothing_else(copied):
     stricter = dataclasses.replace(ONNX, limits=Limits(size_mib=1.0))
     again = compiling.compile_model(str(copied), [stricter])
-    assert set(again.reused) == {"fuse", "export", "simplify", "quantize", "teacher"}
+    assert set(again.reused) == {"fuse", "export", "simplify", "quantize/onnxruntime", "teacher"}
     assert bundle.read(again.bundles["onnx"]).target["limits"]["size_mib"] == 1.0
 
 
@@ -396,7 +396,7 @@ def test_a_users_onnx_file_is_quantized_and_compiled(own, tmp_path):
     noisy = np.random.default_rng(0).random((1, 3, 48, 40), dtype=np.float32)
     assert agreement_db(denoise(folder / "model.int8.onnx", noisy, 0.0), denoise(path, noisy, 0.0)) > 30
     again = compiling.compile_model(str(path), [ONNX], folder=tmp_path / "run")
-    assert set(again.reused) == {"simplify", "quantize", "bundles/onnx"}
+    assert set(again.reused) == {"simplify", "quantize/onnxruntime", "bundles/onnx"}
 
 
 def test_a_class_in_the_current_folder_is_found(tmp_path, monkeypatch, own_weights):
@@ -482,11 +482,11 @@ def test_golden_pictures_have_the_targets_shape(photos):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"quantization": Quantization(calibration_pictures=8, method="percentile")},
-        {"quantization": Quantization(calibration_pictures=8, keep_float=())},
+        {"quantization": Quantization(calibration_pictures=8, method="minmax")},
+        {"quantization": Quantization(calibration_pictures=8, keep_float=("head",))},
         {"distillation": Distillation(output_weight=0.9)},
     ],
-    ids=["another calibration", "everything in integers", "another distillation"],
+    ids=["another calibration", "the head in float", "another distillation"],
 )
 def test_settings_of_a_recipe_reach_the_artifact(made, photos, tmp_path, changes):
     recipe = tiny.recipe(photos, teacher=TEACHER, training=STEPS, **changes)

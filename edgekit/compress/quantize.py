@@ -1,47 +1,55 @@
-"""Static INT8: an ONNX graph with quantize-dequantize (QDQ) pairs, which engines turn into integer operators."""
+"""INT8: ONNX graphs with quantize-dequantize (QDQ) pairs, which engines turn into integer operators."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import numpy_helper
-from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType
-from onnxruntime.quantization import quantize_static as ort_quantize_static
+from onnxruntime.quantization import QuantType
+from onnxruntime.quantization import quantize_dynamic as ort_quantize_dynamic
 
+from edgekit.compress import placement as placements
+from edgekit.compress.equalize import equalize
 from edgekit.compress.export import strip, write
+from edgekit.compress.placement import Placement, Range
+from edgekit.compress.ranges import Calibration, observe
 from edgekit.errors import InputError, IntegrityError
 from edgekit.graph.checks import DENOISED, NOISY, Interface, interface, is_quantized, load_onnx
 from edgekit.graph.cost import integer_permille
-from edgekit.graph.reference import Reference, agreement_db, feeds
-from edgekit.graph.walk import (
-    derived_from,
-    first_convolutions,
-    float_convolutions,
-    last_convolutions,
-    producers,
-)
+from edgekit.graph.reference import Reference, agreement_db
+from edgekit.graph.walk import first_convolutions, float_convolutions, last_convolutions
+from edgekit.measure import host
 from edgekit.recipe import Quantization
-
-Array = NDArray[np.float32]
-Calibration = Sequence[tuple[Array, float]]
 
 LEAST_PICTURES = 8
 # A sound INT8 denoiser stays above 40 dB; below this the ranges or the placement are wrong.
 LEAST_AGREEMENT_DB = 25.0
-_METHODS = {
-    "minmax": CalibrationMethod.MinMax,
-    "percentile": CalibrationMethod.Percentile,
-    "entropy": CalibrationMethod.Entropy,
-}
-_PERCENTILE = 99.99
+_FULL, _REDUCED = 127, 63
+# Processors that add the products of 8-bit numbers without saturating.
+_WIDE_SUMS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What all placements are written from.
+
+    model: The float graph, its channels equalized where that was asked for.
+    ranges: Tensor -> lowest and highest value.
+    weight_limit: Largest magnitude of a quantized weight.
+    pictures: The calibration pictures with their sigma.
+    """
+
+    model: onnx.ModelProto
+    ranges: Mapping[str, Range]
+    weight_limit: int
+    pictures: Calibration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,38 +73,63 @@ class QuantizationReport:
     agreement_millidb: int
 
 
-def quantize_static(fp32: Path, calibration: Calibration, out: Path, settings: Quantization) -> QuantizationReport:
+def quantize_static(
+    fp32: Path,
+    calibration: Calibration,
+    out: Path,
+    settings: Quantization,
+    *,
+    placement: Placement = placements.PLACEMENTS["onnxruntime"],
+) -> QuantizationReport:
     """Return the report on `out`, now the graph with QDQ pairs; equal inputs give equal bytes.
 
-    Weights are symmetric int8 per output channel, activations uint8 per tensor, with the ranges that noisy pictures
-    produce. Convolutions are quantized; transposed ones are not, since ONNX Runtime has no integer kernel for them.
-    Where an addition stays in float it reads the float tensor, not the one that was rounded for the convolution:
-
-    ```
-    x ─ Q ─ DQ ┬ conv ─ … ─ Q ─ DQ ─ Add        x ┬ Q ─ DQ ─ conv ─ … ─ Q ─ DQ ─ Add
-               └─────────────────────┘     ->     └──────────────────────────────┘
-    ```
-    so rounding errors do not pile up along the residual trunk. The last subtraction, which carries the picture itself,
-    and the addition of the noise level are always float.
+    Weights are symmetric int8 per output channel, activations 8 bits per tensor, with the ranges that noisy pictures
+    produce; where the pairs stand is the placement's. Convolutions are quantized; transposed ones are not, since ONNX
+    Runtime has no integer kernel for them.
 
     Args:
         fp32: Fused and simplified float graph.
         calibration: Noisy pictures (1, c, h, w) with their sigma; h and w multiples of the stride.
         out: Where the file goes.
         settings: The recipe's; `keep_float` names `head`, `tail` and `skip` (all additions of skips and residuals).
+        placement: Where the engine wants its quantizers.
 
     Raises:
         InputError: The graph is quantized already, has no convolution, or has NaN in its weights; or there are too few
             calibration pictures, or one is constant, not finite or of the wrong shape.
         IntegrityError: The quantized graph's output is further than 25 dB from the float graph's.
     """
+    prepared = prepare(fp32, calibration, settings)
+    quantized = placements.place(prepared.model, prepared.ranges, placement, weight_limit=prepared.weight_limit)
+    kept = kept_float(prepared.model, frozenset[str](settings.keep_float))
+    return written(placements.release(quantized, kept, placement, prepared.model), prepared, fp32, out)
+
+
+def prepare(fp32: Path, calibration: Calibration, settings: Quantization) -> Prepared:
+    """Return what placements are written from; raises as `quantize_static`."""
     model = load_onnx(fp32)
-    face = interface(model, fp32)
     _check_graph(model, fp32)
-    pictures = _check_calibration(calibration, settings.calibration_pictures, face)
-    float_nodes = _kept_float(model, frozenset[str](settings.keep_float))
-    quantized = _insert_qdq(model, pictures, face, settings.method, float_nodes)
-    _read_float(quantized, frozenset(float_nodes))
+    pictures = _check_calibration(calibration, settings.calibration_pictures, interface(model, fp32))
+    if settings.equalize:
+        model = equalize(model, observe(model, pictures, "minmax").peaks)
+    reduced = settings.reduce_range == "always" or (settings.reduce_range == "auto" and saturates())
+    return Prepared(
+        model=model,
+        ranges=observe(model, pictures, settings.method).ranges,
+        weight_limit=_REDUCED if reduced else _FULL,
+        pictures=pictures,
+    )
+
+
+def written(quantized: onnx.ModelProto, prepared: Prepared, fp32: Path, out: Path) -> QuantizationReport:
+    """Write a QDQ graph to `out` and return the report on it; raises as `quantize_static`.
+
+    Args:
+        quantized: The graph, made from `prepared`.
+        prepared: Its float graph and calibration pictures.
+        fp32: Named in the errors.
+        out: Where the file goes.
+    """
     strip(quantized)
     left = float_convolutions(quantized)
     integer = tuple(n.name for n in quantized.graph.node if n.op_type == "Conv" and n.name not in left)
@@ -105,7 +138,7 @@ def quantize_static(fp32: Path, calibration: Calibration, out: Path, settings: Q
             f"{fp32}: no convolution took INT8; left in float: {', '.join(left) or 'none'}",
             remedy="take names out of quantization.keep_float",
         )
-    agreement = _agreement(model, quantized, pictures)
+    agreement = _agreement(prepared.model, quantized, prepared.pictures)
     if not agreement >= LEAST_AGREEMENT_DB:
         raise IntegrityError(
             f"{fp32}: the INT8 graph is {agreement:.1f} dB from the float graph on the calibration pictures; "
@@ -118,32 +151,60 @@ def quantize_static(fp32: Path, calibration: Calibration, out: Path, settings: Q
         integer_nodes=integer,
         float_nodes=left,
         integer_macs_permille=integer_permille(quantized, frozenset(integer)),
-        calibration_pictures=len(pictures),
+        calibration_pictures=len(prepared.pictures),
         agreement_millidb=min(round(1000 * agreement), 999_999) if agreement < 999 else 999_999,
     )
 
 
-class _Pictures:
-    """The calibration pictures as ONNX Runtime reads them, one at a time to bound the memory."""
+def quantize_dynamic(fp32: Path, out: Path) -> Path:
+    """Return `out`, now the graph with int8 weights whose activations are quantized picture by picture as it runs.
 
-    def __init__(self, pictures: Calibration, face: Interface) -> None:
-        self._pictures, self._face = pictures, face
-        self._next, self._end = 0, len(pictures)
+    Finding the ranges while it runs costs more than the integers save: measured 1.5 to 2.1 times slower than float for
+    networks of convolutions (docs/int8.md). It is there to be compared with.
 
-    def __len__(self) -> int:
-        return len(self._pictures)
+    Raises:
+        InputError: The graph is quantized already, or has NaN in its weights.
+    """
+    model = load_onnx(fp32)
+    _check_graph(model, fp32)
+    mark_as_prepared(model)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        made = Path(folder, "dynamic.onnx")
+        # ONNX Runtime's ConvInteger takes uint8 weights only.
+        ort_quantize_dynamic(model, made, op_types_to_quantize=["Conv"], weight_type=QuantType.QUInt8)
+        quantized = onnx.ModelProto.FromString(made.read_bytes())
+    strip(quantized)
+    write(quantized, out)
+    return out
 
-    def set_range(self, start_index: int, end_index: int) -> None:
-        """Give the pictures from `start_index` to before `end_index` next."""
-        self._next, self._end = start_index, end_index
 
-    def get_next(self) -> dict[str, Array] | None:
-        """Return the next picture's inputs; None when there is no more."""
-        if self._next >= self._end:
-            return None
-        noisy, sigma = self._pictures[self._next]
-        self._next += 1
-        return feeds(noisy, sigma, takes_sigma=self._face.takes_sigma)
+def mark_as_prepared(model: onnx.ModelProto) -> None:
+    """Tell ONNX Runtime's quantizer that the graph is simplified; it asks for its own pre-processing otherwise."""
+    mark = model.metadata_props.add()
+    mark.key, mark.value = "onnx.quant.pre_process", "onnxruntime.quant"
+
+
+def saturates() -> bool:
+    """Return whether this processor's sums of two 8-bit products saturate at 16 bits: x86 without VNNI."""
+    machine = host.describe(packages=())
+    return machine.architecture in ("x86_64", "AMD64") and _WIDE_SUMS.isdisjoint(machine.cpu.features)
+
+
+def kept_float(model: onnx.ModelProto, parts: frozenset[str]) -> tuple[str, ...]:
+    """Return the names of the convolutions and additions that the named parts of a graph consist of.
+
+    Args:
+        model: A checked float graph.
+        parts: Of `head`, `tail` and `skip`.
+    """
+    kept: list[str] = []
+    if "head" in parts:
+        kept += first_convolutions(model, NOISY)
+    if "tail" in parts:
+        kept += last_convolutions(model, DENOISED)
+    if "skip" in parts:
+        kept += [node.name for node in model.graph.node if node.op_type == "Add"]
+    return tuple(kept)
 
 
 def _check_graph(model: onnx.ModelProto, path: Path) -> None:
@@ -179,104 +240,6 @@ def _check_calibration(calibration: Calibration, wanted: int, face: Interface) -
                 remedy="calibrate on photographs with noise added",
             )
     return calibration[:wanted]
-
-
-def _kept_float(model: onnx.ModelProto, parts: frozenset[str]) -> list[str]:
-    """Return the names of the nodes that stay in float."""
-    kept: list[str] = []
-    if "head" in parts:
-        kept += first_convolutions(model, NOISY)
-    if "tail" in parts:
-        kept += last_convolutions(model, DENOISED)
-    # An operand that the picture has no part in is the noise level, whose range is far from the features'; the picture
-    # itself must not be rounded on its way to the output.
-    features = derived_from(model, NOISY)
-    for node in model.graph.node:
-        if node.op_type == "Add" and ("skip" in parts or NOISY in node.input or not features.issuperset(node.input)):
-            kept.append(node.name)
-    return kept
-
-
-def _insert_qdq(
-    model: onnx.ModelProto, pictures: Calibration, face: Interface, method: str, float_nodes: Sequence[str]
-) -> onnx.ModelProto:
-    """Return the graph that ONNX Runtime's quantizer makes."""
-    source = onnx.ModelProto()
-    source.CopyFrom(model)
-    # The quantizer asks for its own pre-processing unless it finds this mark; simplify has done that work.
-    mark = source.metadata_props.add()
-    mark.key, mark.value = "onnx.quant.pre_process", "onnxruntime.quant"
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        file = Path(folder, "quantized.onnx")
-        ort_quantize_static(
-            source,
-            file,
-            _Pictures(pictures, face),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv", "Relu", "Add"],
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=list(float_nodes),
-            calibrate_method=_METHODS[method],
-            extra_options={"WeightSymmetric": True, "CalibStridedMinMax": 1, "CalibPercentile": _PERCENTILE},
-        )
-        return onnx.ModelProto.FromString(file.read_bytes())
-
-
-def _read_float(model: onnx.ModelProto, float_nodes: frozenset[str]) -> None:
-    """Let every float node read the float tensor where one exists, and drop the QDQ pairs that nothing reads then.
-
-    The output of an integer convolution, or addition, exists as integers only, so its readers keep the pair.
-    """
-    made_by = producers(model)
-    integer = {
-        n.name
-        for n in model.graph.node
-        if n.op_type in ("Conv", "Add") and n.name not in float_nodes and _operands_dequantized(n, made_by)
-    }
-    for node in model.graph.node:
-        if node.name in integer or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        for index, name in enumerate(node.input):
-            raw = _before_pair(name, made_by)
-            if raw is not None and not _is_integer(made_by.get(raw), integer, made_by):
-                node.input[index] = raw
-    _drop_unread(model)
-
-
-def _operands_dequantized(node: onnx.NodeProto, made_by: dict[str, onnx.NodeProto]) -> bool:
-    return all(name in made_by and made_by[name].op_type == "DequantizeLinear" for name in node.input[:2])
-
-
-def _before_pair(name: str, made_by: dict[str, onnx.NodeProto]) -> str | None:
-    """Return the tensor that a QDQ pair ending in `name` rounds; None where there is no such pair."""
-    dequantize = made_by.get(name)
-    if dequantize is None or dequantize.op_type != "DequantizeLinear":
-        return None
-    quantize = made_by.get(dequantize.input[0])
-    return quantize.input[0] if quantize is not None and quantize.op_type == "QuantizeLinear" else None
-
-
-def _is_integer(node: onnx.NodeProto | None, integer: set[str], made_by: dict[str, onnx.NodeProto]) -> bool:
-    """Return whether a node, or the node before its ReLU, is one that engines compute in integers."""
-    if node is not None and node.op_type == "Relu":
-        node = made_by.get(node.input[0])
-    return node is not None and node.name in integer
-
-
-def _drop_unread(model: onnx.ModelProto) -> None:
-    """Remove the nodes and initializers that nothing reads any more."""
-    wanted = {output.name for output in model.graph.output}
-    kept: list[onnx.NodeProto] = []
-    for node in reversed(model.graph.node):
-        if not wanted.isdisjoint(node.output):
-            wanted.update(node.input)
-            kept.append(node)
-    stored = [tensor for tensor in model.graph.initializer if tensor.name in wanted]
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(reversed(kept))
-    model.graph.initializer.extend(stored)
 
 
 def _agreement(before: onnx.ModelProto, after: onnx.ModelProto, pictures: Calibration) -> float:

@@ -17,17 +17,17 @@ from PIL import Image
 from edgekit import __version__, backends, bundle, config, run
 from edgekit.backends import Built, Source
 from edgekit.bundle import Link, Manifest
-from edgekit.compress import export, fuse, quantize, simplify
+from edgekit.compress import export, fuse, simplify
 from edgekit.data import noise, sets
 from edgekit.data.sets import Picture, PictureSet
 from edgekit.errors import InputError, ToolMissingError, UnsupportedError
 from edgekit.files import sha256
 from edgekit.graph import checks, cost
 from edgekit.graph.receptive_field import receptive_field
-from edgekit.measure.quality import Array
-from edgekit.pipeline import networks, pages, pictures
+from edgekit.pipeline import int8, networks, pages, pictures
 from edgekit.pipeline.networks import Network
-from edgekit.recipe import Model, Quantization, Recipe
+from edgekit.recipe import Model, Quantization, Recipe, int8_drop_db
+from edgekit.report import Audit
 from edgekit.run import Run, Stage
 from edgekit.target import Target
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 GOLDEN_SIDE = 256
 _ENGINE_PACKAGES = {
     "onnxruntime": ("onnxruntime",),
-    "openvino": ("openvino", "nncf"),
+    "openvino": ("openvino",),
     "tvm": ("apache-tvm", "apache-tvm-ffi", "ziglang"),
     "coreml": ("coremltools", "torch"),
 }
@@ -43,10 +43,15 @@ _ENGINE_PACKAGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """The run folder and its bundles by target. reused: Stages that were there already."""
+    """The run folder and its bundles by target.
+
+    audits: By target, what runs in integers; none for an engine that gives no account. reused: Stages that were there
+        already.
+    """
 
     folder: Path
     bundles: Mapping[str, Path]
+    audits: Mapping[str, Audit]
     reused: tuple[str, ...]
 
 
@@ -65,6 +70,11 @@ class _Graph:
     stride: int
     links: tuple[Link, ...]
     taught: bool = False
+
+    @property
+    def model(self) -> str:
+        """The network's name in `edgekit models`, which its INT8 budget follows; else the graph's own."""
+        return (self.network.model if self.network else "") or self.name
 
 
 def compile_model(
@@ -220,35 +230,16 @@ def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence
     teacher = _export_teacher(opened, recipe)
     bundles = {}
     for target in targets:
-        quantized = _quantized(opened, recipe, graph) if target.precision == "int8" else None
+        student = int8.Student(name=graph.model, fp32=graph.fp32, stride=graph.stride)
+        quantized = int8.quantized(opened, recipe, student, target.engine) if target.precision == "int8" else None
         stage = _bundle(opened, recipe, graph, quantized, teacher, target, evaluation)
         bundles[target.name] = opened.root / stage.folder
-    return Compiled(folder=opened.root, bundles=bundles, reused=tuple(opened.reused))
+    audits = {name: found for name, path in bundles.items() if (found := _built(path).audit) is not None}
+    return Compiled(folder=opened.root, bundles=bundles, audits=audits, reused=tuple(opened.reused))
 
 
-def _quantized(opened: Run, recipe: Recipe, graph: _Graph) -> Path:
-    def work(out: Path) -> Mapping[str, object]:
-        report = quantize.quantize_static(
-            graph.fp32, _calibration(recipe, graph), out / "student.int8.onnx", recipe.quantization
-        )
-        return {
-            "integer_nodes": report.integer_nodes,
-            "float_nodes": report.float_nodes,
-            "integer_macs_permille": report.integer_macs_permille,
-            "agreement_millidb": report.agreement_millidb,
-        }
-
-    held_out = pictures.held_out(recipe.data)
-    stage = opened.stage(
-        "quantize",
-        number=6,
-        inputs={"simplified": sha256(graph.fp32)} | {p.name: p.sha256 for p in held_out},
-        settings=asdict(recipe.quantization) | asdict(recipe.noise),
-        code=("compress/quantize", "data", "graph", "pipeline/pictures"),
-        packages=("onnxruntime", "onnx", "numpy"),
-        work=work,
-    )
-    return opened.file(stage, "student.int8.onnx")
+def _built(path: Path) -> Built:
+    return config.checked(bundle.read(path).built, Built, path / bundle.MANIFEST)
 
 
 def _export_teacher(opened: Run, recipe: Recipe) -> tuple[Path, Link] | None:
@@ -297,7 +288,7 @@ def _bundle(
             _link(teacher[0], out / "reference" / "teacher.fp32.onnx")
         ran = _write_golden(out, built, target, golden, recipe)
         manifest = _manifest(recipe, graph, quantized, teacher, target, built, golden, out, ran)
-        pages.write(out, manifest)
+        pages.write(out, manifest, built.audit)
         dataclasses.replace(manifest, files=bundle.hashes(out)).write(out)
         return {"precision": built.precision, "golden_outputs": ran}
 
@@ -348,16 +339,7 @@ def _source(recipe: Recipe, graph: _Graph, quantized: Path | None, target: Targe
         channels=graph.channels,
         takes_sigma=graph.takes_sigma,
         stride=graph.stride,
-        calibration=_calibration(recipe, graph) if target.precision == "int8" else (),
-    )
-
-
-def _calibration(recipe: Recipe, graph: _Graph) -> list[tuple[Array, float]]:
-    return pictures.noisy_samples(
-        pictures.held_out(recipe.data),
-        recipe.noise,
-        count=recipe.quantization.calibration_pictures,
-        stride=graph.stride,
+        calibration=int8.calibration(recipe, graph.stride) if target.precision == "int8" else (),
     )
 
 
@@ -435,7 +417,7 @@ def _manifest(
             "halo_px": field.halo_px,
             "global_ops": list(field.global_nodes),
         },
-        budgets=asdict(recipe.budgets),
+        budgets=asdict(recipe.budgets) | {"int8_drop_db": int8_drop_db(recipe.budgets, graph.model)},
         protocol={
             "noise": "gaussian",
             "sigma255": recipe.noise.evaluate,

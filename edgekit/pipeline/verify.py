@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +22,11 @@ from edgekit.graph.reference import agreement_db
 from edgekit.measure import host, latency, quality
 from edgekit.measure.latency import Paired, Ratio
 from edgekit.measure.quality import Array, QualityReport
-from edgekit.pipeline import baseline
+from edgekit.pipeline import baseline, worth
 from edgekit.pipeline.baseline import Baseline
 from edgekit.pipeline.compile import GOLDEN_SIDE, read_golden
-from edgekit.recipe import Budgets
-from edgekit.report import Limit, Recorded, Report, Row, Verdict, overall
+from edgekit.recipe import Budgets, int8_drop_db
+from edgekit.report import Audit, Limit, Recorded, Report, Row, Verdict, overall
 from edgekit.target import Target
 
 log = logging.getLogger(__name__)
@@ -111,12 +111,21 @@ def verify(path: Path, *, settings: Settings | None = None, say: Say = log.info)
             _timed(artifacts[0], timing.paired.b_median_us),
             _timed(rows[1], timing.paired.a_median_us),
         )
+    notes = built.notes
+    if native and built.precision == "int8":
+        say(f"{target.name}: timing against its FP32 self for {settings.seconds / 2:.0f} s")
+        fp32, shape = path / "reference" / "student.fp32.onnx", _shape(target, manifest)
+        found = worth.compare(
+            target.engine, fp32, native[0], shape, threads=settings.threads, seconds=settings.seconds / 2
+        )
+        notes = (*notes, found.sentence()) if found else notes
     baselines = baseline.recorded()
+    counted = _audit(path, built, target)
     limits = [
         _student_limit(manifest, budgets, teacher, student, golden, baselines),
-        *_artifact_limits(budgets, student, artifacts, missing),
+        *_artifact_limits(int8_drop_db(budgets, str(manifest.model["name"])), student, artifacts, missing),
         *_golden_limits(agreements, missing),
-        *_deployment_limits(target, built, path, timing, [s.level for _, s in sessions], missing),
+        *_deployment_limits(target, built, path, counted, timing, [s.level for _, s in sessions], missing),
     ]
     return Report(
         target=target.name,
@@ -129,7 +138,8 @@ def verify(path: Path, *, settings: Settings | None = None, say: Say = log.info)
         baselines=tuple(r for b in baselines for r in _recorded(b)),
         host=asdict(host.describe()),
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        notes=built.notes,
+        notes=notes,
+        audit=counted if isinstance(counted, Audit) else None,
     )
 
 
@@ -237,16 +247,26 @@ def _open(path: Path, built: Built, target: Target, settings: Settings) -> tuple
         return (), str(error)
 
 
+def _audit(path: Path, built: Built, target: Target) -> Audit | str:
+    """Return the engine's account of the artifact here; where it gives none, the recorded one, or why there is none."""
+    recorded = built.facts.get("integer_macs_permille")
+    try:
+        found = backends.load(target.engine).audit(path, built, target)
+    except (ToolMissingError, IncompleteError) as error:
+        if built.audit is None and recorded is None:
+            return f"not counted: {error}"
+        kept = built.audit or Audit(integer_macs_permille=int(recorded or 0), how="its machine code")
+        return replace(kept, how=f"{kept.how}, as recorded when it was compiled; not counted here: {error}")
+    differs = recorded is not None and int(recorded) != found.integer_macs_permille
+    then = f" ({int(recorded or 0) / 10:.1f} % where it was compiled)" if differs else ""
+    return replace(found, how=f"{found.how}, here{then}")
+
+
 def _time(path: Path, target: Target, artifact: Session, manifest: Manifest, settings: Settings) -> _Timing:
     # The teacher runs in the artifact's own engine where it can, so that the ratio is the model's and not the engine's.
     engine: Literal["onnxruntime", "openvino"] = "openvino" if target.engine == "openvino" else "onnxruntime"
     teacher = backends.load_onnx(engine).open_onnx(path / "reference" / "teacher.fp32.onnx", threads=settings.threads)
-    shape = (
-        1,
-        int(str(manifest.model["channels"])),
-        target.input.height or GOLDEN_SIDE,
-        target.input.width or GOLDEN_SIDE,
-    )
+    shape = _shape(target, manifest)
     noisy = np.random.default_rng(0).random(shape, dtype=np.float32)
     paired = latency.interleave(
         lambda: _run(teacher, noisy), lambda: _run(artifact, noisy), min_pairs=_MIN_PAIRS, max_seconds=settings.seconds
@@ -254,6 +274,12 @@ def _time(path: Path, target: Target, artifact: Session, manifest: Manifest, set
     return _Timing(
         paired=paired, ratio=latency.ratio_with_bound(paired), engine=engine, shape=shape, threads=settings.threads
     )
+
+
+def _shape(target: Target, manifest: Manifest) -> tuple[int, int, int, int]:
+    """Return the shape of the picture that is timed."""
+    channels = int(str(manifest.model["channels"]))
+    return 1, channels, target.input.height or GOLDEN_SIDE, target.input.width or GOLDEN_SIDE
 
 
 def _run(session: Session, noisy: Array) -> None:
@@ -297,8 +323,8 @@ def _student_limit(
     )
 
 
-def _artifact_limits(budgets: Budgets, student: Row | None, artifacts: Sequence[Row], missing: str) -> list[Limit]:
-    limit = f"at most {budgets.int8_drop_db:.3f} dB"
+def _artifact_limits(budget_db: float, student: Row | None, artifacts: Sequence[Row], missing: str) -> list[Limit]:
+    limit = f"at most {budget_db:.3f} dB"
     if missing or not artifacts:
         return [Limit(name="int8_drop_db", limit=limit, measured="not run", verdict="incomplete", reason=missing)]
     found = []
@@ -310,7 +336,7 @@ def _artifact_limits(budgets: Budgets, student: Row | None, artifacts: Sequence[
                 name="int8_drop_db",
                 limit=limit,
                 measured=f"{row.drop_mdb / 1000:+.3f} dB",
-                verdict="pass" if row.drop_mdb <= 1000 * budgets.int8_drop_db else "fail",
+                verdict="pass" if row.drop_mdb <= 1000 * budget_db else "fail",
                 reason=row.how,
             )
         )
@@ -333,7 +359,13 @@ def _golden_limits(agreements: Sequence[tuple[str, float | None]], missing: str)
 
 
 def _deployment_limits(
-    target: Target, built: Built, path: Path, timing: _Timing | None, levels: Sequence[str], missing: str
+    target: Target,
+    built: Built,
+    path: Path,
+    counted: Audit | str,
+    timing: _Timing | None,
+    levels: Sequence[str],
+    missing: str,
 ) -> list[Limit]:
     found = []
     if target.limits.size_mib is not None:
@@ -358,26 +390,26 @@ def _deployment_limits(
                 )
             )
     if target.limits.min_integer_macs is not None:
-        share = built.facts.get("integer_macs_permille")
-        limit = f"at least {100 * target.limits.min_integer_macs:.0f} %"
-        if share is None:
-            found.append(_not_run("min_integer_macs", limit, "not measured for this engine"))
-        else:
-            verdict: Verdict = "pass" if int(share) >= 1000 * target.limits.min_integer_macs else "fail"
-            found.append(
-                Limit(
-                    name="min_integer_macs",
-                    limit=limit,
-                    measured=f"{int(share) / 10:.1f} %",
-                    verdict=verdict,
-                    reason="as the engine runs it",
-                )
-            )
+        found.append(_integer_limit(target.limits.min_integer_macs, counted))
     if target.limits.speedup_vs_fp32 is not None:
         found.append(_speed_limit(target, timing, levels, missing))
     elif "native" not in levels:
         found.append(_not_run("runs_on_target", "runs on the target", _why_not_native(levels, missing)))
     return found
+
+
+def _integer_limit(least: float, counted: Audit | str) -> Limit:
+    name, limit = "min_integer_macs", f"at least {100 * least:g} %"
+    if isinstance(counted, str):
+        return _not_run(name, limit, counted)
+    share = counted.integer_macs_permille
+    return Limit(
+        name=name,
+        limit=limit,
+        measured=f"{share / 10:.1f} %",
+        verdict="pass" if share >= round(1000 * least) else "fail",
+        reason=f"{counted.how}; in float: {counted.in_float()}" if counted.float_nodes else counted.how,
+    )
 
 
 def _speed_limit(target: Target, timing: _Timing | None, levels: Sequence[str], missing: str) -> Limit:

@@ -1,0 +1,274 @@
+"""Which layers of an INT8 graph go back to float so that it loses no more than a budget: best dB per time first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgekit.compress.placement import Placement, release
+from edgekit.data.noise import add_gaussian
+from edgekit.errors import LimitError
+from edgekit.graph.cost import infer_shapes, integer_permille, macs_by_node
+from edgekit.graph.reference import Reference
+from edgekit.graph.walk import float_convolutions
+from edgekit.measure.quality import crop, pad_to_multiple, psnr
+
+Array = NDArray[np.float32]
+Picture = NDArray[np.uint8]
+
+# Below this share of integer multiply-accumulates a graph is a float graph with decoration.
+LEAST_INTEGER_PERMILLE = 500
+_SEED = 2
+_SIDE = 256
+# What a layer's way back to float costs, of base in ONNX Runtime on one core with VNNI: 10 ms for 1.5 GMAC of
+# convolutions, 7 ms for the 5.3 million values that its additions write (docs/int8.md). A model, not a measurement, for
+# the choice of layers must not differ between equal runs.
+_FLOAT_PS_PER_MAC = 7.0
+_FLOAT_PS_PER_SUM = 1300.0
+_PAIR_PS_PER_VALUE = 200.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """PSNR lost against the float graph, in thousandths of a dB: mean and worst over pictures and noise levels."""
+
+    mean_mdb: int
+    worst_mdb: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A convolution, or all additions of one resolution, with what it would bring to have it in float.
+
+    The additions of a resolution make up its residual trunk: one of them alone in float would read what the others
+    rounded.
+
+    nodes: Names in the graph. integer_macs: That the graph would lose.
+    harm_udb: Loss in millionths of a dB that its rounding adds to a graph that is else in INT8, estimated from how far
+        it moves the output; below nothing where its error makes up for another layer's.
+    cost_us: Microseconds that it would cost for 256x256 pixels, by the cost model.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    integer_macs: int
+    harm_udb: int
+    cost_us: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """A graph within its budget. released: What is in float for it, in the order in which it was decided."""
+
+    model: onnx.ModelProto
+    loss: Loss
+    released: tuple[str, ...]
+
+
+class Judge:
+    """Measures the loss of graphs against one float graph, on clean pictures with noise of fixed seeds.
+
+    Args:
+        floating: The float graph.
+        pictures: Clean uint8 (c, h, w) that nothing was trained on.
+        sigmas255: Noise levels on the scale of 0 to 255.
+        stride: Sides are padded to multiples of it.
+    """
+
+    def __init__(
+        self, floating: onnx.ModelProto, pictures: Sequence[Picture], sigmas255: Sequence[float], stride: int
+    ) -> None:
+        self._cases = [
+            [(add_gaussian(p, sigma, index=i, seed=_SEED), p.astype(np.float32) / 255) for i, p in enumerate(pictures)]
+            for sigma in sigmas255
+        ]
+        self._sigmas, self._stride = [s / 255 for s in sigmas255], stride
+        self._outputs = self._run(floating)
+        self._before = self._psnr(self._outputs)
+
+    def loss(self, model: onnx.ModelProto) -> Loss:
+        """Return what a graph loses."""
+        lost = self._before - self._psnr(self._run(model))
+        return Loss(mean_mdb=round(1000 * float(lost.mean())), worst_mdb=round(1000 * float(lost.max())))
+
+    def distance_udb(self, model: onnx.ModelProto, pictures: int) -> float:
+        """Return the loss in millionths of a dB if what a graph does to the output were noise, over some pictures.
+
+        It is less precise than `loss` and far less noisy: small differences between graphs show.
+        """
+        outputs = self._run(model, pictures)
+        found = []
+        for level, (got, want) in enumerate(zip(outputs, self._outputs, strict=True)):
+            for index, (one, other) in enumerate(zip(got, want, strict=False)):
+                moved = float(np.mean(np.square(one - other, dtype=np.float64)))
+                error = 10 ** (-self._before[level, index] / 10)
+                found.append(10 * np.log10(1 + moved / error))
+        return float(1e6 * np.mean(found))
+
+    def _run(self, model: onnx.ModelProto, pictures: int | None = None) -> list[list[Array]]:
+        run = Reference(model)
+        return [
+            [
+                crop(run(pad_to_multiple(noisy[None], self._stride), sigma), *noisy.shape[-2:])[0]
+                for noisy, _ in cases[:pictures]
+            ]
+            for sigma, cases in zip(self._sigmas, self._cases, strict=True)
+        ]
+
+    def _psnr(self, outputs: Sequence[Sequence[Array]]) -> NDArray[np.float64]:
+        return np.array(
+            [
+                [psnr(got, clean) for got, (_, clean) in zip(found, cases, strict=True)]
+                for found, cases in zip(outputs, self._cases, strict=True)
+            ]
+        )
+
+
+def layers(
+    quantized: onnx.ModelProto,
+    floating: onnx.ModelProto,
+    placement: Placement,
+    judge: Judge,
+    *,
+    trained: bool = False,
+    pictures: int = 4,
+) -> tuple[Layer, ...]:
+    """Return the layers of a QDQ graph that have anything rounded, best dB per time first.
+
+    Args:
+        quantized: The graph.
+        floating: The float graph that it was made from.
+        placement: That of the graph.
+        judge: Measures.
+        trained: Whether the graph was trained, so that layers keep its weights and not those of the float graph.
+        pictures: Of the judge's pictures, how many are looked at.
+    """
+    before, originals = judge.distance_udb(quantized, pictures), None if trained else floating
+    macs, shapes = macs_by_node(floating, _SIDE, _SIDE), infer_shapes(floating, _SIDE, _SIDE)
+    groups: dict[str, list[onnx.NodeProto]] = {}
+    for node in floating.graph.node:
+        if node.op_type == "Conv":
+            groups[node.name] = [node]
+        elif node.op_type == "Add":
+            height = shapes[node.output[0]][2]
+            groups.setdefault(f"additions at 1/{_SIDE // height}", []).append(node)
+    found = []
+    for name, nodes in groups.items():
+        names = tuple(str(node.name) for node in nodes)
+        without = release(quantized, names, placement, originals)
+        if _inputs(without) == _inputs(quantized):
+            continue
+        found.append(
+            Layer(
+                name=name,
+                nodes=names,
+                integer_macs=sum(macs.get(node, 0) for node in names),
+                harm_udb=round(before - judge.distance_udb(without, pictures)),
+                cost_us=max(round(sum(_cost_ps(node, macs, shapes) for node in nodes) * 1e-6), 1),
+            )
+        )
+    return tuple(sorted(found, key=lambda layer: (-layer.harm_udb / layer.cost_us, layer.name)))
+
+
+def _cost_ps(node: onnx.NodeProto, macs: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> float:
+    values = math.prod(shapes[node.output[0]])
+    if node.op_type == "Add":
+        return _FLOAT_PS_PER_SUM * values
+    return _FLOAT_PS_PER_MAC * macs[node.name] + _PAIR_PS_PER_VALUE * (values + math.prod(shapes[node.input[0]]))
+
+
+def keep(
+    quantized: onnx.ModelProto,
+    floating: onnx.ModelProto,
+    placement: Placement,
+    judge: Judge,
+    budget_db: float,
+    *,
+    trained: bool = False,
+    say: Callable[[str], None],
+) -> Kept:
+    """Return the graph with as few layers in float as its budget allows.
+
+    The layers go back in the order of `layers`; how many is found by bisection.
+
+    Args:
+        quantized: The graph.
+        floating: The float graph that it was made from.
+        placement: That of the graph.
+        judge: Decides on the mean loss.
+        budget_db: Most dB that may be lost.
+        trained: As for `layers`.
+        say: Told what is being done.
+
+    Raises:
+        LimitError: The budget cannot be kept by a graph of which half is integers; says what was reached.
+    """
+    budget_mdb = round(1000 * budget_db)
+    loss = judge.loss(quantized)
+    if loss.mean_mdb <= budget_mdb:
+        return Kept(model=quantized, loss=loss, released=())
+    if not placement.floats:
+        raise _missed(loss, budget_db, quantized, "the engine computes no single layers in float")
+    say(f"INT8 loses {loss.mean_mdb / 1000:.3f} dB of {budget_db:g}: looking for the layers to leave in float")
+    found = layers(quantized, floating, placement, judge, trained=trained)
+    originals = None if trained else floating
+
+    def released(layers_: Sequence[Layer]) -> onnx.ModelProto:
+        return release(quantized, [name for layer in layers_ for name in layer.nodes], placement, originals)
+
+    # Errors partly make up for each other: the layers that seem to do no harm alone are taken only if all must be.
+    orders = [_affordable([x for x in found if x.harm_udb > 0], floating), _affordable(found, floating)]
+    reached = []
+    for order in orders:
+        reached.append(judge.loss(released(order)))
+        if reached[-1].mean_mdb <= budget_mdb:
+            break
+    else:
+        best = min(zip(reached, orders, strict=True), key=lambda pair: pair[0].mean_mdb)
+        how = f"with {', '.join(layer.name for layer in best[1]) or 'nothing'} in float"
+        raise _missed(best[0], budget_db, released(best[1]), how)
+    losses = {len(order): reached[-1]}
+    few, many = 0, len(order)
+    while many - few > 1:
+        middle = (few + many) // 2
+        losses[middle] = judge.loss(released(order[:middle]))
+        few, many = (few, middle) if losses[middle].mean_mdb <= budget_mdb else (middle, many)
+    names = tuple(layer.name for layer in order[:many])
+    say(f"in float: {', '.join(names)}; it loses {losses[many].mean_mdb / 1000:.3f} dB")
+    return Kept(model=released(order[:many]), loss=losses[many], released=names)
+
+
+def _affordable(found: Sequence[Layer], floating: onnx.ModelProto) -> list[Layer]:
+    """Return the layers that can go back one after the other with enough of the arithmetic left in integers."""
+    whole = sum(macs_by_node(floating, _SIDE, _SIDE).values())
+    left, chosen = whole, list[Layer]()
+    for layer in found:
+        if left - layer.integer_macs >= whole * LEAST_INTEGER_PERMILLE / 1000:
+            left -= layer.integer_macs
+            chosen.append(layer)
+    return chosen
+
+
+def _missed(loss: Loss, budget_db: float, model: onnx.ModelProto, how: str) -> LimitError:
+    return LimitError(
+        f"int8_drop_db: INT8 loses {loss.mean_mdb / 1000:.3f} dB on the held-out pictures, {budget_db:g} may be lost; "
+        f"that is the best reached, {how}, {integer_macs_permille(model) / 10:.1f} % of the arithmetic in integers",
+        remedy="train with its rounding (quantization.qat.steps), take a larger student, or raise budgets.int8_drop_db",
+    )
+
+
+def integer_macs_permille(model: onnx.ModelProto) -> int:
+    """Return the share of multiply-accumulates whose weights are integers, in thousandths."""
+    left = float_convolutions(model)
+    return integer_permille(
+        model, frozenset(n.name for n in model.graph.node if n.op_type == "Conv" and n.name not in left)
+    )
+
+
+def _inputs(model: onnx.ModelProto) -> list[list[str]]:
+    return [list(node.input) for node in model.graph.node]

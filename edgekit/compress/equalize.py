@@ -1,0 +1,174 @@
+"""Channels of one tensor made alike in range, so that one scale for all of them wastes fewer of the 256 steps.
+
+```
+conv(W1, b1) ─ relu ─ conv(W2)   ->   conv(s W1, s b1) ─ relu ─ conv(W2 / s)        s > 0, one for each channel
+```
+Cross-layer equalization (Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", 2019),
+on measured ranges. The function that the graph computes stays the same. Channels that meet in an addition, or become
+one in DepthToSpace, share their factor; depthwise convolutions pass none on, and having one weight scale for each
+channel they take any factor for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from edgekit.errors import IntegrityError
+from edgekit.graph.checks import DENOISED, NOISY, SIGMA
+from edgekit.graph.reference import Reference, probe, relative_change
+from edgekit.graph.walk import initializers
+
+Peaks = Mapping[str, NDArray[np.float64]]
+Channel = tuple[str, int]
+
+# Beyond this, a channel that was silent on the calibration pictures would shout on another.
+MOST = 64.0
+MOST_CHANGE = 1e-4
+_FIXED: Channel = ("", 0)
+_LEAST_PEAK = 1e-6
+
+
+def equalize(model: onnx.ModelProto, peaks: Peaks) -> onnx.ModelProto:
+    """Return a graph that computes the same with channels that are alike in range.
+
+    The factor of a channel is the root of how much it could grow until it is the tensor's largest, times the root of
+    how large the weights are that read it, so that neither activations nor weights pay for the other.
+
+    Args:
+        model: A checked float graph. It is not changed.
+        peaks: Tensor -> largest magnitude of each channel.
+
+    Raises:
+        IntegrityError: The output moved by more than 1e-4 of its largest value.
+    """
+    groups = _grouped(model, peaks)
+    factors = _factors(model, peaks, groups)
+    scaled = _scaled(model, {t: np.array([factors[groups[t, c]] for c in range(len(p))]) for t, p in peaks.items()})
+    channels = len(peaks[NOISY])
+    noisy = probe(64, 96, channels, seed=0)
+    change = relative_change(Reference(scaled)(noisy, 25 / 255), Reference(model)(noisy, 25 / 255))
+    if not change <= MOST_CHANGE:
+        raise IntegrityError(
+            f"equalizing the channels moved the output by {change:.2g} of its largest value; "
+            f"at most {MOST_CHANGE:g} is right",
+            remedy="set quantization.equalize=false",
+        )
+    return scaled
+
+
+def _grouped(model: onnx.ModelProto, peaks: Peaks) -> dict[Channel, Channel]:
+    """Return channel -> the channel that stands for all that share its factor; `_FIXED` for those that keep theirs."""
+    above: dict[Channel, Channel] = {}
+
+    def top(channel: Channel) -> Channel:
+        while (next_above := above.get(channel, channel)) != channel:
+            channel = next_above
+        return channel
+
+    def tie(one: Channel, other: Channel) -> None:
+        one, other = top(one), top(other)
+        if one != other:
+            # Whatever is tied to a fixed channel is fixed.
+            one, other = (other, one) if other == _FIXED else (one, other)
+            above[other] = one
+
+    stored = initializers(model)
+    for node in model.graph.node:
+        tensors = [name for name in (*node.input, *node.output) if name in peaks]
+        result = node.output[0]
+        if node.op_type == "Conv" or _is_noise_level(node, stored):
+            continue
+        if node.op_type in ("Relu", "Add") and all(
+            name in peaks and len(peaks[name]) == len(peaks[result]) for name in node.input
+        ):
+            for name in node.input:
+                for channel in range(len(peaks[result])):
+                    tie((name, channel), (result, channel))
+        elif node.op_type == "DepthToSpace" and _attribute(node, "mode") == b"CRD":
+            squares = len(peaks[node.input[0]]) // len(peaks[result])
+            for channel in range(len(peaks[node.input[0]])):
+                tie((node.input[0], channel), (result, channel // squares))
+        else:
+            for name in tensors:
+                for channel in range(len(peaks[name])):
+                    tie(_FIXED, (name, channel))
+    for name in (NOISY, DENOISED):
+        for channel in range(len(peaks.get(name, ()))):
+            tie(_FIXED, (name, channel))
+    return {(name, c): top((name, c)) for name, peak in peaks.items() for c in range(len(peak))}
+
+
+def _factors(model: onnx.ModelProto, peaks: Peaks, groups: Mapping[Channel, Channel]) -> dict[Channel, float]:
+    """Return the factor of each group."""
+    loudest: dict[Channel, float] = {}
+    for (name, channel), group in groups.items():
+        loudest[group] = max(loudest.get(group, _LEAST_PEAK), float(peaks[name][channel]))
+    # What a group could grow to: the largest channel of any tensor that it is in.
+    room: dict[Channel, float] = {}
+    for name, peak in peaks.items():
+        members = {groups[name, c] for c in range(len(peak))}
+        largest = max(loudest[group] for group in members)
+        for group in members:
+            room[group] = max(room.get(group, 0.0), largest)
+    read = _weights_reading(model, groups)
+    return {
+        group: 1.0
+        if group == _FIXED
+        else min(max((room[group] / loudest[group] * read.get(group, 1.0)) ** 0.5, 1 / MOST), MOST)
+        for group in loudest
+    }
+
+
+def _weights_reading(model: onnx.ModelProto, groups: Mapping[Channel, Channel]) -> dict[Channel, float]:
+    """Return group -> the largest weight that reads it, as a share of its output channel's largest."""
+    stored, read = initializers(model), dict[Channel, float]()
+    for node in model.graph.node:
+        if node.op_type != "Conv" or _is_depthwise(node):
+            continue
+        weights = np.abs(numpy_helper.to_array(stored[node.input[1]]))
+        shares = (weights / np.maximum(weights.max(axis=(1, 2, 3), keepdims=True), _LEAST_PEAK)).max(axis=(0, 2, 3))
+        for channel, share in enumerate(shares):
+            group = groups.get((node.input[0], channel), _FIXED)
+            read[group] = max(read.get(group, 1e-3), float(share))
+    return read
+
+
+def _scaled(model: onnx.ModelProto, factors: Mapping[str, NDArray[np.float64]]) -> onnx.ModelProto:
+    """Return the graph whose tensors are larger by the factors of their channels."""
+    scaled = onnx.ModelProto()
+    scaled.CopyFrom(model)
+    stored = initializers(scaled)
+
+    def multiply(index: int, node: onnx.NodeProto, by: NDArray[np.float64]) -> None:
+        tensor = stored[node.input[index]]
+        tensor.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(tensor) * by).astype(np.float32), tensor.name))
+
+    for node in scaled.graph.node:
+        if node.op_type == "Conv":
+            results, reads = factors[node.output[0]], factors[node.input[0]]
+            by = results if _is_depthwise(node) else results[:, None] / reads[None, :]
+            by = by / reads if _is_depthwise(node) else by
+            multiply(1, node, by.reshape(*by.shape, *(1,) * (4 - by.ndim)))
+            if len(node.input) > 2:
+                multiply(2, node, results)
+        elif _is_noise_level(node, stored):
+            multiply(1, node, factors[node.output[0]][None, :, None, None])
+    return scaled
+
+
+def _is_noise_level(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
+    return node.op_type == "Mul" and node.input[0] == SIGMA and node.input[1] in stored
+
+
+def _is_depthwise(node: onnx.NodeProto) -> bool:
+    return int(_attribute(node, "group") or 1) > 1
+
+
+def _attribute(node: onnx.NodeProto, name: str) -> int | bytes | None:
+    found = next((a for a in node.attribute if a.name == name), None)
+    return None if found is None else (found.s if found.type == onnx.AttributeProto.STRING else int(found.i))

@@ -1,0 +1,347 @@
+"""Where each engine wants its quantizers: one float graph and its ranges, written as QDQ graphs that differ per engine.
+
+```
+float           x ─ conv ─ relu ─ conv ─ + ─ conv              Q, DQ: one pair, written [] here
+                └───────────────────────┘
+
+on reads        x ─ [] ┬ conv ─ relu ─ [] ─ conv ─ + ─ [] ─ conv        OpenVINO, ARM, TensorRT
+                       └───────────────────────────┘
+
+on results too  x ─ [] ┬ conv ─ relu ─ [] ─ conv ─ [] ─ + ─ [] ─ conv   ONNX Runtime
+                       └────────────────────────────────┘
+```
+OpenVINO and our ARM kernels add the residual inside the convolution before they round, so a pair between the two would
+only lose precision. ONNX Runtime has no such kernel: without the second pair its convolution falls back to float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from edgekit.graph.checks import DENOISED, NOISY
+from edgekit.graph.walk import consumers, derived_from, initializers, producers
+
+Range = tuple[float, float]
+# They move values without computing, so that both sides can share a scale.
+_MOVES = frozenset({"DepthToSpace", "SpaceToDepth", "MaxPool"})
+_MEANS = frozenset({"ReduceMean", "ReduceMax", "GlobalAveragePool", "GlobalMaxPool"})
+_PAIR = ("QuantizeLinear", "DequantizeLinear")
+_INT32_MAX = 2**31 - 1
+_LEAST_SCALE = 1e-8
+_LEAST_UNIT = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How an engine wants a QDQ graph.
+
+    activations: Integer type of the activations; weights are always symmetric int8 per output channel.
+    symmetric: Whether the zero point of activations is zero.
+    results: Whether what convolutions and additions give is rounded even where no convolution reads it.
+    integer_biases: Whether biases are int32, in units of input scale x weight scale; float otherwise.
+    floats: Whether the engine computes single layers of an INT8 graph in float.
+    """
+
+    activations: Literal["uint8", "int8"]
+    symmetric: bool = False
+    results: bool = False
+    integer_biases: bool = False
+    floats: bool = True
+
+
+PLACEMENTS: dict[str, Placement] = {
+    "onnxruntime": Placement(activations="uint8", results=True, integer_biases=True),
+    "openvino": Placement(activations="uint8"),
+    "arm": Placement(activations="int8", integer_biases=True, floats=False),
+    "tensorrt": Placement(activations="int8", symmetric=True),
+}
+
+
+def place(
+    model: onnx.ModelProto,
+    ranges: Mapping[str, Range],
+    placement: Placement,
+    *,
+    weight_limit: int = 127,
+) -> onnx.ModelProto:
+    """Return the graph with a QDQ pair on every tensor that the placement rounds; all convolutions compute in integers.
+
+    Left in float are the convolutions of channel attention, which are cheap and read a global mean, the addition of the
+    noise level, whose range is far from the features', and the last subtraction, which carries the picture itself.
+
+    Args:
+        model: A checked float graph. It is not changed.
+        ranges: Tensor -> lowest and highest value.
+        placement: The engine's.
+        weight_limit: Largest magnitude of a quantized weight: 127, or 63 on processors that saturate.
+    """
+    return _Writer(model, ranges, placement, weight_limit).written()
+
+
+def computes_in_integers(model: onnx.ModelProto) -> frozenset[str]:
+    """Return the names of the convolutions and additions of a float graph that are quantized."""
+    features, gates = derived_from(model, NOISY), _gates(model)
+    return frozenset(
+        node.name
+        for node in model.graph.node
+        if (node.op_type == "Conv" and node.input[0] not in gates)
+        or (node.op_type == "Add" and NOISY not in node.input and features.issuperset(node.input))
+    )
+
+
+def release(
+    quantized: onnx.ModelProto,
+    names: Collection[str],
+    placement: Placement,
+    floating: onnx.ModelProto | None = None,
+) -> onnx.ModelProto:
+    """Return a QDQ graph in which the named convolutions and additions are in float.
+
+    They read tensors that were not rounded wherever such a tensor exists: what ONNX Runtime's integer convolution gives
+    exists as integers only. Pairs that nothing reads any more are gone.
+
+    Args:
+        quantized: A graph of `place`. It is not changed.
+        names: Convolutions and additions; unknown names are ignored.
+        placement: That of the graph.
+        floating: Where the weights and biases come from; None takes what the integers stand for.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(quantized)
+    made_by, stored = producers(model), initializers(model)
+    originals = initializers(floating) if floating is not None else {}
+    chosen = [n for n in model.graph.node if n.name in names and n.op_type in ("Conv", "Add")]
+    for node in chosen:
+        for index, name in enumerate(node.input):
+            source = made_by.get(name)
+            if source is not None and source.op_type == "DequantizeLinear" and source.input[0] in stored:
+                node.input[index] = _float_constant(model, source, originals)
+    integer = _integer_nodes(model, made_by) - frozenset(names)
+
+    def read_unrounded(node: onnx.NodeProto) -> None:
+        for index, name in enumerate(node.input):
+            raw = _before_pair(name, made_by)
+            if raw is not None and not (placement.results and _is_integer(made_by.get(raw), integer, made_by)):
+                node.input[index] = raw
+
+    for node in model.graph.node:
+        if node.op_type not in (*_PAIR, *_MOVES) and (node.op_type not in ("Conv", "Add") or node.name in names):
+            read_unrounded(node)
+    drop_unread(model)
+    for node in model.graph.node:
+        if node.op_type in _MOVES and not _is_rounded(node.output[0], model):
+            read_unrounded(node)
+    drop_unread(model)
+    return model
+
+
+def drop_unread(model: onnx.ModelProto) -> None:
+    """Remove the nodes and initializers that nothing reads any more."""
+    wanted = {output.name for output in model.graph.output}
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(model.graph.node):
+        if not wanted.isdisjoint(node.output):
+            wanted.update(node.input)
+            kept.append(node)
+    stored = [tensor for tensor in model.graph.initializer if tensor.name in wanted]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(reversed(kept))
+    model.graph.initializer.extend(stored)
+
+
+class _Writer:
+    """One walk over a float graph that writes the QDQ graph node by node."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        ranges: Mapping[str, Range],
+        placement: Placement,
+        weight_limit: int,
+    ) -> None:
+        self._model, self._placement, self._weight_limit = model, placement, weight_limit
+        self._stored, self._made_by = initializers(model), producers(model)
+        self._integer = computes_in_integers(model)
+        self._relus = _fused_relus(model, self._integer)
+        self._only_integers = {self._result(n) for n in model.graph.node if n.name in self._integer}
+        self._ranges = dict(ranges)
+        self._rounded = self._tensors_to_round()
+        self._scales: dict[str, np.float32] = {}
+        self._nodes: list[onnx.NodeProto] = []
+        self._tensors: list[onnx.TensorProto] = []
+
+    def written(self) -> onnx.ModelProto:
+        """Return the QDQ graph."""
+        if NOISY in self._rounded:
+            self._write_pair(NOISY)
+        for original in self._model.graph.node:
+            node = onnx.NodeProto()
+            node.CopyFrom(original)
+            for index, name in enumerate(original.input):
+                if name in self._rounded and self._reads_rounded(original, name):
+                    node.input[index] = f"{name}_dequantized"
+            if original.op_type == "Conv" and original.name in self._integer:
+                self._write_weights(original, node)
+            self._nodes.append(node)
+            for name in original.output:
+                if name in self._rounded:
+                    self._write_pair(name)
+        model = onnx.ModelProto()
+        model.CopyFrom(self._model)
+        del model.graph.node[:], model.graph.value_info[:]
+        model.graph.node.extend(self._nodes)
+        model.graph.initializer.extend(self._tensors)
+        drop_unread(model)
+        return model
+
+    def _result(self, node: onnx.NodeProto) -> str:
+        """Return the tensor that an integer operator gives, behind the ReLU that is fused with it."""
+        return self._relus.get(str(node.output[0]), str(node.output[0]))
+
+    def _tensors_to_round(self) -> frozenset[str]:
+        rounded: set[str] = set()
+        for node in self._model.graph.node:
+            if node.name not in self._integer:
+                continue
+            if node.op_type == "Conv":
+                rounded.add(node.input[0])
+            elif self._placement.results:
+                rounded.update(node.input)
+            if self._placement.results:
+                rounded.add(self._result(node))
+        rounded.discard(DENOISED)
+        for node in self._model.graph.node:
+            # What only moves values must not change their scale, or the engine computes it in float.
+            if node.op_type in _MOVES and rounded.issuperset((node.input[0], node.output[0])):
+                self._ranges[node.output[0]] = self._ranges[node.input[0]]
+        return frozenset(rounded - self._stored.keys())
+
+    def _reads_rounded(self, node: onnx.NodeProto, name: str) -> bool:
+        if node.name in self._integer or (node.op_type in _MOVES and node.output[0] in self._rounded):
+            return True
+        return self._placement.results and name in self._only_integers
+
+    def _write_pair(self, name: str) -> None:
+        scale, zero = _grid(self._ranges[name], self._placement)
+        self._scales[name] = scale
+        kind = np.uint8 if self._placement.activations == "uint8" else np.int8
+        parameters = [f"{name}_scale", f"{name}_zero_point"]
+        self._store(parameters[0], np.array(scale, np.float32))
+        self._store(parameters[1], np.array(zero, kind))
+        self._nodes += [
+            helper.make_node(_PAIR[0], [name, *parameters], [f"{name}_quantized"], f"{name}_Q"),
+            helper.make_node(_PAIR[1], [f"{name}_quantized", *parameters], [f"{name}_dequantized"], f"{name}_DQ"),
+        ]
+
+    def _write_weights(self, original: onnx.NodeProto, node: onnx.NodeProto) -> None:
+        """Let a convolution read integers that stand for its weights, and for its bias where the engine wants it."""
+        limit, name = self._weight_limit, original.input[1]
+        weights = numpy_helper.to_array(self._stored[name]).astype(np.float32)
+        scales = np.maximum(np.abs(weights).max(axis=(1, 2, 3)) / limit, _LEAST_SCALE).astype(np.float32)
+        integers = np.clip(np.rint(weights / scales[:, None, None, None]), -limit, limit).astype(np.int8)
+        node.input[1] = self._write_constant(name, integers, scales)
+        if self._placement.integer_biases and len(original.input) > 2:
+            name = original.input[2]
+            units = self._scales[original.input[0]] * scales
+            bias = numpy_helper.to_array(self._stored[name]) / np.maximum(units, _LEAST_UNIT).astype(np.float64)
+            rounded = np.clip(np.rint(bias), -_INT32_MAX, _INT32_MAX).astype(np.int32)
+            node.input[2] = self._write_constant(name, rounded, units)
+
+    def _write_constant(
+        self, name: str, integers: NDArray[np.int8] | NDArray[np.int32], scales: NDArray[np.float32]
+    ) -> str:
+        """Store integers with one scale for each of axis 0; return the name of what they stand for."""
+        parts = [f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"]
+        self._store(parts[0], integers)
+        self._store(parts[1], scales)
+        self._store(parts[2], np.zeros(len(scales), integers.dtype))
+        self._nodes.append(helper.make_node(_PAIR[1], parts, [f"{name}_dequantized"], f"{name}_DQ", axis=0))
+        return f"{name}_dequantized"
+
+    def _store(self, name: str, values: NDArray[np.generic]) -> None:
+        self._tensors.append(numpy_helper.from_array(values, name))
+
+
+def _grid(values: Range, placement: Placement) -> tuple[np.float32, int]:
+    """Return the scale and the zero point of 8 bits over a range; zero is always on the grid."""
+    low, high = min(values[0], 0.0), max(values[1], 0.0)
+    if placement.symmetric:
+        return np.float32(max(-low, high, _LEAST_SCALE) / 127), 0
+    scale = max((high - low) / 255, _LEAST_SCALE)
+    zero = min(max(round(-low / scale), 0), 255)
+    return np.float32(scale), zero - (128 if placement.activations == "int8" else 0)
+
+
+def _fused_relus(model: onnx.ModelProto, integer: frozenset[str]) -> dict[str, str]:
+    """Return output of an integer operator -> output of the ReLU that alone reads it."""
+    made_by, readers = producers(model), consumers(model)
+    found = {}
+    for node in model.graph.node:
+        source = made_by.get(node.input[0]) if node.op_type == "Relu" else None
+        if source is not None and source.name in integer and len(readers[node.input[0]]) == 1:
+            found[node.input[0]] = node.output[0]
+    return found
+
+
+def _gates(model: onnx.ModelProto) -> set[str]:
+    """Return the tensors that are computed from global means alone: the inside of channel attention."""
+    stored, reached = initializers(model), set[str]()
+    for node in model.graph.node:
+        inputs = [name for name in node.input if name and name not in stored]
+        if node.op_type in _MEANS or (inputs and reached.issuperset(inputs)):
+            reached.update(node.output)
+    return reached
+
+
+def _float_constant(
+    model: onnx.ModelProto, dequantize: onnx.NodeProto, originals: Mapping[str, onnx.TensorProto]
+) -> str:
+    """Return the name of a float initializer, added to the graph, for a dequantized constant."""
+    name = str(dequantize.output[0]).removesuffix("_dequantized")
+    stored = initializers(model)
+    if name in stored:
+        return name
+    if name in originals:
+        model.graph.initializer.append(originals[name])
+        return name
+    integers, scales = (numpy_helper.to_array(stored[i]) for i in dequantize.input[:2])
+    values = integers.astype(np.float32) * scales.reshape(-1, *(1,) * (integers.ndim - 1))
+    model.graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), name))
+    return name
+
+
+def _integer_nodes(model: onnx.ModelProto, made_by: Mapping[str, onnx.NodeProto]) -> frozenset[str]:
+    """Return the convolutions and additions all of whose operands are dequantized integers."""
+    return frozenset(
+        n.name
+        for n in model.graph.node
+        if n.op_type in ("Conv", "Add")
+        and all(name in made_by and made_by[name].op_type == _PAIR[1] for name in n.input[:2])
+    )
+
+
+def _before_pair(name: str, made_by: Mapping[str, onnx.NodeProto]) -> str | None:
+    """Return the tensor that a QDQ pair ending in `name` rounds; None where there is no such pair."""
+    dequantize = made_by.get(name)
+    if dequantize is None or dequantize.op_type != _PAIR[1]:
+        return None
+    quantize = made_by.get(dequantize.input[0])
+    return quantize.input[0] if quantize is not None and quantize.op_type == _PAIR[0] else None
+
+
+def _is_integer(node: onnx.NodeProto | None, integer: frozenset[str], made_by: Mapping[str, onnx.NodeProto]) -> bool:
+    """Return whether a node, or the node before its ReLU, is one that engines compute in integers."""
+    if node is not None and node.op_type == "Relu":
+        node = made_by.get(node.input[0])
+    return node is not None and node.name in integer
+
+
+def _is_rounded(name: str, model: onnx.ModelProto) -> bool:
+    return any(n.op_type == _PAIR[0] and n.input[0] == name for n in model.graph.node)

@@ -1,0 +1,184 @@
+"""float graph -> INT8 graph for an engine, within the recipe's budget: calibrate, place, train, roll back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+
+from edgekit.compress import budget, export, placement, qat, quantize
+from edgekit.compress.budget import Judge, Kept
+from edgekit.compress.placement import Placement
+from edgekit.compress.quantize import Prepared
+from edgekit.compress.ranges import Calibration
+from edgekit.data.sets import PictureSet
+from edgekit.errors import UnsupportedError
+from edgekit.files import sha256
+from edgekit.graph import checks
+from edgekit.pipeline import pictures
+from edgekit.recipe import Noise, Quantization, Recipe, int8_drop_db
+from edgekit.run import Run
+from edgekit.target import Engine
+from edgekit.training.loop import Moment
+
+log = logging.getLogger(__name__)
+FILE, EQUALIZED = "student.int8.onnx", "equalized.fp32.onnx"
+PLACEMENTS: Mapping[Engine, str] = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tvm": "arm"}
+_SIGMAS = (15.0, 25.0, 50.0)
+_MOST_PICTURES = 16
+_MOSTLY_INTEGER_PERMILLE = 950
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A float graph to quantize. name: Of the model, which decides its budget. stride: Of its input's sides."""
+
+    name: str
+    fp32: Path
+    stride: int
+
+
+def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> Path:
+    """Return the INT8 graph for an engine; makes the stage `quantize/<placement>` of an open run.
+
+    Raises:
+        InputError: The graph is quantized already or has NaN weights, or the calibration pictures are too few, constant
+            or not finite.
+        LimitError: The budget cannot be kept.
+        UnsupportedError: Dynamic INT8 for an engine that has none, or an engine without INT8.
+    """
+    if engine not in PLACEMENTS:
+        raise UnsupportedError(f"edgekit has no INT8 for the engine '{engine}'", remedy="set the target's precision")
+    settings = recipe.quantization
+    if settings.mode == "dynamic" and engine != "onnxruntime":
+        raise UnsupportedError(
+            f"dynamic INT8 is ONNX Runtime's alone, not the engine's '{engine}'",
+            remedy="set quantization.mode=static",
+        )
+
+    def work(out: Path) -> Mapping[str, object]:
+        if settings.mode == "dynamic":
+            quantize.quantize_dynamic(student.fp32, out / FILE)
+            return {}
+        return _static(opened, recipe, student, placement.PLACEMENTS[PLACEMENTS[engine]], out)
+
+    held_out = pictures.held_out(recipe.data)
+    stage = opened.stage(
+        f"quantize/{PLACEMENTS[engine]}",
+        number=6,
+        inputs={"simplified": sha256(student.fp32)} | {p.name: p.sha256 for p in held_out},
+        settings=asdict(settings)
+        | {
+            "noise": asdict(recipe.noise),
+            "int8_drop_db": int8_drop_db(recipe.budgets, student.name),
+            "saturates": settings.reduce_range == "auto" and quantize.saturates(),
+        },
+        code=("compress", "data", "graph", "measure/quality", "pipeline/pictures", "pipeline/int8"),
+        packages=("onnxruntime", "onnx", "numpy", *(("torch",) if settings.qat.steps else ())),
+        work=work,
+    )
+    return opened.file(stage, FILE)
+
+
+def levels(noise: Noise) -> tuple[float, ...]:
+    """Return the noise levels that a loss is measured at, on the scale of 0 to 255."""
+    low, high = noise.train
+    return tuple(sorted({s for s in (*_SIGMAS, noise.evaluate) if low <= s <= high} or {noise.evaluate}))
+
+
+def judge_of(recipe: Recipe, fp32: Path, stride: int) -> Judge:
+    """Return what measures the loss of INT8 graphs: up to 16 held-out pictures at the noise levels of `levels`."""
+    found = pictures.held_out(recipe.data)
+    chosen = found.pictures[:: -(-len(found) // _MOST_PICTURES)]
+    return Judge(checks.load_onnx(fp32), [p.pixels for p in chosen], levels(recipe.noise), stride)
+
+
+def calibration(recipe: Recipe, stride: int) -> Calibration:
+    """Return the noisy pictures that ranges are taken from, their noise levels spread over the recipe's."""
+    return pictures.noisy_samples(
+        pictures.held_out(recipe.data), recipe.noise, count=recipe.quantization.calibration_pictures, stride=stride
+    )
+
+
+def _static(opened: Run, recipe: Recipe, student: Student, where: Placement, out: Path) -> Mapping[str, object]:
+    settings = recipe.quantization
+    prepared = quantize.prepare(student.fp32, calibration(recipe, student.stride), settings)
+    export.write(prepared.model, out / EQUALIZED)
+    judge, limit = judge_of(recipe, student.fp32, student.stride), int8_drop_db(recipe.budgets, student.name)
+    graph = _placed(prepared, where, settings)
+    before = judge.loss(graph)
+    trained = bool(settings.qat.steps) and before.mean_mdb > 1000 * limit
+    if trained:
+        log.info("INT8 loses %.3f dB of %g: training it with its rounding", before.mean_mdb / 1000, limit)
+        graph = _train(opened, recipe, _ends_in_float(graph, prepared, where), out)
+    kept = budget.keep(graph, prepared.model, where, judge, limit, trained=trained, say=log.info)
+    report = quantize.written(kept.model, prepared, student.fp32, out / FILE)
+    return _facts(before, kept, trained) | {
+        "integer_nodes": report.integer_nodes,
+        "float_nodes": report.float_nodes,
+        "integer_macs_permille": report.integer_macs_permille,
+        "agreement_millidb": report.agreement_millidb,
+        "weight_bits": prepared.weight_limit.bit_length() + 1,
+    }
+
+
+def _placed(prepared: Prepared, where: Placement, settings: Quantization) -> onnx.ModelProto:
+    whole = placement.place(prepared.model, prepared.ranges, where, weight_limit=prepared.weight_limit)
+    kept = quantize.kept_float(prepared.model, frozenset[str](settings.keep_float))
+    return placement.release(whole, kept, where, prepared.model) if kept else whole
+
+
+def _ends_in_float(graph: onnx.ModelProto, prepared: Prepared, where: Placement) -> onnx.ModelProto:
+    """Return the graph with its first and last convolutions in float where they are a small part of the arithmetic.
+
+    They cost no time in float (docs/int8.md), and what they round no training brings back.
+    """
+    ends = quantize.kept_float(prepared.model, frozenset({"head", "tail"}))
+    released = placement.release(graph, ends, where, prepared.model)
+    enough = where.floats and budget.integer_macs_permille(released) >= _MOSTLY_INTEGER_PERMILLE
+    return released if enough else graph
+
+
+def _facts(before: budget.Loss, kept: Kept, trained: bool) -> dict[str, object]:
+    return {
+        "loss_before_mdb": before.mean_mdb,
+        "loss_mdb": kept.loss.mean_mdb,
+        "worst_loss_mdb": kept.loss.worst_mdb,
+        "trained": trained,
+        "released": kept.released,
+    }
+
+
+def _train(opened: Run, recipe: Recipe, graph: onnx.ModelProto, out: Path) -> onnx.ModelProto:
+    """Return the graph after training with its rounding; an interrupted training goes on from its checkpoint."""
+    export.write(graph, out / "untrained.int8.onnx")
+    checkpoints = opened.root / f"qat-{sha256(out / 'untrained.int8.onnx')[:12]}"
+    checkpoints.mkdir(exist_ok=True)
+    shown = pictures.load(recipe.data)
+    qat.finetune(
+        qdq=out / "untrained.int8.onnx",
+        fp32=out / EQUALIZED,
+        pictures=_pixels(shown.train),
+        held_out=_pixels(shown.held_out),
+        sigma=recipe.noise.train,
+        settings=recipe.quantization.qat,
+        out=out / "trained.int8.onnx",
+        folder=checkpoints,
+        report=_log_every(100),
+    )
+    return checks.load_onnx(out / "trained.int8.onnx")
+
+
+def _pixels(found: PictureSet) -> list[budget.Picture]:
+    return [p.pixels for p in found]
+
+
+def _log_every(steps: int) -> Callable[[Moment], None]:
+    def report(moment: Moment) -> None:
+        if moment.step % steps == 0 or moment.step == moment.steps:
+            log.info("step %d of %d, loss %.3g", moment.step, moment.steps, moment.loss)
+
+    return report

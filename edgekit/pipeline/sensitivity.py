@@ -1,0 +1,51 @@
+"""A student's sensitivity table: quantize it whole for an engine, and measure each layer's dB and time."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from edgekit.backends import DOORS, load
+from edgekit.compress import export, placement, quantize, sensitivity
+from edgekit.compress.sensitivity import Table
+from edgekit.graph import checks
+from edgekit.pipeline import int8
+from edgekit.recipe import Recipe
+
+_SIDE = 256
+_RUNS = 10
+
+
+def table(
+    fp32: Path, recipe: Recipe, engine: Literal["onnxruntime", "openvino"], *, stride: int = 8, pictures: int = 4
+) -> Table:
+    """Return what each layer of a student costs in INT8: dB on held-out pictures, time in the engine on this machine.
+
+    Args:
+        fp32: The fused, simplified float graph, as a run's `05-simplify/student.fp32.onnx`.
+        recipe: Pictures, noise and calibration.
+        engine: Whose placement is looked at, and which is timed on one thread with 256x256 pixels.
+        stride: Of the graph's input.
+        pictures: How many held-out pictures the layers are measured on.
+
+    Raises:
+        ToolMissingError: The engine is not installed. InputError: As `quantize.quantize_static`.
+    """
+    load(engine)
+    name = int8.PLACEMENTS[engine]
+    where, prepared = (
+        placement.PLACEMENTS[name],
+        quantize.prepare(fp32, int8.calibration(recipe, stride), recipe.quantization),
+    )
+    quantized = placement.place(prepared.model, prepared.ranges, where, weight_limit=prepared.weight_limit)
+    channels = checks.interface(prepared.model, fp32).channels
+    noisy = np.random.default_rng(0).random((1, channels, _SIDE, _SIDE), dtype=np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        export.write(quantized, Path(folder, "int8.onnx"))
+        times = importlib.import_module(DOORS[engine]).node_times_us(Path(folder, "int8.onnx"), noisy, runs=_RUNS)
+    judge = int8.judge_of(recipe, fp32, stride)
+    return sensitivity.sensitivity(quantized, prepared.model, (name, where), judge, times_us=times, pictures=pictures)

@@ -1,0 +1,210 @@
+import dataclasses
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import numpy_helper
+
+from edgekit import models
+from edgekit.compress import quantize
+from edgekit.compress.equalize import equalize
+from edgekit.compress.export import export_onnx
+from edgekit.compress.placement import PLACEMENTS, place, release
+from edgekit.compress.ranges import observe
+from edgekit.compress.simplify import simplify
+from edgekit.errors import InputError
+from edgekit.graph import checks, walk
+from edgekit.graph.reference import Reference, agreement_db, probe, relative_change, session_options
+from edgekit.measure import host
+from edgekit.pipeline import networks
+from edgekit.recipe import Quantization
+
+SIGMA = 25 / 255
+PICTURES = [(probe(48, 64, 1, seed=i), SIGMA) for i in range(8)]
+SETTINGS = Quantization(calibration_pictures=8)
+
+
+def exported(net, folder):
+    path = export_onnx(net.eval(), channels=1, takes_sigma=net.takes_sigma, stride=net.stride, out=folder / "a.onnx")
+    return simplify(path, folder / "simple.onnx")
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    return exported(networks.shipped("nano").net, tmp_path_factory.mktemp("nano"))
+
+
+@pytest.fixture(scope="module")
+def prepared(nano):
+    return quantize.prepare(nano, PICTURES, SETTINGS)
+
+
+def placed(prepared, name: str) -> onnx.ModelProto:
+    return place(prepared.model, prepared.ranges, PLACEMENTS[name])
+
+
+def rounded(model: onnx.ModelProto) -> set[str]:
+    return {n.input[0] for n in model.graph.node if n.op_type == "QuantizeLinear"}
+
+
+def optimized(model: onnx.ModelProto, path) -> onnx.ModelProto:
+    options = session_options(1)
+    options.optimized_model_filepath = str(path)
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnx.load(path)
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_every_placement_is_a_valid_graph_close_to_the_float_one(prepared, name):
+    model = placed(prepared, name)
+    onnx.checker.check_model(model, full_check=True)
+    assert walk.float_convolutions(model) == ()
+    before, after = Reference(prepared.model), Reference(model)
+    assert min(agreement_db(after(n, s), before(n, s)) for n, s in PICTURES[:3]) > 40
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_activations_have_the_type_and_the_zero_point_that_the_engine_wants(prepared, name):
+    model, where = placed(prepared, name), PLACEMENTS[name]
+    stored = walk.initializers(model)
+    zeros = [numpy_helper.to_array(stored[n.input[2]]) for n in model.graph.node if n.op_type == "QuantizeLinear"]
+    assert {z.dtype.name for z in zeros} == {where.activations}
+    assert {z.shape for z in zeros} == {()}
+    assert (not any(z.any() for z in zeros)) == where.symmetric
+    kinds = {numpy_helper.to_array(stored[n]).dtype.name for n in walk.initializers(model) if "bias_quantized" in n}
+    assert kinds == ({"int32"} if where.integer_biases else set())
+
+
+def test_openvino_rounds_only_what_convolutions_read(prepared):
+    model = placed(prepared, "openvino")
+    read = {n.input[0] for n in prepared.model.graph.node if n.op_type == "Conv"}
+    assert rounded(model) == read
+
+
+def test_onnxruntime_leaves_no_pair_between_its_integer_operators(prepared, tmp_path):
+    model = optimized(placed(prepared, "onnxruntime"), tmp_path / "optimized.onnx")
+    counts = checks.op_counts(model)
+    convolutions = sum(n.op_type == "Conv" for n in prepared.model.graph.node)
+    additions = sum(n.op_type == "Add" for n in prepared.model.graph.node)
+    assert sum(n.op_type == "QLinearConv" for n in model.graph.node) == convolutions
+    # All additions but that of the noise level; the picture, the head's and the tail's output are where floats begin
+    # and end.
+    assert counts["com.microsoft::QLinearAdd"] == additions - 1
+    assert counts["QuantizeLinear"] == 2
+    assert counts["DequantizeLinear"] == 2
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_everything_released_is_the_float_graph(prepared, name):
+    names = [n.name for n in prepared.model.graph.node]
+    model = release(placed(prepared, name), names, PLACEMENTS[name], prepared.model)
+    assert not checks.is_quantized(model)
+    noisy = probe(48, 64, 1, seed=20)
+    assert relative_change(Reference(model)(noisy, SIGMA), Reference(prepared.model)(noisy, SIGMA)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_released_convolution_has_its_float_weights_or_what_the_integers_stand_for(prepared, name):
+    quantized = placed(prepared, name)
+    tail = walk.last_convolutions(prepared.model, checks.DENOISED)
+    original = numpy_helper.to_array(walk.initializers(prepared.model)["tail.weight"])
+    step = np.abs(original).max(axis=(1, 2, 3), keepdims=True) / 127
+    for source, exact in ((prepared.model, True), (None, False)):
+        model = release(quantized, tail, PLACEMENTS[name], source)
+        assert walk.float_convolutions(model) == tail
+        values = numpy_helper.to_array(walk.initializers(model)["tail.weight"])
+        assert np.array_equal(values, original) == exact
+        assert (np.abs(values - original) <= step * 0.5001).all()
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_float_additions_lose_less(prepared, name):
+    quantized = placed(prepared, name)
+    additions = [n.name for n in prepared.model.graph.node if n.op_type == "Add"]
+    before = Reference(prepared.model)
+    far, near = (
+        np.mean([agreement_db(Reference(m)(n, s), before(n, s)) for n, s in PICTURES[:3]])
+        for m in (quantized, release(quantized, additions, PLACEMENTS[name], prepared.model))
+    )
+    assert near > far + 1
+
+
+def test_channel_attention_and_the_noise_level_stay_in_float(tmp_path):
+    fp32 = exported(models.create("nano", {"activation": "hardswish", "se": True}), tmp_path)
+    made = quantize.prepare(fp32, PICTURES, SETTINGS)
+    model = place(made.model, made.ranges, PLACEMENTS["openvino"])
+    gates = {n.name for n in made.model.graph.node if n.op_type == "Conv" and "attention" in n.name}
+    assert gates
+    assert set(walk.float_convolutions(model)) == gates
+    level = next(n for n in model.graph.node if n.name == "/level/Add")
+    assert not any("dequantized" in name for name in level.input)
+
+
+def test_equalizing_keeps_the_function_and_brings_the_channels_together(nano):
+    model = checks.load_onnx(nano)
+    before = observe(model, PICTURES, "minmax")
+    equal = equalize(model, before.peaks)
+    noisy = probe(64, 48, 1, seed=30)
+    assert relative_change(Reference(equal)(noisy, SIGMA), Reference(model)(noisy, SIGMA)) < 1e-4
+    after = observe(equal, PICTURES, "minmax")
+
+    def spread(peaks) -> float:
+        inner = [p for name, p in peaks.items() if "depthwise" in name or "expand" in name]
+        return float(np.mean([np.log(p.max() / np.median(p)) for p in inner]))
+
+    assert spread(after.peaks) < 0.8 * spread(before.peaks)
+
+
+def test_equalizing_brings_int8_closer_to_the_float_graph(nano, tmp_path):
+    agreements = [
+        quantize.quantize_static(
+            nano, PICTURES, tmp_path / "int8.onnx", dataclasses.replace(SETTINGS, equalize=equal)
+        ).agreement_millidb
+        for equal in (False, True)
+    ]
+    assert agreements[1] > agreements[0] + 300
+
+
+@pytest.mark.parametrize(
+    ("features", "architecture", "reduced"),
+    [
+        (("avx2",), "x86_64", True),
+        (("avx2", "avx512f"), "x86_64", True),
+        (("avx2", "avx512f", "avx512_vnni"), "x86_64", False),
+        (("avx2", "avx_vnni"), "x86_64", False),
+        (("asimd",), "aarch64", False),
+    ],
+    ids=["AVX2", "AVX-512", "VNNI", "AVX-VNNI", "ARM"],
+)
+def test_processors_whose_sums_saturate_get_weights_of_seven_bits(
+    nano, tmp_path, monkeypatch, features, architecture, reduced
+):
+    machine = dataclasses.replace(
+        host.describe(packages=()), architecture=architecture, cpu=host.Cpu(model="", features=features)
+    )
+    monkeypatch.setattr(host, "describe", lambda packages=(): machine)
+    quantize.quantize_static(nano, PICTURES, tmp_path / "int8.onnx", SETTINGS)
+    stored = walk.initializers(checks.load_onnx(tmp_path / "int8.onnx"))
+    largest = max(np.abs(numpy_helper.to_array(t).astype(int)).max() for t in stored.values() if t.data_type == 3)
+    assert largest == (63 if reduced else 127)
+
+
+@pytest.mark.parametrize(("asked", "largest"), [("always", 63), ("never", 127)])
+def test_the_range_of_weights_can_be_forced(nano, tmp_path, asked, largest):
+    settings = dataclasses.replace(SETTINGS, reduce_range=asked)
+    assert quantize.prepare(nano, PICTURES, settings).weight_limit == largest
+
+
+def test_dynamic_int8_denoises_and_is_not_quantized_again(nano, tmp_path):
+    path = quantize.quantize_dynamic(nano, tmp_path / "dynamic.onnx")
+    counts = checks.op_counts(checks.load_onnx(path))
+    assert counts["ConvInteger"] == sum(n.op_type == "Conv" for n in checks.load_onnx(nano).graph.node)
+    noisy = probe(48, 64, 1, seed=40)
+    assert (
+        agreement_db(Reference(checks.load_onnx(path))(noisy, SIGMA), Reference(checks.load_onnx(nano))(noisy, SIGMA))
+        > 25
+    )
+    assert path.read_bytes() == quantize.quantize_dynamic(nano, tmp_path / "again.onnx").read_bytes()
+    with pytest.raises(InputError, match="quantized already"):
+        quantize.quantize_dynamic(path, tmp_path / "twice.onnx")

@@ -1,0 +1,113 @@
+import json
+
+import numpy as np
+import pytest
+
+from edgekit.compress import budget, placement, quantize, sensitivity
+from edgekit.compress.export import export_onnx
+from edgekit.compress.simplify import simplify
+from edgekit.errors import EdgekitError, LimitError
+from edgekit.graph import checks, walk
+from edgekit.graph.reference import probe
+from edgekit.pipeline import networks
+from edgekit.recipe import Budgets, Quantization, int8_drop_db
+
+SIGMA = 25 / 255
+SETTINGS = Quantization(calibration_pictures=8)
+
+
+def clean(seed: int) -> np.ndarray:
+    """Return smooth waves, the hardest of pictures: rounding has no noise of the network's own to hide in."""
+    y, x = np.mgrid[0:48, 0:64]
+    return (128 + 60 * np.sin(x / (5 + seed)) + 50 * np.cos(y / 9 - seed))[None].astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nano")
+    net = networks.shipped("nano").net
+    traced = export_onnx(net, channels=1, takes_sigma=True, stride=8, out=folder / "traced.onnx")
+    fp32 = simplify(traced, folder / "simple.onnx")
+    return quantize.prepare(fp32, [(probe(48, 64, 1, seed=i), SIGMA) for i in range(8)], SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def judge(prepared):
+    return budget.Judge(prepared.model, [clean(i) for i in range(3)], (15.0, 50.0), 8)
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def graph(request, prepared):
+    where = placement.PLACEMENTS[request.param]
+    return where, placement.place(prepared.model, prepared.ranges, where)
+
+
+def keep(prepared, judge, graph, limit: float) -> budget.Kept:
+    where, quantized = graph
+    return budget.keep(quantized, prepared.model, where, judge, limit, say=lambda line: None)
+
+
+def test_a_graph_within_its_budget_stays_as_it_is(prepared, judge, graph):
+    kept = keep(prepared, judge, graph, 50.0)
+    assert kept.released == ()
+    assert kept.model is graph[1]
+
+
+def test_what_is_rolled_back_is_float_in_the_graph_and_the_budget_holds(prepared, judge, graph):
+    before = judge.loss(graph[1])
+    limit = before.mean_mdb / 1500
+    kept = keep(prepared, judge, graph, limit)
+    assert kept.released
+    assert judge.loss(kept.model) == kept.loss
+    assert kept.loss.mean_mdb <= 1000 * limit < before.mean_mdb
+    convolutions = {n.name for n in prepared.model.graph.node if n.op_type == "Conv"}
+    in_float = set(walk.float_convolutions(kept.model))
+    assert in_float == convolutions & set(kept.released)
+    stored = {t.name for t in kept.model.graph.initializer}
+    for node in kept.model.graph.node:
+        if node.name in in_float:
+            assert {node.input[1], node.input[2]} <= stored, "its weights are the float graph's"
+    assert checks.is_quantized(kept.model)
+
+
+def test_a_budget_that_cannot_be_kept_exits_with_3_and_says_what_was_reached(prepared, judge, graph):
+    with pytest.raises(LimitError, match=r"0 may be lost; that is the best reached, .* % of the arithmetic") as error:
+        keep(prepared, judge, graph, 0.0)
+    assert isinstance(error.value, EdgekitError)
+    assert error.value.exit_code == 3
+
+
+def test_arm_has_no_float_to_go_back_to(prepared, judge):
+    where = placement.PLACEMENTS["arm"]
+    with pytest.raises(LimitError, match="no single layers in float"):
+        keep(prepared, judge, (where, placement.place(prepared.model, prepared.ranges, where)), 0.0)
+
+
+def test_the_loss_is_that_of_the_pictures(prepared, judge):
+    assert judge.loss(prepared.model) == budget.Loss(mean_mdb=0, worst_mdb=0)
+    assert judge.distance_udb(prepared.model, 2) == 0
+
+
+def test_the_table_names_every_layer_and_the_trunk_leads_it(prepared, judge, tmp_path):
+    where = placement.PLACEMENTS["openvino"]
+    quantized = placement.place(prepared.model, prepared.ranges, where)
+    times = {n.name: 100 for n in prepared.model.graph.node if n.op_type == "Conv"}
+    table = sensitivity.sensitivity(quantized, prepared.model, ("openvino", where), judge, times_us=times, pictures=1)
+    convolutions = [n.name for n in prepared.model.graph.node if n.op_type == "Conv"]
+    assert set(convolutions) <= {row.layer for row in table.rows}
+    assert sum(row.macs_permille for row in table.rows) == pytest.approx(1000, abs=20)
+    assert {row.time_us for row in table.rows} == {100, None}
+    assert all(row.alone_udb > 0 for row in table.rows if row.layer in convolutions)
+    assert table.rows[0].layer == "additions at 1/2"
+    pytest.importorskip("matplotlib")
+    json_file, page, plot = sensitivity.write(table, tmp_path / "out", "nano")
+    assert json.loads(json_file.read_text())["rows"][0]["layer"] == table.rows[0].layer
+    assert all(f"| {row.layer} |" in page.read_text() for row in table.rows)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "limit"), [("nano", None, 0.08), ("small", None, 0.08), ("base", None, 0.05), ("nano", 0.2, 0.2)]
+)
+def test_the_budget_is_the_models_own_unless_the_recipe_has_one(model, given, limit):
+    assert int8_drop_db(Budgets(int8_drop_db=given), model) == limit
