@@ -29,7 +29,7 @@ MACOS_FEATURES = {
     "hw.optional.arm.FEAT_SME": "sme",
     "hw.optional.avx2_0": "avx2",
 }
-PACKAGES = ("numpy", "onnx", "onnxruntime", "openvino", "nncf", "torch", "apache-tvm", "coremltools", "scikit-image")
+PACKAGES = ("numpy", "onnx", "onnxruntime", "openvino", "torch", "apache-tvm", "coremltools", "scikit-image")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Return what edgekit needs and whether it is here; engines are looked up, not imported."""
-    versions = run.versions(("torch", "onnxruntime", "openvino", "nncf", "apache-tvm", "apache-tvm-ffi", "coremltools"))
+    versions = run.versions(("torch", "onnxruntime", "openvino", "apache-tvm", "apache-tvm-ffi", "coremltools"))
     gpu = host.gpu()
     machine = host.describe()
     findings = [
