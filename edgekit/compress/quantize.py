@@ -159,8 +159,8 @@ def written(quantized: onnx.ModelProto, prepared: Prepared, fp32: Path, out: Pat
 def quantize_dynamic(fp32: Path, out: Path) -> Path:
     """Return `out`, now the graph with int8 weights whose activations are quantized picture by picture as it runs.
 
-    Finding the ranges while it runs costs more than the integers save: measured 1.5 to 2.1 times slower than float for
-    networks of convolutions (docs/int8.md). It is there to be compared with.
+    Finding the ranges while it runs costs more than the integers save: docs/int8.md has the measurement. It is
+    there to be compared with.
 
     Raises:
         InputError: The graph is quantized already, or has NaN in its weights.
