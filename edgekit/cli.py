@@ -20,7 +20,9 @@ from edgekit import __version__
 from edgekit.errors import INTERRUPTED, EdgekitError, InputError
 
 if TYPE_CHECKING:
+    from edgekit.pipeline.bench import Measurement
     from edgekit.pipeline.comparison import Comparison, Written
+    from edgekit.pipeline.compile import Compiled
     from edgekit.pipeline.distill import Distilled
     from edgekit.report import Report
     from edgekit.training.loop import Moment
@@ -205,8 +207,7 @@ def compile_(
     from edgekit.pipeline import compile as compiling
 
     result = compiling.compile_model(model, wanted, weights=weights, folder=output, overwrite=overwrite)
-    lines = "\n".join(f"{name}: {path}" for name, path in result.bundles.items())
-    _emit(result, as_json, lambda: click.echo(lines))
+    _emit(result, as_json, lambda: _print_compiled(result))
 
 
 @cli.command()
@@ -348,6 +349,80 @@ def baseline(model: str, seconds: float, output: Path | None, as_json: bool) -> 
         click.echo(path)
 
     _emit(record, as_json, show)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--device",
+    required=True,
+    metavar="DEVICE",
+    help="local, qemu:CPU, adb:SERIAL (adb alone where one is connected), or ssh:HOST.",
+)
+@click.option("--runs", default=20, show_default=True, type=click.IntRange(1), help="Timed runs, at least.")
+@click.option("--seconds", default=10, show_default=True, type=click.IntRange(0, 3600), help="Time for the timed runs.")
+@click.option(
+    "--side",
+    default=1024,
+    show_default=True,
+    type=click.IntRange(1, 16384),
+    help="Of the square picture whose tiles are timed together.",
+)
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 64), help="That work on that picture.")
+@click.option(
+    "--without",
+    multiple=True,
+    metavar="FEATURE",
+    help="Hide a feature of the processor from the library, as asimddp; it then takes a lesser variant.",
+)
+@click.option("--no-instructions", is_flag=True, help="Do not count instructions on an emulated core.")
+@click.option(
+    "--timeout", default=3600, show_default=True, type=click.IntRange(1), help="Seconds that the device may take."
+)
+@_output_option("Record of the measurement, as results/devices/<model>-<device>.json.")
+@_json_option
+def bench(
+    bundle: Path,
+    device: str,
+    runs: int,
+    seconds: int,
+    side: int,
+    threads: int,
+    without: tuple[str, ...],
+    no_instructions: bool,
+    timeout: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Time a bundle's artifact on the device that it is for, and judge its pictures; see docs/devices.md.
+
+    Emulated time is not a latency: on an emulated core the instructions are counted.
+
+    \b
+    edgekit bench runs/nano/bundles/android-arm64 --device adb -o results/devices/nano-pixel7.json
+    edgekit bench runs/nano/bundles/android-arm64 --device qemu:cortex-a76
+    edgekit bench runs/nano/bundles/linux-arm64 --device ssh:pi@raspberrypi
+    """
+    from edgekit.pipeline import bench as benching
+    from edgekit.pipeline import verify as verifying
+
+    paths = verifying.bundles_of(bundle)
+    if len(paths) > 1:
+        names = ", ".join(str(path) for path in paths)
+        raise InputError(f"{bundle}: has {len(paths)} bundles", remedy=f"name one: {names}")
+    settings = benching.Settings(
+        runs=runs,
+        seconds=seconds,
+        side=side,
+        threads=threads,
+        without=without,
+        count_instructions=not no_instructions,
+        timeout_s=timeout,
+    )
+    measured = benching.bench(paths[0], device, settings=settings)
+    if output is not None:
+        benching.write(measured, output)
+    _emit(measured.as_json(), as_json, lambda: _print_measurement(measured, output))
 
 
 @cli.command()
@@ -707,6 +782,13 @@ def _print_distilled(result: Distilled) -> None:
     print_distilled(result)
 
 
+def _print_compiled(result: Compiled) -> None:
+    for name, path in result.bundles.items():
+        click.echo(f"{name}: {path}")
+        if found := result.audits.get(name):
+            click.echo("".join(f"  {line}\n" for line in found.lines()), nl=False)
+
+
 def _print_reports(reports: Sequence[Report]) -> None:
     from edgekit.display import print_report
 
@@ -718,6 +800,12 @@ def _print_comparison(found: Comparison, written: Written) -> None:
     from edgekit.display import print_comparison
 
     print_comparison(found, written)
+
+
+def _print_measurement(measured: Measurement, written: Path | None) -> None:
+    from edgekit.display import print_measurement
+
+    print_measurement(measured, written)
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

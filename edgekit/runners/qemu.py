@@ -9,10 +9,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from edgekit.errors import IncompleteError, InputError, ToolMissingError
-from edgekit.runners import Completed
+from edgekit.errors import InputError, ToolMissingError
+from edgekit.runners import Completed, Kind, Level
+from edgekit.runners.facts import Facts
+from edgekit.runners.folder import Folder
+from edgekit.runners.local import run_here
 
 PROGRAMS = ("qemu-aarch64-static", "qemu-aarch64")
 
@@ -27,11 +31,30 @@ class Qemu:
 
     program: str
     cpu: str
+    folder: Folder = field(default_factory=Folder)
+
+    @property
+    def kind(self) -> Kind:
+        """`qemu`."""
+        return "qemu"
 
     @property
     def label(self) -> str:
         """Name of the place for reports, as "qemu cortex-a76"."""
         return f"qemu {self.cpu}"
+
+    @property
+    def level(self) -> Level:
+        """`emulated`."""
+        return "emulated"
+
+    def push(self, file: Path) -> str:
+        """Copy a file into the folder; return its path. Programs may read any other file of this machine as well."""
+        return self.folder.push(file)
+
+    def path(self, name: str) -> str:
+        """Return the path of a file in the folder."""
+        return self.folder.path(name)
 
     def run(self, argv: Sequence[str], stdin: bytes = b"", *, timeout_s: float = 600.0) -> Completed:
         """Run a program to its end with `stdin` as its input.
@@ -39,17 +62,32 @@ class Qemu:
         Raises:
             IncompleteError: It did not end within the time.
         """
-        try:
-            done = subprocess.run(
-                [self.program, "-cpu", self.cpu, *argv],
-                input=stdin,
-                capture_output=True,
-                timeout=timeout_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise IncompleteError(f"{argv[0]} on {self.label} did not end within {timeout_s:g} s") from error
-        return Completed(code=done.returncode, stdout=done.stdout, stderr=done.stderr)
+        command = [self.program, "-cpu", self.cpu, *argv]
+        return run_here(command, stdin, name=argv[0], label=self.label, timeout_s=timeout_s)
+
+    def pull(self, name: str, to: Path) -> None:
+        """Copy a file of the folder to `to`, whole or not at all."""
+        self.folder.pull(name, to)
+
+    def facts(self) -> Facts:
+        """Return what is emulated; the features are what a program asks the emulated kernel for."""
+        return Facts(
+            model=f"QEMU {version()}",
+            soc="",
+            cpu=self.cpu,
+            machine="aarch64",
+            system="Linux, user-mode emulation",
+            kernel="",
+            api_level=None,
+            features=(),
+            cores=(),
+            temperature_mc=None,
+            emulated=True,
+        )
+
+    def close(self) -> None:
+        """Remove the folder."""
+        self.folder.close()
 
 
 def find(cpu: str) -> Qemu:
