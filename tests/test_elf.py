@@ -111,7 +111,7 @@ def test_a_library_that_android_has_may_be_needed(linked: Callable[..., Path]) -
 
 def test_a_library_that_android_does_not_have_is_refused(linked: Callable[..., Path]) -> None:
     dependency = linked("plain", "-soname", "libtvm_runtime.so", file="libtvm_runtime.so")
-    with pytest.raises(UnsupportedError, match=r"needs libtvm_runtime\.so, which Android does not have"):
+    with pytest.raises(UnsupportedError, match=r"needs libtvm_runtime\.so, which the system does not have"):
         elf.check(linked("counter", "--no-as-needed", str(dependency)))
 
 

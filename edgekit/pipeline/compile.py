@@ -24,6 +24,7 @@ from edgekit.errors import InputError, ToolMissingError, UnsupportedError
 from edgekit.files import sha256
 from edgekit.graph import checks, cost
 from edgekit.graph.receptive_field import receptive_field
+from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import int8, networks, pages, pictures
 from edgekit.pipeline.networks import Network
 from edgekit.recipe import Model, Quantization, Recipe, int8_drop_db
@@ -108,7 +109,7 @@ def compile_model(
     if what.endswith(".onnx"):
         return _compile_onnx(Path(what), targets, folder, overwrite)
     network = networks.from_class(what, weights) if ":" in what else networks.shipped(what)
-    recipe = _default_recipe(network.name, network.net.channels)
+    recipe = default_recipe(network.name, network.net.channels)
     identity = {"recipe": asdict(recipe), "compiles": {"model": what, "sha256": network.sha256}}
     with run.open_run(folder or run.RUNS / network.name, identity, overwrite=overwrite) as opened:
         if network.model:
@@ -135,7 +136,7 @@ def compile_student(opened: Run, recipe: Recipe, network: Network, targets: Sequ
 def _compile_onnx(path: Path, targets: Sequence[Target], folder: Path | None, overwrite: bool) -> Compiled:
     interface = checks.interface(checks.load_onnx(path), path)
     name = path.stem.replace(".", "_").replace("-", "_")
-    recipe = _default_recipe(name, interface.channels)
+    recipe = default_recipe(name, interface.channels)
     identity = {"recipe": asdict(recipe), "compiles": {"model": path.name, "sha256": sha256(path)}}
     with run.open_run(folder or run.RUNS / name, identity, overwrite=overwrite) as opened:
         first = Link(kind="onnx", sha256=sha256(path), made_from=None)
@@ -432,7 +433,23 @@ def _manifest(
     )
 
 
-def _default_recipe(name: str, channels: int) -> Recipe:
+def float_graph(net: Denoiser, folder: Path) -> Path:
+    """Return the file of the fused and simplified float graph of a network, written into `folder`.
+
+    Raises:
+        UnsupportedError: The network cannot be exported.
+    """
+    raw = export.export_onnx(
+        fuse.fuse(net, *networks.example(net)),
+        channels=net.channels,
+        takes_sigma=net.takes_sigma,
+        stride=net.stride,
+        out=folder / "raw.onnx",
+    )
+    return simplify.simplify(raw, folder / "float.onnx")
+
+
+def default_recipe(name: str, channels: int) -> Recipe:
     """Return the settings for a MODEL that no recipe made."""
     from edgekit.recipe import Data
 

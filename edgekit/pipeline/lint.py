@@ -9,12 +9,12 @@ from pathlib import Path
 import onnx
 
 from edgekit import models, zoo
-from edgekit.compress import export, fuse, simplify
 from edgekit.errors import InputError
 from edgekit.graph import checks
 from edgekit.graph import lint as rules
 from edgekit.graph.lint import Finding
 from edgekit.models.denoiser import Denoiser
+from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import networks
 from edgekit.target import Target
 
@@ -66,13 +66,5 @@ def _network(what: str, options: Mapping[str, models.Option], weights: Path | No
 
 
 def _exported(net: Denoiser) -> onnx.ModelProto:
-    noisy, sigma = networks.example(net)
     with tempfile.TemporaryDirectory() as folder:
-        raw = export.export_onnx(
-            fuse.fuse(net, noisy, sigma),
-            channels=net.channels,
-            takes_sigma=net.takes_sigma,
-            stride=net.stride,
-            out=Path(folder, "raw.onnx"),
-        )
-        return checks.load_onnx(simplify.simplify(raw, Path(folder, "float.onnx")))
+        return checks.load_onnx(compiling.float_graph(net, Path(folder)))

@@ -13,11 +13,33 @@ from edgekit.backends import DOORS, load
 from edgekit.compress import export, placement, quantize, sensitivity
 from edgekit.compress.sensitivity import Table
 from edgekit.graph import checks
-from edgekit.pipeline import int8
+from edgekit.pipeline import compile as compiling
+from edgekit.pipeline import int8, networks
 from edgekit.recipe import Recipe
 
 _SIDE = 256
 _RUNS = 10
+
+
+def of_model(
+    what: str, engine: Literal["onnxruntime", "openvino"], *, weights: Path | None = None
+) -> tuple[str, Table]:
+    """Return the name and the table of a shipped model, a run folder, an ONNX file or a torch class, with defaults.
+
+    Raises:
+        InputError: Nothing of that name. Else as `table`.
+    """
+    if what.endswith(".onnx"):
+        channels = checks.interface(checks.load_onnx(Path(what)), Path(what)).channels
+        return Path(what).stem, table(Path(what), compiling.default_recipe(Path(what).stem, channels), engine)
+    if Path(what).is_dir():
+        network = networks.from_run(Path(what))
+    else:
+        network = networks.from_class(what, weights) if ":" in what else networks.shipped(what)
+    with tempfile.TemporaryDirectory() as folder:
+        fp32 = compiling.float_graph(network.net, Path(folder))
+        recipe = compiling.default_recipe(network.name, network.net.channels)
+        return network.name, table(fp32, recipe, engine, stride=network.net.stride)
 
 
 def table(

@@ -1,13 +1,13 @@
-"""The way from a float32 ONNX graph to a shared library that an Android app loads."""
+"""The way from an ONNX graph to a shared library that an app loads."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -15,14 +15,17 @@ from pathlib import Path
 
 import edgekit
 from edgekit.backends import Built, Source
-from edgekit.backends.tvm import driver, elf, link
+from edgekit.backends.tvm import driver, elf, link, processor
+from edgekit.backends.tvm import library as library_files
 from edgekit.backends.tvm.driver import Interface
-from edgekit.backends.tvm.kernels import compile_kernels, fuse, target_of
-from edgekit.backends.tvm.program import Layout, Step, lay_out, steps_of
+from edgekit.backends.tvm.link import System
+from edgekit.backends.tvm.variants import Variant, compile_float, compile_integer
 from edgekit.errors import EdgekitError, ToolMissingError, UnsupportedError
+from edgekit.graph.checks import load_onnx
+from edgekit.graph.receptive_field import receptive_field
+from edgekit.report import Audit
 from edgekit.target import Isa, Target
 
-ABI = "arm64-v8a"
 PIN = "apache-tvm==0.27.0.post1 apache-tvm-ffi==0.1.14.post0"
 # With apache-tvm-ffi 0.1.15, which apache-tvm's own requirement admits, this dies by SIGSEGV.
 _PROBE = """
@@ -36,45 +39,77 @@ log = logging.getLogger(__name__)
 
 
 def build(source: Source, target: Target, out: Path) -> Built:
-    """Compile a model into `out`: a shared library, its C header and a CMake file.
+    """Compile a model into `out`: a shared and a static library, a C header, and what other languages need.
 
-    The library is byte for byte the same for the same model, target and versions.
+    The library is byte for byte the same for the same model, target and versions. In int8 it holds a variant for
+    processors with the dot product instructions and one for those without, and chooses when it is called.
 
     Raises:
-        UnsupportedError: INT8, a target without a fixed tile or instruction set, or an operator without a kernel.
+        UnsupportedError: A target without a fixed tile or instruction set, an operator without a kernel, or (int8) one
+            that is not quantized.
         ToolMissingError: The installed TVM does not work with the installed apache-tvm-ffi, or zig is not installed.
     """
     isa, tile = _settings(source, target)
+    system = link.system_of(isa)
     _probe()
     with tempfile.TemporaryDirectory(prefix="edgekit-tvm-") as folder:
         work = Path(folder)
-        log.info("%s: compiling kernels for %s, tile %s", source.name, isa.triple, tile)
-        program = _compile(source, isa, tile, work / "kernels.o")
-        log.info("%s: linking %d kernels", source.name, len(program.kernels))
-        interface = _interface(source, isa, tile, program)
-        sources = driver.generate(program.steps, program.layout, interface)
-        library = _link(sources, interface, isa, work)
-        elf.check(library, link.android_api(isa))
-        _check_stateless(library)
-        files = _deliver(library, sources, interface, out)
+        log.info("%s: compiling %s kernels for %s, tile %s", source.name, target.precision, isa.triple, tile)
+        compile_variants = compile_integer if target.precision == "int8" else compile_float
+        variants = compile_variants(source, isa, tile.height, tile.width, work)
+        where = driver.places(variants)
+        interface = _interface(source, target, isa, tile, variants, where)
+        sources = driver.generate(variants, where, interface)
+        log.info("%s: linking %d kernels", source.name, sum(len(variant.kernels) for variant in variants))
+        library, static = _link(sources, interface, variants, system, work)
+        _check(library, isa, system)
+        program = library_files.link_denoiser(static, sources, interface, system, work) if system.api is None else None
+        files = library_files.deliver(library, static, program, sources, interface, system, out)
+        facts: dict[str, int | str] = {
+            "tile": str(tile),
+            "halo_px": interface.halo,
+            "channels": source.channels,
+            "kernel_count": sum(len(variant.kernels) for variant in variants),
+            "arena_bytes": where.arena_bytes,
+            "weights_bytes": len(where.weights),
+            "stack_bytes": interface.stack_bytes,
+            "so_bytes": (out / files["artifact"]).stat().st_size,
+            "variants": " ".join(variant.name for variant in variants),
+        }
+    if account := _account(variants):
+        facts["integer_macs_permille"] = account.integer_macs_permille
     versions = {name: metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
     return Built(
         files=files,
-        precision="float32",
+        precision=target.precision,
         tools=versions | link.tools(),
-        facts={
-            "tile": str(tile),
-            "channels": source.channels,
-            "kernel_count": len(program.kernels),
-            "arena_bytes": program.layout.arena_bytes,
-            "weights_bytes": len(program.layout.weights),
-            "stack_bytes": program.stack_bytes,
-            "so_bytes": (out / files["artifact"]).stat().st_size,
-        },
+        facts=facts,
         notes=(
             f"Compiled for {isa.triple}, {isa.cpu} with {', '.join(isa.features) or 'no extra features'}.",
-            "It computes in float32: this engine has no integer kernels yet.",
+            *_notes(variants),
+            *((f"It takes no picture larger than a tile: {interface.tile_only}",) if interface.tile_only else ()),
         ),
+        audit=account,
+    )
+
+
+def _account(variants: Sequence[Variant]) -> Audit | None:
+    """Return how much of the multiply-accumulates the machine code does in integers, of the variant with the least."""
+    if not any(variant.macs for variant in variants):
+        return None
+    return Audit(
+        integer_macs_permille=min(1000 * variant.integer_macs // variant.macs for variant in variants),
+        how=f"the machine code of its kernels for {' and '.join(variant.name for variant in variants)}",
+    )
+
+
+def _notes(variants: Sequence[Variant]) -> tuple[str, ...]:
+    if not any(variant.macs for variant in variants):
+        return ("It computes in float32.",)
+    names = " and ".join(variant.name for variant in variants)
+    return (
+        f"Integer kernels for {names}; the first that the processor can run is chosen at each call.",
+        "In float32: the picture's way onto its grid, and the last subtraction.",
     )
 
 
@@ -87,35 +122,11 @@ class _Tile:
         return f"{self.width}x{self.height}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Program:
-    """A compiled network: names of its kernels, their calls, the places of its tensors, and the stack that it takes."""
-
-    kernels: tuple[str, ...]
-    steps: tuple[Step, ...]
-    layout: Layout
-    stack_bytes: int
-
-
-def _compile(source: Source, isa: Isa, tile: _Tile, kernels_o: Path) -> _Program:
-    """Write the network's kernels to an object file; returns how they are called."""
-    machine = target_of(isa)
-    shapes = {"noisy": (1, source.channels, tile.height, tile.width)}
-    if source.takes_sigma:
-        shapes["sigma"] = (1, 1, 1, 1)
-    module = fuse(source.fp32_onnx, shapes, machine)
-    steps = steps_of(module)
-    kernels = tuple(sorted({step.kernel for step in steps}))
-    stack_bytes = compile_kernels(module, kernels, machine, kernels_o)
-    return _Program(kernels=kernels, steps=steps, layout=lay_out(steps), stack_bytes=stack_bytes)
-
-
 def _settings(source: Source, target: Target) -> tuple[Isa, _Tile]:
     """Return the instruction set and the tile, or say which of the target's settings this engine cannot do."""
-    if target.precision != "float32":
+    if target.precision == "float16":
         raise UnsupportedError(
-            f"target '{target.name}': the engine 'tvm' has no {target.precision} kernels yet",
-            remedy="use precision: float32",
+            f"target '{target.name}': the engine 'tvm' has no float16 kernels", remedy="use precision: int8 or float32"
         )
     if target.isa is None:
         raise UnsupportedError(f"target '{target.name}' has no 'isa'", remedy="set isa.triple and isa.cpu")
@@ -140,30 +151,51 @@ def _probe() -> None:
         )
 
 
-def _interface(source: Source, isa: Isa, tile: _Tile, program: _Program) -> Interface:
-    weights_hash = hashlib.sha256(program.layout.weights).hexdigest()[:16]
+def _interface(
+    source: Source, target: Target, isa: Isa, tile: _Tile, variants: Sequence[Variant], where: driver.Places
+) -> Interface:
+    halo, tile_only = _halo(source, tile)
+    weights_hash = hashlib.sha256(where.weights).hexdigest()[:16]
     return Interface(
         model=source.name,
         channels=source.channels,
         height=tile.height,
         width=tile.width,
         takes_sigma=source.takes_sigma,
+        halo=halo,
+        tile_only=tile_only,
+        stride=source.stride,
+        # Variants that are chosen only where the processor has their features need none of it.
+        needs=processor.needs(isa, [] if variants[-1].requires else variants[-1].features),
         triple=isa.triple,
-        stack_bytes=program.stack_bytes,
-        version=f"{source.name} float32 {tile}, weights {weights_hash}, edgekit {edgekit.__version__}",
+        stack_bytes=max(variant.stack_bytes for variant in variants),
+        version=f"{source.name} {target.precision} {tile}, weights {weights_hash}, edgekit {edgekit.__version__}",
     )
 
 
-def _link(sources: driver.Sources, interface: Interface, isa: Isa, work: Path) -> Path:
-    """Return the library, linked in the folder `work` from the kernels there and the driver's code."""
-    (work / "weights.bin").write_bytes(sources.weights)
-    (work / interface.header).write_text(sources.header, encoding="utf-8")
-    (work / "library.c").write_text(sources.code, encoding="utf-8")
-    shutil.copyfile(driver.C_FOLDER / "memory.c", work / "memory.c")
-    _check_imports(work / "kernels.o")
-    code = [link.compile_c(work / name, link.android(isa)) for name in ("library.c", "memory.c")]
-    link.link_library([*code, work / "kernels.o"], interface.symbols, work / interface.library)
-    return work / interface.library
+def _halo(source: Source, tile: _Tile) -> tuple[int, str]:
+    """Return the halo in pixels, and why the library takes no picture larger than a tile; empty where it does."""
+    try:
+        halo = receptive_field(load_onnx(source.fp32_onnx)).aligned(source.stride)
+    except UnsupportedError as error:
+        return max(tile.height, tile.width), str(error)
+    inside = min(tile.height, tile.width) > 2 * halo
+    return halo, "" if inside else f"nothing of the tile {tile} lies inside its halo of {halo} px"
+
+
+def _link(
+    sources: driver.Sources, interface: Interface, variants: Sequence[Variant], system: System, work: Path
+) -> tuple[Path, Path]:
+    """Return the shared and the static library, linked in the folder `work` from the kernels there and C."""
+    library_files.write_sources(sources, interface, work)
+    kernels = [variant.object_file for variant in variants]
+    for path in kernels:
+        _check_imports(path)
+    code = library_files.compile_sources(work, system.zig)
+    needs = [link.link_stub(name, sorted(driver.ASKED), system, work) for name in system.libc]
+    memory = link.compile_c(work / "memory.c", system.zig)
+    link.link_library([*code, memory, *kernels], interface.symbols, work / interface.library, needs=needs)
+    return work / interface.library, library_files.archive([*code, *kernels], interface, work)
 
 
 def _check_imports(kernels: Path) -> None:
@@ -175,21 +207,14 @@ def _check_imports(kernels: Path) -> None:
         )
 
 
+def _check(library: Path, isa: Isa, system: System) -> None:
+    """Check what was linked: that the system's loader takes it, and that it keeps no state."""
+    if isa.triple.startswith("aarch64-"):
+        api = system.api if system.api is not None else elf.RELR_API
+        elf.check(library, api, imports=driver.ASKED, libraries=elf.BIONIC if system.api else frozenset(system.libc))
+    _check_stateless(library)
+
+
 def _check_stateless(library: Path) -> None:
     if size := elf.mutable_bytes(library):
         raise EdgekitError(f"{library.name} keeps {size} bytes of state between calls, so it is not reentrant")
-
-
-def _deliver(library: Path, sources: driver.Sources, interface: Interface, out: Path) -> dict[str, str]:
-    """Write the finished files into `out`; returns role -> path in it."""
-    files = {
-        "artifact": f"jniLibs/{ABI}/{interface.library}",
-        "header": f"include/{interface.header}",
-        "cmake": f"cmake/edgekit_{interface.model}.cmake",
-    }
-    for path in files.values():
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(library, out / files["artifact"])
-    (out / files["header"]).write_text(sources.header, encoding="utf-8")
-    (out / files["cmake"]).write_text(sources.cmake, encoding="utf-8")
-    return files

@@ -27,20 +27,23 @@ _WRITABLE = 2
 _TEXTREL_FLAG = 4
 
 
-def check(path: Path, api: int = 24, *, imports: frozenset[str] = frozenset()) -> None:
+def check(
+    path: Path, api: int = 24, *, imports: frozenset[str] = frozenset(), libraries: frozenset[str] = BIONIC
+) -> None:
     """Check that a library loads on every 64-bit ARM phone of that API level or later.
 
     Args:
         path: The shared library, under the name that it ships with.
         api: The lowest API level that it is for.
-        imports: Undefined symbols that are known to be exported by bionic.
+        imports: Undefined symbols that are known to be exported by the system's libraries.
+        libraries: What it may need.
 
     Raises:
         IntegrityError: Not a whole ELF file (exit code 6).
         UnsupportedError: What the loader or Google Play would refuse, all of it in one message (exit code 4).
     """
     with _opened(path) as file:
-        problems = [*_header(file), *_segments(file, api), *_dynamic(file, path.name, api, imports)]
+        problems = [*_header(file), *_segments(file, api), *_dynamic(file, path.name, api, imports, libraries)]
     if problems:
         raise UnsupportedError(f"{path.name}: {'; '.join(problems)}")
 
@@ -100,7 +103,7 @@ def _load(header: Container) -> Iterator[str]:
         yield f"{where} is writable and executable"
 
 
-def _dynamic(file: ELFFile, name: str, api: int, imports: frozenset[str]) -> Iterator[str]:
+def _dynamic(file: ELFFile, name: str, api: int, imports: frozenset[str], libraries: frozenset[str]) -> Iterator[str]:
     dynamic = next(iter(file.iter_segments("PT_DYNAMIC")), None)
     if not isinstance(dynamic, DynamicSegment):
         yield "has no dynamic section"
@@ -110,8 +113,8 @@ def _dynamic(file: ELFFile, name: str, api: int, imports: frozenset[str]) -> Ite
     if soname != name:
         yield f"has the SONAME {soname!r}, expected '{name}'"
     needed = {tag.needed for tag in dynamic.iter_tags("DT_NEEDED")}
-    if foreign := sorted(needed - BIONIC):
-        yield f"needs {', '.join(foreign)}, which Android does not have"
+    if foreign := sorted(needed - libraries):
+        yield f"needs {', '.join(foreign)}, which the system does not have"
     if "DT_TEXTREL" in tags or ("DT_FLAGS" in tags and tags["DT_FLAGS"].entry.d_val & _TEXTREL_FLAG):
         yield "has text relocations"
     if "DT_RELR" in tags and api < RELR_API:

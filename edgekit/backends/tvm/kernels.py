@@ -30,16 +30,12 @@ _ALLOCA = re.compile(r"= alloca \[(\d+) x (?:<(\d+) x (\w+)>|(\w+))\]")
 _ELEMENT_BYTES = {"float": 4, "double": 8, "i8": 1, "i32": 4, "i64": 8}
 
 
-def target_of(isa: Isa) -> tvm.target.Target:
-    """Return TVM's target for 64-bit ARM.
-
-    Raises:
-        UnsupportedError: Another instruction set; the schedules are made for NEON's four lanes.
-    """
-    if not isa.triple.startswith("aarch64-"):
-        raise UnsupportedError(f"isa.triple '{isa.triple}' is not supported", remedy="the engine 'tvm' takes aarch64-*")
-    settings = {"kind": "llvm", "mtriple": isa.triple, "mcpu": isa.cpu, "mattr": list(isa.features), "num-cores": 1}
-    return tvm.target.Target(settings)
+def target_of(isa: Isa, *more_features: str) -> tvm.target.Target:
+    """Return TVM's target for an instruction set, with more features than it names if asked for."""
+    features = [*isa.features, *more_features]
+    return tvm.target.Target(
+        {"kind": "llvm", "mtriple": isa.triple, "mcpu": isa.cpu, "mattr": features, "num-cores": 1}
+    )
 
 
 def fuse(path: Path, shapes: Mapping[str, tuple[int, ...]], target: tvm.target.Target) -> tvm.IRModule:
@@ -76,8 +72,22 @@ def compile_kernels(
     bound = tirx.transform.BindTarget(target.with_host(target))(tvm.IRModule(scheduled))
     with target:
         lowered = tvm.transform.Sequential(_lowering())(bound)
-        bare = tvm.IRModule({variable: _with_bare_pointers(f) for variable, f in lowered.functions.items()})
-        machine_code = codegen_build(tirx.transform.LowerIntrin()(bare), target)
+    bare = {variable.name_hint: _with_bare_pointers(f) for variable, f in lowered.functions.items()}
+    return assemble(bare, target, path)
+
+
+def assemble(functions: Mapping[str, tirx.PrimFunc], target: tvm.target.Target, path: Path) -> int:
+    """Write the machine code of functions that have bare pointers and final loops to the object file `path`.
+
+    Returns:
+        The most bytes of stack that one of them takes for its arrays.
+
+    Raises:
+        UnsupportedError: One wants too much stack; the message names it.
+    """
+    bound = tirx.transform.BindTarget(target.with_host(target))(tvm.IRModule(dict(functions)))
+    with target:
+        machine_code = codegen_build(tirx.transform.LowerIntrin()(bound), target)
     stack = stack_bytes(machine_code.inspect_source("ll"))
     for name, size in stack.items():
         if size > MOST_STACK_BYTES:

@@ -91,13 +91,15 @@ def steps_of(module: tvm.IRModule) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def lay_out(steps: Sequence[Step]) -> Layout:
+def lay_out(steps: Sequence[Step], stored: Sequence[Step] = ()) -> Layout:
     """Return a place for every tensor, results that live at the same time apart from each other.
+
+    `stored` names the steps whose constants are stored, where that is more than `steps`.
 
     Greedy by size, as in Pisarchyk and Lee, "Efficient memory management for deep neural net inference" (2020): the
     largest result first, each at the lowest offset that no result alive at the same time occupies.
     """
-    weight_offsets, weights = _weights(steps)
+    weight_offsets, weights = _weights(stored or steps)
     last_read = {step.writes.step: step.writes.step for step in steps}
     for number, step in enumerate(steps):
         last_read.update({tensor.step: number for tensor in step.reads if isinstance(tensor, Result)})

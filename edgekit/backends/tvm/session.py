@@ -1,10 +1,15 @@
-"""The shared library of a bundle, run under emulation by a small host program that loads it as Android would."""
+"""The shared library of a bundle as a function of a picture: loaded into this process, or run under emulation.
+
+Under emulation a small host program loads it as Android would.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
 import math
+import platform
 import re
 import shutil
 import struct
@@ -20,6 +25,7 @@ import numpy as np
 
 from edgekit.backends import Built
 from edgekit.backends.tvm import driver, link
+from edgekit.backends.tvm.program import ALIGNMENT
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
 from edgekit.runners import Runner, qemu
 from edgekit.target import Target
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
 _LIBRARY = re.compile(r"lib(edgekit_\w+)\.so")
 _REQUEST = struct.Struct("<If")
 _REPLY = struct.Struct("<iI")
+_POINTER = ctypes.c_void_p
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +134,45 @@ class EmulatedSession:
         return answer.denoised
 
 
+class NativeSession:
+    """The library, loaded into this process, as a function of a picture."""
+
+    level: Literal["native", "emulated", "reference"] = "native"
+
+    def __init__(self, library: Path, built: Built) -> None:
+        prefix, self._shape = _interface(library, built)
+        self._name = library.name
+        try:
+            loaded = ctypes.CDLL(str(library.resolve()))
+        except OSError as error:
+            raise IntegrityError(f"{library.name} does not load: {error}") from error
+        self._denoise = getattr(loaded, f"{prefix}_tile_f32")
+        self._denoise.argtypes = (_POINTER, ctypes.c_float, _POINTER, _POINTER, ctypes.c_size_t)
+        self._error_text = getattr(loaded, f"{prefix}_error_text")
+        self._error_text.restype = ctypes.c_char_p
+        workspace_size = getattr(loaded, f"{prefix}_tile_workspace_size")
+        workspace_size.restype = ctypes.c_size_t
+        self._workspace_bytes = int(workspace_size())
+        memory = np.zeros(self._workspace_bytes + ALIGNMENT, np.uint8)
+        self._workspace = memory[-memory.ctypes.data % ALIGNMENT :]
+
+    def __call__(self, noisy: Array, sigma: float) -> Array:
+        """Return the denoised picture, shaped as `noisy` (1, c, h, w), which must be one tile.
+
+        Raises:
+            InputError: The picture is not of the tile's shape, or the library refuses sigma.
+        """
+        if noisy.shape != self._shape:
+            raise InputError(f"{self._name} takes a tile of shape {self._shape}, found {noisy.shape}")
+        given, denoised = np.ascontiguousarray(noisy, np.float32), np.empty(self._shape, np.float32)
+        pointers = (given.ctypes.data, sigma, denoised.ctypes.data, self._workspace.ctypes.data)
+        if code := self._denoise(*pointers, self._workspace_bytes):
+            raise InputError(f"{self._name} refuses the picture: {self._error_text(code).decode()}")
+        return denoised
+
+
 def open_session(bundle: Path, built: Built, target: Target, *, threads: int = 1) -> list[tuple[str, Session]]:
-    """Open the bundle's library under QEMU, once for each core of `target.runner.cpus`.
+    """Open the bundle's library: under QEMU, once for each core of `target.runner.cpus`, or in this process.
 
     Args:
         bundle: The folder that `built.files` is relative to.
@@ -137,27 +181,35 @@ def open_session(bundle: Path, built: Built, target: Target, *, threads: int = 1
         threads: Ignored, as the library runs in its caller's thread.
 
     Raises:
-        UnsupportedError: A runner other than qemu.
+        UnsupportedError: A runner that cannot run the target's code here.
         ToolMissingError: QEMU is not installed.
     """
-    if target.runner.kind != "qemu":
-        raise UnsupportedError(
-            f"target '{target.name}': runner '{target.runner.kind}' cannot run Android code here",
-            remedy="use runner.kind: qemu",
-        )
-    runners = [qemu.find(cpu) for cpu in target.runner.cpus]
-    folder = host_folder()
     library = bundle / built.files["artifact"]
-    return [(runner.label, EmulatedSession(open_host(library, built, runner, folder))) for runner in runners]
+    if target.runner.kind == "qemu":
+        runners = [qemu.find(cpu) for cpu in target.runner.cpus]
+        folder = host_folder()
+        return [(runner.label, EmulatedSession(open_host(library, built, runner, folder))) for runner in runners]
+    triple = target.isa.triple if target.isa is not None else ""
+    if target.runner.kind == "local" and triple.startswith(f"{platform.machine()}-linux-gnu"):
+        return [(f"tvm {triple}", NativeSession(library, built))]
+    raise UnsupportedError(
+        f"target '{target.name}': runner '{target.runner.kind}' cannot run code for '{triple}' here",
+        remedy="use runner.kind: qemu",
+    )
 
 
 def open_host(library: Path, built: Built, runner: Runner, folder: tempfile.TemporaryDirectory[str]) -> Host:
     """Return a host for the library of a bundle, run by `runner`."""
+    prefix, shape = _interface(library, built)
+    return Host(runner=runner, library=library.resolve(), prefix=prefix, shape=shape, folder=folder)
+
+
+def _interface(library: Path, built: Built) -> tuple[str, tuple[int, int, int, int]]:
+    """Return the prefix of a library's functions and the shape of the picture that it takes."""
     if (match := _LIBRARY.fullmatch(library.name)) is None or not library.is_file():
         raise IntegrityError(f"{library} is not a library that edgekit compiled")
     width, height = (int(size) for size in str(built.facts["tile"]).split("x"))
-    shape = (1, int(built.facts["channels"]), height, width)
-    return Host(runner=runner, library=library.resolve(), prefix=match[1], shape=shape, folder=folder)
+    return match[1], (1, int(built.facts["channels"]), height, width)
 
 
 @cache

@@ -125,27 +125,59 @@ static char *find(const struct library *library, const char *name)
     leave(3, "a function is missing\n");
 }
 
+static const uint64_t *auxiliary;
+
+/* The only function of libc that a library calls for one tile. */
+static unsigned long getauxval(unsigned long type)
+{
+    for (const uint64_t *entry = auxiliary; entry[0]; entry += 2)
+        if (entry[0] == type)
+            return entry[1];
+    return 0;
+}
+
+static void not_for_a_tile(void)
+{
+    leave(3, "it called a function of libc that one tile does not need\n");
+}
+
+static Elf64_Addr address(const struct library *library, const Elf64_Sym *symbol)
+{
+    if (symbol->st_shndx != SHN_UNDEF)
+        return (Elf64_Addr)library->base + symbol->st_value;
+    const char *name = library->names + symbol->st_name;
+    if (equal(name, "getauxval"))
+        return (Elf64_Addr)getauxval;
+    if (equal(name, "malloc") || equal(name, "free") || equal(name, "pthread_create") || equal(name, "pthread_join"))
+        return (Elf64_Addr)not_for_a_tile;
+    leave(3, "a symbol is undefined\n");
+}
+
 static void relocate(const struct library *library, const Elf64_Rela *entries, size_t bytes)
 {
     for (size_t i = 0; i < bytes / sizeof *entries; ++i) {
         const Elf64_Rela *entry = &entries[i];
         const Elf64_Sym *symbol = &library->symbols[ELF64_R_SYM(entry->r_info)];
-        Elf64_Addr value = (Elf64_Addr)library->base + (Elf64_Addr)entry->r_addend;
+        Elf64_Addr value = (Elf64_Addr)entry->r_addend;
         switch (ELF64_R_TYPE(entry->r_info)) {
         case R_AARCH64_ABS64:
         case R_AARCH64_GLOB_DAT:
         case R_AARCH64_JUMP_SLOT:
-            if (symbol->st_shndx == SHN_UNDEF)
-                leave(3, "a symbol is undefined\n");
-            value += symbol->st_value;
+            value += address(library, symbol);
             break;
         case R_AARCH64_RELATIVE:
+            value += (Elf64_Addr)library->base;
             break;
         default:
             leave(3, "a relocation is of an unknown type\n");
         }
         *(Elf64_Addr *)(library->base + entry->r_offset) = value;
     }
+}
+
+static int part_of_libc(const char *name)
+{
+    return equal(name, "libc.so") || equal(name, "libc.so.6") || equal(name, "libpthread.so.0");
 }
 
 static struct library load(const char *path)
@@ -176,12 +208,14 @@ static struct library load(const char *path)
         case DT_RELASZ: rela_bytes = d->d_un.d_val; break;
         case DT_JMPREL: jumps = (const Elf64_Rela *)at; break;
         case DT_PLTRELSZ: jump_bytes = d->d_un.d_val; break;
-        case DT_NEEDED: leave(3, "it needs another library\n");
         case DT_INIT_ARRAY: leave(3, "it has constructors\n");
         }
     }
     if (!library.symbols || !library.names || !library.gnu_hash)
         leave(3, "it has no symbols\n");
+    for (const Elf64_Dyn *d = dynamic; d && d->d_tag != DT_NULL; ++d)
+        if (d->d_tag == DT_NEEDED && !part_of_libc(library.names + d->d_un.d_val))
+            leave(3, "it needs another library\n");
     relocate(&library, rela, rela_bytes);
     relocate(&library, jumps, jump_bytes);
     for (int i = 0; i < header->e_phnum; ++i)
@@ -248,7 +282,10 @@ static int try(denoise_function *denoise, enum trial trial, const float *noisy, 
 
 static _Noreturn __attribute__((used)) void run(const long *stack)
 {
-    const char *const *arguments = (const char *const *)(stack + 1);
+    const char *const *arguments = (const char *const *)(stack + 1), *const *environment = arguments + stack[0] + 1;
+    while (*environment)
+        ++environment;
+    auxiliary = (const uint64_t *)(environment + 1);
     if (stack[0] != 4)
         leave(2, "usage: host LIBRARY SYMBOL_PREFIX FLOATS\n");
     size_t bytes = 0;
@@ -257,8 +294,8 @@ static _Noreturn __attribute__((used)) void run(const long *stack)
     bytes *= sizeof(float);
 
     struct library library = load(arguments[1]);
-    denoise_function *denoise = (denoise_function *)find_function(&library, arguments[2], "_denoise_f32");
-    size_t (*workspace_size)(void) = (size_t(*)(void))find_function(&library, arguments[2], "_workspace_size");
+    denoise_function *denoise = (denoise_function *)find_function(&library, arguments[2], "_tile_f32");
+    size_t (*workspace_size)(void) = (size_t(*)(void))find_function(&library, arguments[2], "_tile_workspace_size");
     const char *(*error_text)(int) = (const char *(*)(int))find_function(&library, arguments[2], "_error_text");
 
     size_t size = workspace_size();

@@ -1,0 +1,521 @@
+"""The integer kernels: loops over pixels and channels, written on top of a `Machine`.
+
+Feature maps lie as (row, column, channel) with a margin of zero points around them, so that a window at the border
+reads like any other: the kernel that writes a map also fills its margin. A dense window is a matrix product whose
+inner axis is, per row of the window, one run of bytes. A depthwise window takes four neighbours of a row at a time, so
+that the instruction that sums four products sums over the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from tvm import tirx
+
+from edgekit.backends.tvm.emitter import Buffer, Emitter, Expr, Index, intrinsic, load, shuffle
+from edgekit.backends.tvm.machine import Added, Constants, Machine
+
+QUAD = 4
+VECTOR_BYTES = 16
+_UNROLLED_QUADS = 24
+_LOOP_QUADS = 8
+_ROWS_PER_BAND = 8
+_PIXELS_PER_BLOCK = 16
+_MOST_VECTORS = 6
+_FLOAT = "float32"
+Place = tuple[Index, Index, Index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Map:
+    """Where a feature map lies: (height + 2 margin, width + 2 margin, channels) bytes and some to read beyond.
+
+    rest_bits: As in `integer.Feature`; the second plane, if any, follows the first.
+    """
+
+    height: int
+    width: int
+    channels: int
+    margin: int
+    rest_bits: int = 0
+
+    @property
+    def row(self) -> int:
+        """Bytes from one row to the next."""
+        return (self.width + 2 * self.margin) * self.channels
+
+    @property
+    def plane(self) -> int:
+        """Bytes of one plane. Vectors and groups of four pixels are read whole at the end too."""
+        return (self.height + 2 * self.margin) * self.row + QUAD * self.channels + VECTOR_BYTES
+
+    @property
+    def bytes(self) -> int:
+        """Size in memory."""
+        return self.plane * (2 if self.rest_bits else 1)
+
+    def index(self, y: Index, x: Index, channel: Index = 0) -> Index:
+        """Return the place of a value; row and column may lie in the margin."""
+        return (y + self.margin) * self.row + (x + self.margin) * self.channels + channel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """How sums are stored as a feature map; the parts of `integer.Convolution` that change the code."""
+
+    writes: Map
+    shuffle: int
+    residual: Map | None
+    fraction: int
+    low: int
+    left: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToPicture:
+    """How sums are stored as the picture; see `integer.Picture`."""
+
+    planes: int
+    height: int
+    width: int
+    block: int
+    places: tuple[tuple[int, int, int], ...]
+    subtract: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What a convolution reads for each pixel of (height, width)."""
+
+    reads: Map
+    rows: int
+    columns: int
+    stride: int
+    padding: int
+    height: int
+    width: int
+
+    def index(self, y: Index, x: Index, row: Index = 0, column: int = 0, channel: Index = 0) -> Index:
+        """Return the place of a value in the window of the pixel (y, x)."""
+        top, left = y * self.stride + (row - self.padding), x * self.stride + (column - self.padding)
+        return self.reads.index(top, left, channel)
+
+    @property
+    def run(self) -> int:
+        """Groups of four bytes in one row of a dense window."""
+        return self.columns * self.reads.channels // QUAD
+
+    @property
+    def groups(self) -> int:
+        """Groups of four pixels in one row of a depthwise window."""
+        return -(-self.columns // QUAD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """A convolution over all channels.
+
+    wide: Whether it reads both planes, with weights of 16 bits; those of the second follow the first's.
+    """
+
+    window: Window
+    channels: int
+    ends: Finish | ToPicture
+    wide: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depthwise:
+    """A convolution of each channel by itself."""
+
+    window: Window
+    ends: Finish
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromPicture:
+    """The picture on a grid; see `integer.Quantize`."""
+
+    planes: int
+    block: int
+    places: tuple[tuple[int, int, int], ...]
+    writes: Map
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """A bias with the noise level in it."""
+
+    channels: int
+
+
+Kernel = Dense | Depthwise | FromPicture | Level
+
+
+def write(kernel: Kernel, name: str, machine: Machine) -> tirx.PrimFunc:
+    """Return the code of a kernel; its parameters are in the order of `program`'s steps."""
+    if isinstance(kernel, Dense):
+        return _Dense(kernel, machine).function(name)
+    if isinstance(kernel, Depthwise):
+        return _Depthwise(kernel, machine).function(name)
+    return _from_picture(kernel, name, machine) if isinstance(kernel, FromPicture) else _level(kernel, name)
+
+
+def vectors_of(kernel: Dense, machine: Machine) -> int:
+    """Return how many vectors of output channels a dense kernel sums at a time."""
+    vectors = -(-kernel.channels // machine.lanes)
+    if isinstance(kernel.ends, ToPicture):
+        return vectors
+    if machine.vectors > 1:
+        return machine.vectors
+    # As many products as possible for each vector of weights and each group of activations that is loaded.
+    fitting = [n for n in range(1, _MOST_VECTORS + 1) if vectors % n == 0]
+    return min(fitting, key=lambda n: (1 / n + 1 / (machine.registers // n), -n))
+
+
+class _Ending:
+    """The end of a convolution: parameters, constants of a block of channels, and the stores."""
+
+    def __init__(self, e: Emitter, machine: Machine, ends: Finish | ToPicture, channels: int) -> None:
+        self._e, self._machine, self._ends = e, machine, ends
+        self._bias = e.parameter("bias", "int32", channels)
+        if isinstance(ends, ToPicture):
+            self._scale = e.parameter("scale", _FLOAT, channels)
+            size = ends.planes * ends.height * ends.width
+            if ends.subtract:
+                self._noisy = e.parameter("noisy", _FLOAT, size)
+            self._picture = e.parameter("denoised", _FLOAT, size)
+            return
+        self._shift = e.parameter("shift", "int32", channels)
+        if ends.left:
+            self._left = e.parameter("left", "int32", channels)
+        self._multiplier = e.parameter("multiplier", "int16", channels)
+        if ends.residual is not None:
+            self._added = e.parameter("added", machine.activation, ends.residual.bytes)
+            self._times = e.parameter("times", "int16", VECTOR_BYTES)
+        outside = _outside(e, machine, ends.writes) if ends.writes.margin else None
+        self._written = e.parameter("written", machine.activation, ends.writes.bytes)
+        if outside is not None:
+            fill_margin(e, ends.writes, outside, self._written)
+
+    def bias(self, channel: Index, vector: int) -> Expr:
+        """Return the bias of one vector of channels."""
+        return self._e.let(load(self._bias, channel + vector * self._machine.lanes, self._machine.lanes))
+
+    def constants(self, channel: Index, vectors: int) -> list[Constants]:
+        """Return what the channels of a block need at the end, per `Machine.vectors`; to be asked for before a loop."""
+        ends, lanes, together = self._ends, self._machine.lanes, self._machine.vectors
+        if isinstance(ends, ToPicture):
+            return []
+        made = []
+        for first in range(0, vectors, together):
+            at = [channel + (first + vector) * lanes for vector in range(together)]
+            made.append(
+                Constants(
+                    shift=[self._e.let(load(self._shift, index, lanes)) for index in at],
+                    left=[self._e.let(load(self._left, index, lanes)) for index in at] if ends.left else None,
+                    multiplier=self._e.let(load(self._multiplier, at[0], together * lanes)),
+                    residual=self._e.let(load(self._times, 0, together * lanes)) if ends.residual else None,
+                    fraction=ends.fraction,
+                    low=ends.low,
+                    keeps_rest=ends.writes.rest_bits > 0,
+                )
+            )
+        return made
+
+    def store(self, totals: list[Expr], constants: list[Constants], y: Index, x: Index, place: Place) -> None:
+        """Store the sums of one pixel; `place` is the row and column in a shuffled square, and the first channel."""
+        if isinstance(self._ends, ToPicture):
+            self._store_picture(totals, y, x)
+            return
+        row, column, channel = place
+        factor, lanes, together = self._ends.shuffle, self._machine.lanes, self._machine.vectors
+        for number, settings in enumerate(constants):
+            first = number * together
+            at = (y * factor + row, x * factor + column, channel + first * lanes)
+            index, writes = self._ends.writes.index(*at), self._ends.writes
+            added = self._residual(at, self._ends.residual) if self._ends.residual is not None else None
+            value, rest = self._machine.finish(self._e, totals[first : first + together], settings, added)
+            self._e.store(self._written, index, value)
+            if rest is not None:
+                self._e.store(self._written, index + writes.plane, rest)
+
+    def _residual(self, at: Place, area: Map) -> Added:
+        whole = area.index(*at)
+        rest = whole + area.plane if area.rest_bits else None
+        return Added(buffer=self._added, whole=whole, rest=rest, rest_bits=area.rest_bits)
+
+    def _store_picture(self, totals: list[Expr], y: Index, x: Index) -> None:
+        ends, lanes = self._ends, self._machine.lanes
+        assert isinstance(ends, ToPicture)
+        for vector, total in enumerate(totals):
+            floats = self._e.let(tirx.Cast(f"{_FLOAT}x{lanes}", total))
+            for lane, (plane, row, column) in enumerate(ends.places[vector * lanes : (vector + 1) * lanes]):
+                index = (plane * ends.height + y * ends.block + row) * ends.width + x * ends.block + column
+                value, scale = shuffle([floats], [lane]), load(self._scale, vector * lanes + lane)
+                if ends.subtract:
+                    # Said outright, as LLVM would fuse the two or not as it likes.
+                    value = intrinsic(_FLOAT, "llvm.fma.f32", value, scale, load(self._noisy, index))
+                else:
+                    value = value * scale
+                self._e.store(self._picture, index, value)
+
+
+class _Dense:
+    """A tile of pixels and of output channels is summed in registers over the whole window."""
+
+    def __init__(self, kernel: Dense, machine: Machine) -> None:
+        self._e, self._machine, self._window = Emitter(), machine, kernel.window
+        self._vectors = vectors_of(kernel, machine)
+        self._squares = kernel.ends.shuffle if isinstance(kernel.ends, Finish) else 1
+        self._blocks = -(-kernel.channels // (self._vectors * machine.lanes))
+        stored = kernel.channels * self._squares**2
+        self._x = self._e.parameter("x", machine.activation, kernel.window.reads.bytes)
+        self._wide = kernel.wide
+        self._part = kernel.window.rows * kernel.window.run * QUAD * stored
+        self._weights = self._e.parameter("weights", "int8", self._part * (2 if kernel.wide else 1))
+        self._ending = _Ending(self._e, machine, kernel.ends, stored)
+
+    def function(self, name: str) -> tirx.PrimFunc:
+        """Return the kernel."""
+        e, squares, channels = self._e, self._squares, self._vectors * self._machine.lanes
+        tile = max(1, self._machine.registers // self._vectors)
+        with (
+            e.loop(self._window.height) as y,
+            e.loop(squares) as row,
+            e.loop(squares) as column,
+            e.loop(self._blocks) as inner,
+        ):
+            block = (row * squares + column) * self._blocks + inner
+            biases = [self._ending.bias(block * channels, vector) for vector in range(self._vectors)]
+            constants = self._ending.constants(block * channels, self._vectors)
+            place = (row, column, inner * channels)
+
+            def sum_tile(x: Index, pixels: int) -> None:
+                for pixel, totals in enumerate(self._sums(y, x, pixels, block, biases)):
+                    self._ending.store(totals, constants, y, x + pixel, place)
+
+            _in_tiles(e, self._window.width, tile, sum_tile)
+        return e.function(name)
+
+    def _sums(self, y: Index, left: Index, pixels: int, block: Index, biases: list[Expr]) -> list[list[Expr]]:
+        """Return the sums of a tile, per pixel one for each vector of channels."""
+        machine, plane = self._machine, self._window.reads.plane
+        kind, count = f"int32x{machine.lanes}", pixels * self._vectors * machine.parts
+        sums = self._e.registers(count, kind)
+        starts = [tirx.const(0, kind)] * self._vectors if self._wide else biases
+        slots = [(pixel * self._vectors + vector, vector) for pixel in range(pixels) for vector in range(self._vectors)]
+        for slot, vector in slots:
+            machine.start(self._e, sums, slot, starts[vector])
+
+        def add_quads(row: Index, first: Index, count: int, x: Index, weights: Index) -> None:
+            for done in range(0, count, machine.chunk):
+                quads = min(machine.chunk, count - done)
+                at = [self._window.index(y, left + pixel, row, 0, (first + done) * QUAD) + x for pixel in range(pixels)]
+                loaded = [machine.quads(self._e, self._x, index, quads) for index in at]
+                for step in range(0, quads, machine.step):
+                    now = slice(step, step + machine.step)
+                    order = (block * self._window.rows + row) * self._window.run + first + done + step
+                    for vector in range(self._vectors):
+                        matrix = [self._matrix(order + k, vector, weights) for k in range(len(loaded[0][now]))]
+                        for pixel in range(pixels):
+                            pairs = list(zip(matrix, loaded[pixel][now], strict=True))
+                            machine.dot(self._e, sums, pixel * self._vectors + vector, pairs)
+
+        def add_window(x: Index, weights: Index) -> None:
+            _over_window(self._e, self._window.rows, self._window.run, partial(add_quads, x=x, weights=weights))
+
+        add_window(0, 0)
+        if self._wide:
+            for slot in range(count):
+                self._e.store(sums, slot, load(sums, slot) << tirx.const(self._window.reads.rest_bits, kind))
+            add_window(plane, 0)
+            add_window(0, self._part)
+        totals = [machine.total(sums, slot, starts[vector]) for slot, vector in slots]
+        if self._wide:
+            totals = [total + biases[vector] for total, (_, vector) in zip(totals, slots, strict=True)]
+        return [totals[first : first + self._vectors] for first in range(0, len(totals), self._vectors)]
+
+    def _matrix(self, order: Index, vector: int, first: Index) -> Expr:
+        """Return the weights of one group of input channels and one vector of output channels."""
+        size = self._machine.lanes * QUAD
+        return self._e.let(load(self._weights, (order * self._vectors + vector) * size + first, size))
+
+
+def _over_window(e: Emitter, rows: int, run: int, add_quads: Callable[[Index, Index, int], None]) -> None:
+    """Go over all groups of a window; in loops where there are many, so that the code stays small."""
+    if rows * run <= _UNROLLED_QUADS:
+        for row in range(rows):
+            add_quads(row, 0, run)
+        return
+    with e.loop(rows) as row:
+        turns = run // _LOOP_QUADS
+        if turns:
+            with e.loop(turns) as turn:
+                add_quads(row, turn * _LOOP_QUADS, _LOOP_QUADS)
+        if run % _LOOP_QUADS:
+            add_quads(row, turns * _LOOP_QUADS, run % _LOOP_QUADS)
+
+
+def _in_tiles(e: Emitter, extent: int, size: int, body: Callable[[Index, int], None]) -> None:
+    """Write `body(first, length)` for the whole tiles of an axis, in a loop, and for what remains."""
+    whole, rest = divmod(extent, size)
+    if whole:
+        with e.loop(whole) as tile:
+            body(tile * size, size)
+    if rest:
+        body(whole * size, rest)
+
+
+class _Depthwise:
+    """A column of pixels is summed over a band of rows, each of which is read and transposed once."""
+
+    def __init__(self, kernel: Depthwise, machine: Machine) -> None:
+        self._e, self._machine, self._window = Emitter(), machine, kernel.window
+        self._channels = machine.vectors * machine.lanes
+        self._blocks = kernel.ends.writes.channels // self._channels
+        self._neighbours = 2 if shares_groups(kernel.window) else 1
+        self._x = self._e.parameter("x", machine.activation, kernel.window.reads.bytes)
+        groups = kernel.window.rows * kernel.window.groups * self._neighbours
+        self._weights = self._e.parameter("weights", "int8", groups * QUAD * kernel.ends.writes.channels)
+        self._ending = _Ending(self._e, machine, kernel.ends, kernel.ends.writes.channels)
+
+    def function(self, name: str) -> tirx.PrimFunc:
+        """Return the kernel."""
+
+        def band(top: Index, rows: int) -> None:
+            _in_tiles(
+                self._e,
+                self._window.width,
+                _PIXELS_PER_BLOCK,
+                lambda left, width: self._area(top, rows, left, width),
+            )
+
+        _in_tiles(self._e, self._window.height, _ROWS_PER_BAND, band)
+        return self._e.function(name)
+
+    def _area(self, top: Index, rows: int, left: Index, width: int) -> None:
+        """All channels of an area whose inputs fit into the first cache."""
+        with self._e.loop(self._blocks) as block:
+            biases = [self._ending.bias(block * self._channels, vector) for vector in range(self._machine.vectors)]
+            constants = self._ending.constants(block * self._channels, self._machine.vectors)
+
+            def column(x: Index, pixels: int) -> None:
+                for y, pixel, totals in self._sums(top, rows, left + x, pixels, block, biases):
+                    place = (0, 0, block * self._channels)
+                    self._ending.store(totals, constants, top + y, left + x + pixel, place)
+
+            _in_tiles(self._e, width, self._neighbours, column)
+
+    def _sums(
+        self, top: Index, rows: int, left: Index, pixels: int, block: Index, biases: list[Expr]
+    ) -> Iterator[tuple[int, int, list[Expr]]]:
+        """Give (row, pixel, sums of the vectors of channels) of a column; rows are read once for all sums."""
+        window, machine = self._window, self._machine
+        read: list[list[list[Expr]]] = []  # row, group, vector
+        for y in range(rows):
+            while len(read) < y * window.stride + window.rows:
+                read.append([self._group(top, left, len(read), group, block) for group in range(window.groups)])
+            sums = self._e.registers(pixels * machine.vectors * machine.parts, f"int32x{machine.lanes}")
+            for pixel in range(pixels):
+                slots = range(pixel * machine.vectors, (pixel + 1) * machine.vectors)
+                for vector, slot in enumerate(slots):
+                    machine.start(self._e, sums, slot, biases[vector])
+                    pairs = [
+                        (self._matrix(block, row, group, pixel, vector), read[y * window.stride + row][group][vector])
+                        for row in range(window.rows)
+                        for group in range(window.groups)
+                    ]
+                    machine.dot(self._e, sums, slot, pairs)
+                yield y, pixel, [machine.total(sums, slot, bias) for slot, bias in zip(slots, biases, strict=True)]
+
+    def _group(self, top: Index, left: Index, row: int, group: int, block: Index) -> list[Expr]:
+        """Return four neighbours in a row, grouped by channel, for each vector of channels."""
+        first = [self._window.index(top, left, row, QUAD * group + k, block * self._channels) for k in range(QUAD)]
+        return self._machine.transposed(self._e, self._x, first)
+
+    def _matrix(self, block: Index, row: int, group: int, pixel: int, vector: int) -> Expr:
+        """Return the weights of one row of the window for one of the pixels that share a group."""
+        window, size = self._window, self._machine.lanes * QUAD
+        order = (row * window.groups + group) * self._neighbours + pixel
+        place = (block * (window.rows * window.groups * self._neighbours) + order) * self._machine.vectors + vector
+        return load(self._weights, place * size, size)
+
+
+def shares_groups(window: Window) -> bool:
+    """Return whether a group of four pixels in a row holds the windows of two neighbours."""
+    return window.columns < QUAD and window.stride == 1
+
+
+def fill_margin(e: Emitter, area: Map, outside: Buffer, written: Buffer) -> None:
+    """Set the pixels around a map to its zero point, and those of its second plane to nothing."""
+    for plane in range(2 if area.rest_bits else 1):
+        _fill_margin(e, area, (outside, plane * VECTOR_BYTES), (written, plane * area.plane))
+
+
+def _outside(e: Emitter, machine: Machine, area: Map) -> Buffer:
+    """Return the parameter with what the margin of a map is filled with: a vector for each plane."""
+    return e.parameter("outside", machine.activation, VECTOR_BYTES * (2 if area.rest_bits else 1))
+
+
+def _fill_margin(e: Emitter, area: Map, outside: tuple[Buffer, int], plane: tuple[Buffer, int]) -> None:
+    step = VECTOR_BYTES if area.channels % VECTOR_BYTES == 0 else QUAD
+    value = e.let(load(*outside, step))
+    written, base = plane
+
+    def fill(start: Index, size: int) -> None:
+        with e.loop(size // step) as turn:
+            e.store(written, base + start + turn * step, value)
+
+    with e.loop(area.margin) as y:
+        fill(area.index(y - area.margin, -area.margin), area.row)
+        fill(area.index(y + area.height, -area.margin), area.row)
+    with e.loop(area.height) as y:
+        fill(area.index(y, -area.margin), area.margin * area.channels)
+        fill(area.index(y, area.width), area.margin * area.channels)
+
+
+def _from_picture(kernel: FromPicture, name: str, machine: Machine) -> tirx.PrimFunc:
+    """One value at a time: there are few, next to what the convolutions make of them."""
+    e, writes, block = Emitter(), kernel.writes, kernel.block
+    height, width = writes.height * block, writes.width * block
+    noisy = e.parameter("noisy", _FLOAT, kernel.planes * height * width)
+    # inverse of the scale, lowest and highest rounded value, zero point in memory
+    settings = e.parameter("settings", _FLOAT, 4)
+    outside = _outside(e, machine, writes)
+    written = e.parameter("written", machine.activation, writes.bytes)
+    fill_margin(e, writes, outside, written)
+    offset_rest, bits = 128 if machine.unsigned else 0, writes.rest_bits
+    inverse, low, high, offset = (e.let(load(settings, place)) for place in range(4))
+    with e.loop(writes.height) as y, e.loop(writes.width) as x:
+        for channel, (plane, row, column) in enumerate(kernel.places):
+            value = load(noisy, (plane * height + y * block + row) * width + x * block + column)
+            bounded = tirx.min(tirx.max(value * inverse, low), high)
+            rounded = e.let(tirx.Cast("int32", tirx.nearbyint(bounded) + offset))
+            index = writes.index(y, x, channel)
+            if not bits:
+                e.store(written, index, tirx.Cast(machine.activation, rounded))
+                continue
+            whole = e.let((rounded + (1 << (bits - 1))) >> bits)
+            e.store(written, index, tirx.Cast(machine.activation, whole))
+            rest = rounded - (whole << bits) + offset_rest
+            e.store(written, index + writes.plane, tirx.Cast(machine.activation, rest))
+    return e.function(name)
+
+
+def _level(kernel: Level, name: str) -> tirx.PrimFunc:
+    """The bias of a convolution that is told the noise level."""
+    e = Emitter()
+    sigma = e.parameter("sigma", _FLOAT, 1)
+    base = e.parameter("base", "int32", kernel.channels)
+    gain = e.parameter("gain", _FLOAT, kernel.channels)
+    bound = e.parameter("bound", _FLOAT, kernel.channels)
+    written = e.parameter("written", "int32", kernel.channels)
+    with e.loop(kernel.channels) as channel:
+        most = load(bound, channel)
+        value = load(sigma, 0) * load(gain, channel)
+        whole = tirx.Cast("int32", tirx.nearbyint(tirx.min(tirx.max(value, -most), most)))
+        e.store(written, channel, load(base, channel) + whole)
+    return e.function(name)

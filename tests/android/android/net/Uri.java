@@ -1,0 +1,5 @@
+package android.net;
+
+/** A declaration of what the example uses of Android's; it does nothing. */
+public class Uri {
+}

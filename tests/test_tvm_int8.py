@@ -1,0 +1,490 @@
+"""Integer libraries by TVM: every kernel on every instruction set, bit for bit against the reference in numpy."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import platform
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from skimage import data
+from torch import nn
+
+from edgekit import backends, models, target, zoo
+from edgekit.backends import Built, Source
+from edgekit.compress import quantize
+from edgekit.compress.export import export_onnx
+from edgekit.compress.placement import PLACEMENTS
+from edgekit.errors import InputError, UnsupportedError
+from edgekit.models import weights as model_weights
+from edgekit.recipe import Quantization
+from edgekit.target import InputShape, Isa, Runner, Target
+
+pytest.importorskip("tvm")
+tvm = backends.load("tvm")
+integer = sys.modules["edgekit.backends.tvm.integer"]
+machine_code = sys.modules["edgekit.backends.tvm.machine_code"]
+qdq = sys.modules["edgekit.backends.tvm.qdq"]
+variants = sys.modules["edgekit.backends.tvm.variants"]
+reference = importlib.import_module("edgekit.backends.tvm.reference")
+pytestmark = [pytest.mark.backend, pytest.mark.emulated]
+
+SIGMA = 25 / 255
+SIDE = 24
+ARM = dataclasses.replace(target.load("android-arm64"), precision="int8")
+X86 = dataclasses.replace(
+    ARM,
+    name="linux-x86_64-tvm",
+    isa=Isa(triple="x86_64-linux-gnu", cpu="icelake-server"),
+    runner=Runner(kind="local"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bundle:
+    folder: Path
+    built: Built
+
+
+def _has_vnni() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    return platform.machine() == "x86_64" and "avx512_vnni" in flags and "avx512_vbmi" in flags
+
+
+MACHINES = [
+    pytest.param("dotprod", id="dotprod"),
+    pytest.param("neon", id="neon"),
+    pytest.param("vnni", id="vnni", marks=pytest.mark.skipif(not _has_vnni(), reason="this machine has no VNNI")),
+]
+PLACES = {
+    "dotprod": (ARM, Runner(kind="qemu", cpus=("cortex-a76",))),
+    "neon": (ARM, Runner(kind="qemu", cpus=("cortex-a53",))),
+    "vnni": (X86, X86.runner),
+}
+
+
+def _target(where: str, height: int, width: int) -> Target:
+    base, runner = PLACES[where]
+    return dataclasses.replace(base, input=InputShape(height=height, width=width), runner=runner)
+
+
+class _Pictures(CalibrationDataReader):
+    def __init__(self, channels: int, height: int, width: int, takes_sigma: bool) -> None:
+        sigma = {"sigma": np.full((1, 1, 1, 1), SIGMA, np.float32)} if takes_sigma else {}
+        self._left = [{"noisy": _photograph(channels, height, width, seed)} | sigma for seed in range(2)]
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        return self._left.pop() if self._left else None
+
+
+def _photograph(channels: int, height: int, width: int, seed: int = 7) -> NDArray[np.float32]:
+    crop = data.astronaut()[60 : 60 + height, 100 : 100 + width, :channels].transpose(2, 0, 1)[None] / 255
+    return (crop + np.random.default_rng(seed).normal(0, SIGMA, crop.shape)).astype(np.float32)
+
+
+def _source(
+    net: nn.Module,
+    folder: Path,
+    *,
+    channels: int = 1,
+    takes_sigma: bool = False,
+    stride: int = 4,
+    name: str = "net",
+    activations: QuantType = QuantType.QInt8,
+    kept_float: tuple[str, ...] = ("Sub",),
+) -> Source:
+    """Export a network, and quantize everything but the last subtraction, as the placement for arm does."""
+    fp32, int8 = folder / f"{name}.onnx", folder / f"{name}.{activations}.onnx"
+    export_onnx(net, channels=channels, takes_sigma=takes_sigma, stride=stride, out=fp32)
+    model = onnx.load(fp32)
+    with contextlib.redirect_stdout(io.StringIO()):
+        quantize_static(
+            model,
+            int8,
+            _Pictures(channels, 48, 48, takes_sigma),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=activations,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv", "ConvTranspose", "Relu", "Add", "DepthToSpace", "SpaceToDepth"],
+            nodes_to_exclude=[node.name for node in model.graph.node if node.op_type in kept_float],
+        )
+    return Source(
+        name=name,
+        fp32_onnx=fp32,
+        int8_onnx=int8,
+        module=lambda: net,
+        channels=channels,
+        takes_sigma=takes_sigma,
+        stride=stride,
+    )
+
+
+def _network(source: Source, height: int, width: int) -> integer.Network:
+    assert source.int8_onnx is not None
+    return qdq.read(source.int8_onnx, channels=source.channels, height=height, width=width)
+
+
+def _by_onnx_runtime(path: Path, noisy: NDArray[np.float32], *, takes_sigma: bool) -> NDArray[np.float32]:
+    feeds = {"noisy": noisy} | ({"sigma": np.full((1, 1, 1, 1), SIGMA, np.float32)} if takes_sigma else {})
+    (denoised,) = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)
+    return np.asarray(denoised)
+
+
+def _psnr(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    return float(-10 * np.log10(np.mean((one - other) ** 2)))
+
+
+def _sequence(*layers: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(*layers)
+
+
+class _Residuals(nn.Module):
+    """An addition of a convolution, one of two maps that others read too, and one after an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(c, 16, 1) for c in (1, 16, 16))
+        self.last = nn.Conv2d(16, 1, 3, padding=1)
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        one = self.first(noisy)
+        two = torch.relu(self.second(one))
+        three = one + self.third(two)
+        return noisy - self.last(three + two + one)
+
+
+class _Up(nn.Module):
+    """Down by a strided window, up by a pixel shuffle with a skip, and by a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.down = nn.Conv2d(1, 16, 1), nn.Conv2d(16, 24, 2, stride=2)
+        self.shuffled, self.transposed = nn.Conv2d(24, 64, 1), nn.ConvTranspose2d(24, 16, 2, stride=2)
+        self.last = nn.Conv2d(16, 1, 1)
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        head = self.head(noisy)
+        low = torch.relu(self.down(head))
+        up = nn.functional.pixel_shuffle(self.shuffled(low), 2) + head
+        return noisy - self.last(self.transposed(low) + up)
+
+
+class _PictureAsFeatures(nn.Module):
+    """The picture itself in a depthwise window and in an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        squares = nn.functional.pixel_unshuffle(noisy, 2)
+        return nn.functional.pixel_shuffle(self.second(self.first(squares) + squares), 2)
+
+
+def _dead() -> nn.Module:
+    """Channels without weights, and with weights that are nothing next to their bias, as training leaves them."""
+    first, last = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+    with torch.no_grad():
+        for layer in (first, last):
+            layer.weight[0] = 0
+            layer.weight[1] *= 1e-9
+            layer.bias[:2] = torch.tensor([0.3, -0.2])
+    return nn.Sequential(first, last, nn.PixelShuffle(2), nn.Conv2d(1, 1, 2, stride=2))
+
+
+def _depthwise(channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels)
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "pointwise": _sequence(nn.Conv2d(1, 16, 1), nn.ReLU(), nn.Conv2d(16, 168, 1), nn.ReLU(), nn.Conv2d(168, 1, 1)),
+    "dense 3x3": _sequence(nn.Conv2d(1, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 1, 3, padding=1)),
+    "strided 3x3": _sequence(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 4, 3, padding=1), nn.PixelShuffle(2)),
+    "depthwise 3x3": _sequence(nn.Conv2d(1, 40, 1), nn.ReLU(), _depthwise(40, 3), nn.ReLU(), nn.Conv2d(40, 1, 1)),
+    "depthwise 5x5": _sequence(nn.Conv2d(1, 16, 1), _depthwise(16, 5), nn.Conv2d(16, 1, 1)),
+    "strided depthwise": _sequence(nn.Conv2d(1, 16, 1), _depthwise(16, 3, 2), nn.Conv2d(16, 4, 1), nn.PixelShuffle(2)),
+    "space to depth": _sequence(nn.PixelUnshuffle(4), nn.Conv2d(16, 32, 1), nn.Conv2d(32, 16, 1), nn.PixelShuffle(4)),
+    "residuals": _Residuals,
+    "up": _Up,
+    "dead channels": _dead,
+    "picture as features": _PictureAsFeatures,
+}
+
+
+# Those whose placement for arm has maps of two planes with everything that can meet them: windows with and without a
+# margin, strides, an activation, pixel shuffles, maps of few channels.
+TRUNKS = ("dense 3x3", "strided 3x3", "space to depth", "students", "picture as features", "dead channels")
+
+
+def _placed(net: nn.Module, folder: Path) -> Source:
+    """Export a network, and quantize it with the placement for arm."""
+    fp32 = export_onnx(net, channels=1, takes_sigma=False, stride=4, out=folder / "net.onnx")
+    pictures = [(_photograph(1, 48, 48, seed), SIGMA) for seed in range(8)]
+    settings = Quantization(calibration_pictures=8, equalize=False)
+    int8 = quantize.quantize_static(fp32, pictures, folder / "int8.onnx", settings, placement=PLACEMENTS["arm"]).onnx
+    return Source(
+        name="net", fp32_onnx=fp32, int8_onnx=int8, module=lambda: net, channels=1, takes_sigma=False, stride=4
+    )
+
+
+class _Students(nn.Module):
+    """The additions of a student: residuals of maps with and without an activation, and a skip over a pixel shuffle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.down, self.up = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 24, 2, stride=2), nn.Conv2d(24, 64, 1)
+        self.first, self.second, self.third = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+        self.low, self.last = nn.Conv2d(24, 24, 1), nn.Conv2d(16, 1, 3, padding=1)
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        head = self.head(noisy)
+        one = head + self.first(head)
+        two = torch.relu(self.second(one))
+        down = self.down(two)
+        low = down + self.low(down)
+        skip = nn.functional.pixel_shuffle(self.up(low), 2) + two
+        return noisy - self.last(skip + self.third(skip))
+
+
+NETS["students"] = _Students
+Sources = Callable[[str], Source]
+Denoise = Callable[[str, str], Callable[[NDArray[np.float32], float], NDArray[np.float32]]]
+
+
+def _colour() -> nn.Module:
+    return models.create("nano", {"channels": 3, "noise_level": False})
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    """Return a function that gives a net of `NETS`, with a 16-bit trunk if told so, or the colour student, quantized."""
+
+    @cache
+    def source(name: str) -> Source:
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("net")
+        if name == "colour":
+            return _source(_colour(), folder, channels=3, stride=8)
+        if name.startswith("trunk "):
+            return _placed(NETS[name.removeprefix("trunk ")](), folder)
+        return _source(NETS[name](), folder)
+
+    return source
+
+
+@pytest.fixture(scope="module")
+def denoisers(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Denoise:
+    """Return a function that gives the compiled net of a name on a machine; both of ARM are in one library."""
+
+    @cache
+    def built(name: str, triple: str) -> Bundle:
+        folder = tmp_path_factory.mktemp("library")
+        place = _target("vnni" if triple.startswith("x86") else "dotprod", *_size(name))
+        return Bundle(folder=folder, built=tvm.build(sources(name), place, folder))
+
+    def denoiser(name: str, where: str) -> Callable[[NDArray[np.float32], float], NDArray[np.float32]]:
+        place = _target(where, *_size(name))
+        assert place.isa is not None
+        bundle = built(name, place.isa.triple)
+        ((_, denoise),) = tvm.open_session(bundle.folder, bundle.built, place)
+        return denoise
+
+    return denoiser
+
+
+def _size(name: str) -> tuple[int, int]:
+    return (40, 72) if name == "colour" else (SIDE, SIDE + 4)
+
+
+@pytest.mark.parametrize("where", MACHINES)
+@pytest.mark.parametrize("name", [*NETS, "colour", *(f"trunk {name}" for name in TRUNKS)])
+def test_every_kernel_is_exact_on_every_instruction_set(
+    sources: Sources, denoisers: Denoise, name: str, where: str
+) -> None:
+    noisy = _photograph(sources(name).channels, *_size(name))
+    denoised = denoisers(name, where)(noisy, SIGMA)
+    assert np.array_equal(denoised, reference.run(_network(sources(name), *_size(name)), noisy, SIGMA))
+    assert np.abs(denoised - noisy).max() > 0.01
+
+
+@pytest.mark.parametrize("name", [*NETS, *(f"trunk {name}" for name in TRUNKS)])
+def test_the_reference_computes_what_the_quantized_graph_says(sources: Sources, name: str) -> None:
+    source, noisy = sources(name), _photograph(1, SIDE, SIDE + 4)
+    assert source.int8_onnx is not None
+    wanted = _by_onnx_runtime(source.int8_onnx, noisy, takes_sigma=False)
+    got = reference.run(_network(source, SIDE, SIDE + 4), noisy, SIGMA)
+    # ONNX Runtime rounds more often, also the picture itself: a step of 1/255 or so, which is 50 dB.
+    assert _psnr(got, wanted) > 42
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """Return the shipped nano, quantized with the placement for arm."""
+    folder = tmp_path_factory.mktemp("nano")
+    net = models.create("nano")
+    model_weights.load_into(net, zoo.weights("nano"))
+    fp32 = export_onnx(net, channels=1, takes_sigma=True, stride=8, out=folder / "nano.onnx")
+    pictures = [(_photograph(1, 64, 64, seed), SIGMA) for seed in range(8)]
+    settings = Quantization(calibration_pictures=8)
+    int8 = quantize.quantize_static(fp32, pictures, folder / "int8.onnx", settings, placement=PLACEMENTS["arm"]).onnx
+    return Source(
+        name="nano", fp32_onnx=fp32, int8_onnx=int8, module=lambda: net, channels=1, takes_sigma=True, stride=8
+    )
+
+
+@pytest.fixture(scope="module")
+def nano_library(nano: Source, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("library")
+    place = dataclasses.replace(ARM, input=InputShape(height=64, width=64))
+    return Bundle(folder=folder, built=tvm.build(nano, place, folder))
+
+
+@pytest.mark.parametrize("sigma", [SIGMA, 0.0, 0.5, 1e30])
+def test_one_library_gives_the_reference_on_cores_with_and_without_the_dot_product(
+    nano: Source, nano_library: Bundle, sigma: float
+) -> None:
+    runner = Runner(kind="qemu", cpus=("cortex-a53", "cortex-a72", "cortex-a76"))
+    place = dataclasses.replace(ARM, input=InputShape(height=64, width=64), runner=runner)
+    noisy = _photograph(1, 64, 64)
+    wanted = reference.run(_network(nano, 64, 64), noisy, sigma)
+    for _, denoise in tvm.open_session(nano_library.folder, nano_library.built, place):
+        assert np.array_equal(denoise(noisy, sigma), wanted)
+
+
+def test_the_integer_network_is_as_good_as_onnx_runtime_makes_of_its_graph(nano: Source) -> None:
+    clean = (data.camera()[100:228, 100:228] / 255).astype(np.float32)[None, None]
+    noisy = (clean + np.random.default_rng(0).normal(0, SIGMA, clean.shape)).astype(np.float32)
+    assert nano.int8_onnx is not None
+    theirs = _psnr(_by_onnx_runtime(nano.int8_onnx, noisy, takes_sigma=True), clean)
+    ours = _psnr(reference.run(_network(nano, 128, 128), noisy, SIGMA), clean)
+    assert theirs > _psnr(noisy, clean) + 5
+    assert ours > theirs - 0.02
+
+
+def test_unsigned_activations_give_the_same_picture_as_signed_ones(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, noisy = NETS["depthwise 3x3"](), _photograph(1, SIDE, SIDE)
+    pictures = [
+        reference.run(_network(_source(net, tmp_path, activations=kind), SIDE, SIDE), noisy, SIGMA)
+        for kind in (QuantType.QInt8, QuantType.QUInt8)
+    ]
+    assert np.array_equal(*pictures)
+
+
+def test_linux_gets_the_same_integers(nano: Source, tmp_path: Path) -> None:
+    place = dataclasses.replace(target.load("linux-arm64"), input=InputShape(height=32, width=40))
+    built = tvm.build(nano, place, tmp_path)
+    assert built.files["artifact"] == "lib/libedgekit_nano.so"
+    noisy = _photograph(1, 32, 40)
+    wanted = reference.run(_network(nano, 32, 40), noisy, SIGMA)
+    opened = tvm.open_session(tmp_path, built, place)
+    assert [label for label, _ in opened] == ["qemu cortex-a53", "qemu cortex-a72", "qemu cortex-a76"]
+    assert all(np.array_equal(denoise(noisy, SIGMA), wanted) for _, denoise in opened)
+
+
+@pytest.mark.skipif(not _has_vnni(), reason="this machine has no VNNI")
+def test_the_library_in_this_process_refuses_what_it_cannot_denoise(nano: Source, tmp_path: Path) -> None:
+    place = _target("vnni", 32, 40)
+    ((label, denoise),) = tvm.open_session(tmp_path, tvm.build(nano, place, tmp_path), place)
+    assert (label, denoise.level) == ("tvm x86_64-linux-gnu", "native")
+    with pytest.raises(InputError, match=r"takes a tile of shape \(1, 1, 32, 40\), found \(1, 1, 40, 32\)"):
+        denoise(_photograph(1, 40, 32), SIGMA)
+    with pytest.raises(InputError, match="sigma is negative, infinite or not a number"):
+        denoise(_photograph(1, 32, 40), float("nan"))
+
+
+def test_every_multiplying_kernel_is_of_integers_by_its_machine_code(nano: Source, tmp_path: Path) -> None:
+    assert ARM.isa is not None
+    found = variants.compile_integer(nano, ARM.isa, 32, 32, tmp_path)
+    for variant, mnemonic in zip(found, ("sdot", "smull"), strict=True):
+        counts = machine_code.instruction_counts(variant.object_file)
+        multiplying = [name for name in counts if "dense" in name or "depthwise" in name]
+        assert len(multiplying) >= 15
+        assert all(counts[name][mnemonic] for name in multiplying)
+        assert all(not counts[name]["sdot"] for name in multiplying) == (variant.name == "neon")
+        assert variant.integer_macs == variant.macs > 32 * 32 * 1000
+
+
+def test_float_kernels_do_not_pass_for_integer_ones(nano: Source, tmp_path: Path) -> None:
+    assert ARM.isa is not None
+    (variant,) = variants.compile_float(nano, ARM.isa, 32, 32, tmp_path)
+    counts = machine_code.instruction_counts(variant.object_file)
+    assert sum(found["fmla"] for found in counts.values()) > 100
+    for name in ("dotprod", "neon"):
+        assert not machine_code.integer_kernels(variant.object_file, name)
+
+
+def test_the_facts_are_those_of_the_library(nano_library: Bundle) -> None:
+    built = nano_library.built
+    assert built.precision == "int8"
+    assert built.facts["variants"] == "dotprod neon"
+    assert built.facts["integer_macs_permille"] == 1000
+    assert built.audit is not None
+    assert built.audit.integer_macs_permille == 1000
+    parameters = models.parameter_count(models.create("nano"))
+    assert parameters < int(built.facts["weights_bytes"]) < 2 * parameters
+
+
+def test_a_convolution_in_float_is_refused_by_name(tmp_path: Path) -> None:
+    source = _source(NETS["dense 3x3"](), tmp_path, kept_float=("Conv",))
+    with pytest.raises(UnsupportedError, match=r"Conv '/\S*' (has weights in float|reads)"):
+        tvm.build(source, _target("dotprod", SIDE, SIDE), tmp_path / "out")
+
+
+def test_an_operator_without_an_integer_kernel_is_refused_by_name(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 16, 1), nn.Sigmoid(), nn.Conv2d(16, 1, 1))
+    with pytest.raises(UnsupportedError, match=r"Sigmoid '/1/Sigmoid' is not computed in integers"):
+        tvm.build(_source(net, tmp_path), _target("dotprod", SIDE, SIDE), tmp_path / "out")
+
+
+def test_int8_without_a_quantized_graph_is_refused(nano: Source, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="'nano' has no quantized graph"):
+        tvm.build(dataclasses.replace(nano, int8_onnx=None), _target("dotprod", 32, 32), tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rescaled_sum_is_the_nearest_value_or_next_to_it(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    factors = 2.0 ** random.uniform(-14, -1, 64)
+    steps = integer.rescale(factors, 128.0)
+    wanted = random.uniform(-140, 140, (1000, 64))
+    sums = np.rint(wanted / factors).astype(np.int64)
+    rounding = np.where(steps.shift > 0, 1 << np.maximum(steps.shift - 1, 0), 0)
+    t = np.clip((sums + rounding << np.maximum(-steps.shift, 0)) >> np.maximum(steps.shift, 0), -32768, 32767)
+    u = (t * steps.multiplier + 2**14) >> 15
+    q = np.clip((u + (1 << (steps.fraction - 1))) >> steps.fraction, -128, 127)
+    assert np.abs(q - np.clip(sums * factors, -128, 127)).max() < 0.5 + 0.03
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_fused_product_and_sum_is_rounded_once(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    one, added = random.integers(-(2**20), 2**20, 500).astype(np.float32), random.random(500, np.float32)
+    factor = np.float32(random.uniform(1e-7, 1e-5))
+    got = reference._fused(one, factor, added)
+    for x, y, z in zip(one, added, got, strict=True):
+        exact = Fraction(float(x)) * Fraction(float(factor)) + Fraction(float(y))
+        neighbours = [np.nextafter(z, np.float32(-np.inf)), z, np.nextafter(z, np.float32(np.inf))]
+        assert min(neighbours, key=lambda n: abs(Fraction(float(n)) - exact)) == z
+
+
+def test_a_sum_that_could_leave_32_bits_is_refused(sources: Sources) -> None:
+    network = _network(sources("dense 3x3"), SIDE, SIDE)
+    convolution = next(operator for operator in network.operators if isinstance(operator, integer.Convolution))
+    with pytest.raises(UnsupportedError, match="do not fit into 32 bits"):
+        integer.check_sums(dataclasses.replace(convolution, bias=np.full_like(convolution.bias, 2**31 - 1000)))
