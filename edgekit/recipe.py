@@ -151,7 +151,7 @@ class Qat:
     """
 
     __pydantic_config__: ClassVar = STRICT
-    steps: Annotated[int, Bound(least=0)] = 1500
+    steps: Annotated[int, Bound(least=0)] = 300
     batch: Count = 4
     patch: Annotated[int, Bound(least=16)] = 96
     rate: Positive = 5e-4
@@ -176,8 +176,7 @@ class Quantization:
         saturate; `auto` asks the processor at hand.
     keep_float: Parts that stay in float whatever the budget: `head` and `tail` are the first and the last convolution,
         `skip` the additions of residuals and skips, which then read the unrounded tensors.
-    qat: Training of the graph with its rounding, for when it loses more than the budget; takes minutes, so it has to be
-        asked for with `qat.steps`.
+    qat: Training of the graph with its rounding, for when it loses more than the budget; takes a minute or two.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -187,7 +186,7 @@ class Quantization:
     equalize: bool = True
     reduce_range: Literal["auto", "always", "never"] = "auto"
     keep_float: tuple[Literal["head", "tail", "skip"], ...] = ()
-    qat: Qat = field(default_factory=lambda: Qat(steps=0))
+    qat: Qat = field(default_factory=Qat)
 
 
 @dataclass(frozen=True, kw_only=True)

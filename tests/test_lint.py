@@ -86,8 +86,6 @@ def test_what_we_ship_for_integers_has_nothing_to_find(name):
     [
         ("Odd", "channels"),
         ("Transposed", "transposed_convolution"),
-        ("Nearest", "resize_nearest"),
-        ("Bilinear", "resize_linear"),
         ("Bicubic", "resize_cubic"),
         ("Leaky", "leaky_activation"),
         ("FullSize", "full_resolution"),
@@ -97,6 +95,13 @@ def test_each_rule_finds_its_own_and_nothing_else(what, rule):
     finding = found(f"test_lint:{what}")
     assert list(finding) == [rule]
     assert finding[rule].where
+
+
+@pytest.mark.parametrize(("what", "mode"), [("Nearest", "resize_nearest"), ("Bilinear", "resize_linear")])
+def test_what_was_measured_to_cost_nothing_is_not_found(what, mode):
+    engines = json.loads(rules.COSTS.read_text())["figures"][mode]["engines"]
+    assert all(row[kind] < 1.05 for row in engines.values() for kind in ("fp32", "int8"))
+    assert found(f"test_lint:{what}") == {}
 
 
 def test_the_nodes_and_sizes_of_a_literal_mobilenet_v3_are_named():
@@ -109,9 +114,9 @@ def test_the_nodes_and_sizes_of_a_literal_mobilenet_v3_are_named():
 
 def test_every_finding_of_a_shipped_option_or_rule_was_measured():
     measured = json.loads(rules.COSTS.read_text())["figures"]
-    assert set(measured) == {
+    assert set(measured) >= {
         *("smooth_activation", "squeeze_excite", "channels", "transposed_convolution", "leaky_activation"),
-        *("resize_nearest", "resize_linear", "resize_cubic", "full_resolution"),
+        *("resize_cubic", "full_resolution"),
     }
     cost = found("base", activation="hardswish")["smooth_activation"].cost
     for engine, row in measured["smooth_activation"]["engines"].items():

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import onnx
+import torch
 
 from edgekit.compress import budget, export, placement, qat, quantize
 from edgekit.compress.budget import Judge, Kept
@@ -74,6 +75,7 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
         | {
             "noise": asdict(recipe.noise),
             "int8_drop_db": int8_drop_db(recipe.budgets, student.name),
+            "threads": torch.get_num_threads() if settings.qat.steps else 0,
             "saturates": settings.reduce_range == "auto" and quantize.saturates(),
         },
         code=("compress", "data", "graph", "measure/quality", "pipeline/pictures", "pipeline/int8"),
