@@ -346,11 +346,12 @@ def test_a_command_whose_engine_does_not_load_ends_before_it_makes_anything(cwd,
     assert not Path("runs").exists()
 
 
-def test_int8_for_android_is_unsupported(call, cwd, finished):
+def test_float16_for_android_is_unsupported(call, cwd, finished):
     shutil.copytree(finished, "run")
     text = (ROOT / "targets/android-arm64.yaml").read_text(encoding="utf-8")
-    (cwd / "int8.yaml").write_text(text.replace("precision: float32", "precision: int8"), encoding="utf-8")
-    call("-q", "compile", "run", "-t", "int8.yaml").refused(4, "int8")
+    text = text.replace("precision: int8", "precision: float16").replace("  min_integer_macs: 0.95\n", "")
+    (cwd / "half.yaml").write_text(text, encoding="utf-8")
+    call("-q", "compile", "run", "-t", "half.yaml").refused(4, "float16")
 
 
 # Run folders and bundles

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import numpy_helper
 
 from edgekit import models
@@ -69,11 +70,53 @@ def test_activations_have_the_type_and_the_zero_point_that_the_engine_wants(prep
     model, where = placed(prepared, name), PLACEMENTS[name]
     stored = walk.initializers(model)
     zeros = [numpy_helper.to_array(stored[n.input[2]]) for n in model.graph.node if n.op_type == "QuantizeLinear"]
-    assert {z.dtype.name for z in zeros} == {where.activations}
+    assert {z.dtype.name for z in zeros} == {where.activations, *({"int16"} if where.trunk == "int16" else ())}
     assert {z.shape for z in zeros} == {()}
     assert (not any(z.any() for z in zeros)) == where.symmetric
     kinds = {numpy_helper.to_array(stored[n]).dtype.name for n in walk.initializers(model) if "bias_quantized" in n}
     assert kinds == ({"int32"} if where.integer_biases else set())
+
+
+def test_arm_rounds_what_additions_read_and_the_ends_to_16_bits(prepared):
+    model = placed(prepared, "arm")
+    made_by, stored = walk.producers(model), walk.initializers(model)
+
+    def bits(name: str) -> int:
+        zero = numpy_helper.to_array(stored[made_by[name].input[2]])
+        return 8 * zero.dtype.itemsize
+
+    ends = {*walk.first_convolutions(model, checks.NOISY), *walk.last_convolutions(model, checks.DENOISED)}
+    assert len(ends) == 2
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            assert {bits(name) for name in node.input[:2]} == ({16} if node.name in ends else {8})
+    additions = [n for n in model.graph.node if n.op_type == "Add" and "level" not in n.name]
+    rounded_by = [[bits(x) for x in n.input if made_by[x].op_type == "DequantizeLinear"] for n in additions]
+    assert rounded_by == [[16]] * len(additions)
+
+
+def test_a_trunk_of_16_bits_loses_less_than_one_of_8(prepared):
+    before = Reference(prepared.model)
+    coarse, fine = (
+        place(prepared.model, prepared.ranges, dataclasses.replace(PLACEMENTS["arm"], trunk=trunk))
+        for trunk in ("int8", "int16")
+    )
+    far, near = (np.mean([agreement_db(Reference(m)(n, s), before(n, s)) for n, s in PICTURES]) for m in (coarse, fine))
+    assert near > far + 4
+
+
+def test_the_bias_of_a_channel_without_weights_survives(tmp_path):
+    net = networks.shipped("nano").net
+    with torch.no_grad():
+        net.encoder[0][0].project[0].weight[0] = 0
+        net.encoder[0][0].project[0].bias[0] = 0.3
+    made = quantize.prepare(exported(net, tmp_path), PICTURES, dataclasses.replace(SETTINGS, equalize=False))
+    model = placed(made, "arm")
+    stored = walk.initializers(model)
+    bias, scale = (
+        numpy_helper.to_array(stored[f"encoder.0.0.project.0.bias_{part}"]) for part in ("quantized", "scale")
+    )
+    assert bias[0] * float(scale[0]) == pytest.approx(0.3, rel=1e-5)
 
 
 def test_openvino_rounds_only_what_convolutions_read(prepared):

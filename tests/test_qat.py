@@ -254,7 +254,8 @@ def test_every_engines_placement_is_followed(engine, limit, nano):
     assert agreement_db(got, want) > agreement_db(in_torch(TorchGraph(model), noisy), want) + 1
     parts = [part for part in graph.weights().values() if isinstance(part, WeightQuantizer)]
     assert len(parts) == 27
-    assert {part.high for part in parts} == {limit}
+    wide = {32767} if placement.PLACEMENTS[engine].trunk == "int16" else set()
+    assert {part.high for part in parts} == {limit, *wide}
     with torch.no_grad():
         for part in parts:
             part.values.mul_(2)

@@ -247,7 +247,11 @@ class _Students(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.head, self.down, self.up = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 24, 2, stride=2), nn.Conv2d(24, 64, 1)
+        self.head, self.down, self.up = (
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.Conv2d(16, 24, 2, stride=2),
+            nn.Conv2d(24, 64, 1),
+        )
         self.first, self.second, self.third = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
         self.low, self.last = nn.Conv2d(24, 24, 1), nn.Conv2d(16, 1, 3, padding=1)
 
@@ -272,7 +276,7 @@ def _colour() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
-    """Return a function that gives a net of `NETS`, with a 16-bit trunk if told so, or the colour student, quantized."""
+    """Return a function that gives a net of `NETS`, perhaps with a 16-bit trunk, or the colour student; quantized."""
 
     @cache
     def source(name: str) -> Source:
@@ -444,6 +448,39 @@ def test_a_convolution_in_float_is_refused_by_name(tmp_path: Path) -> None:
     source = _source(NETS["dense 3x3"](), tmp_path, kept_float=("Conv",))
     with pytest.raises(UnsupportedError, match=r"Conv '/\S*' (has weights in float|reads)"):
         tvm.build(source, _target("dotprod", SIDE, SIDE), tmp_path / "out")
+
+
+def test_activations_of_16_bits_with_weights_of_8_are_refused_by_name(tmp_path: Path) -> None:
+    source = _source(NETS["dense 3x3"](), tmp_path, activations=QuantType.QInt16)
+    with pytest.raises(UnsupportedError, match=r"Conv '/\S*' has weights of 8 bits and reads a map of 16 bits"):
+        tvm.build(source, _target("dotprod", SIDE, SIDE), tmp_path / "out")
+
+
+def test_a_trunk_keeps_what_8_bits_round_away(nano: Source) -> None:
+    network = _network(nano, 64, 64)
+    convolutions = [one for one in network.operators if isinstance(one, integer.Convolution)]
+    wide = [one.name for one in convolutions if one.weight_rests is not None]
+    assert wide == [convolutions[0].name, convolutions[-1].name]
+    added = [one.residual.feature for one in convolutions if one.residual is not None]
+    assert len(added) == 9
+    assert min(feature.rest_bits for feature in added) >= 6
+
+
+def test_weights_that_training_moved_over_the_placements_limit_are_read(nano: Source, tmp_path: Path) -> None:
+    assert nano.int8_onnx is not None
+    model = onnx.load(nano.int8_onnx)
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        # Twice the integers of half the scale stand for the same weights.
+        if values.dtype == np.int16 and values.ndim == 4:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.clip(2 * values, -32768, 32767), tensor.name))
+        if tensor.name in ("head.0.weight_scale", "tail.weight_scale"):
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values / 2, tensor.name))
+    onnx.save(model, tmp_path / "moved.onnx")
+    noisy = _photograph(1, 64, 64)
+    moved = qdq.read(tmp_path / "moved.onnx", channels=1, height=64, width=64)
+    wanted = reference.run(_network(nano, 64, 64), noisy, SIGMA)
+    assert np.abs(reference.run(moved, noisy, SIGMA) - wanted).max() < 1e-3
 
 
 def test_an_operator_without_an_integer_kernel_is_refused_by_name(tmp_path: Path) -> None:

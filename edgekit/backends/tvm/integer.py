@@ -165,7 +165,7 @@ class Convolution:
         return self.height * self.width * int(self.weights.size)
 
     def sum_of_weights(self, of: Callable[[Ints], Ints]) -> Ints:
-        """Return, per channel, the sum of all factors that meet an activation of either plane; `of` is taken of each."""
+        """Return, per channel, the sum of `of` all factors that meet an activation of either plane."""
         parts = [self.weights.astype(np.int64)]
         if self.weight_rests is not None:
             parts += [parts[0] << self.reads.rest_bits, self.weight_rests.astype(np.int64)]

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 import onnx
@@ -46,12 +46,12 @@ from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
 from edgekit.graph.walk import consumers, initializers, producers
 
+Weights: TypeAlias = NDArray[np.int8 | np.int16]
+
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _REMEDY = "quantize with the placement for arm, which leaves only the last subtraction in float; or use float32"
 # The weight of a copy that only changes the grid: the finer, the less its rounding costs.
 _COPY_WEIGHT = 64
-# Of a 16-bit weight, those behind the point of a weight of 8 bits.
-_WEIGHT_BITS = 7
 # Far finer than a picture of 16 bits.
 _PICTURE_STEP = 2.0**-20
 _MOST_BIAS = 2.0**28
@@ -95,7 +95,7 @@ class _Sum:
 
     name: str
     reads: Feature
-    weights: NDArray[np.int8] | NDArray[np.int16]
+    weights: Weights
     depthwise: bool
     stride: int
     padding: int
@@ -197,7 +197,7 @@ class _Reader:
         if weights.dtype == np.int16:
             if depthwise or not reads.rest_bits:
                 raise self._refused(node, "has weights of 16 bits and is depthwise, or reads a map of 8 bits")
-            step = 2 ** (_WEIGHT_BITS - reads.rest_bits)
+            step = max(int(np.abs(weights.astype(int)).max()), 1) / (INT8_MAX << reads.rest_bits)
             weights, scale = np.rint(weights / step).astype(np.int16), scale * step
         elif reads.rest_bits and self._is_wide(node.input[0]):
             raise self._refused(node, "has weights of 8 bits and reads a map of 16 bits")
@@ -329,8 +329,10 @@ class _Reader:
         grid = self._grid(real)
         if grid is None or isinstance(value, _Noise):
             raise self._refused(reader, f"reads '{real}', which is not quantized")
-        store = self._quantized if isinstance(value, _Spaced) else self._stored
-        made = store(real, value, grid, wide)
+        if isinstance(value, _Spaced):
+            made = self._quantized(real, value, grid, wide)
+        else:
+            made = self._stored(real, value, grid, wide)
         self._values[real] = made
         return made
 
@@ -455,16 +457,16 @@ class _Reader:
         """Return whether a node is half of a 16-bit pair."""
         return node.op_type in _PAIR and len(node.input) > 2 and self._constants[node.input[2]].dtype == np.int16
 
-    def _weights(self, node: onnx.NodeProto) -> tuple[NDArray[np.int8] | NDArray[np.int16], Floats]:
+    def _weights(self, node: onnx.NodeProto) -> tuple[Weights, Floats]:
         """Return a convolution's int8 or int16 weights and the scale of each output channel."""
         made = self._made_by.get(node.input[1])
         if made is None or made.op_type != "DequantizeLinear" or made.input[0] not in self._constants:
             raise self._refused(node, "has weights in float")
         weights, scale = self._constants[made.input[0]], self._constants[made.input[1]].astype(np.float64)
         zero = self._constants[made.input[2]] if len(made.input) > 2 else np.zeros(1, np.int8)
-        limits = {np.dtype(np.int8): INT8_MAX, np.dtype(np.int16): INT8_MAX << _WEIGHT_BITS}
-        if weights.dtype not in limits or zero.any() or np.abs(weights.astype(int)).max() > limits[weights.dtype]:
-            raise self._refused(node, "has weights that are not symmetric int8 in [-127, 127] or int16 in 128 x that")
+        lowest = {np.dtype(np.int8): -INT8_MAX, np.dtype(np.int16): -(2**15)}
+        if weights.dtype not in lowest or zero.any() or weights.min() < lowest[weights.dtype]:
+            raise self._refused(node, "has weights that are not symmetric int8 in [-127, 127] or int16")
         axis = 0 if node.op_type == "Conv" else 1
         if scale.size > 1 and _attributes(made).get("axis", [1])[0] != axis:
             raise self._refused(node, f"has a weight scale for another axis than that of its output, {axis}")
