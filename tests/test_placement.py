@@ -199,6 +199,16 @@ def test_equalizing_keeps_the_function_and_brings_the_channels_together(nano):
     assert spread(after.peaks) < 0.8 * spread(before.peaks)
 
 
+def test_a_convolution_that_writes_the_output_itself_is_equalized_and_quantized(tmp_path):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 1, 3, padding=1)
+    )
+    path = export_onnx(net.eval(), channels=1, takes_sigma=False, stride=1, out=tmp_path / "plain.onnx")
+    report = quantize.quantize_static(simplify(path, tmp_path / "s.onnx"), PICTURES, tmp_path / "int8.onnx", SETTINGS)
+    assert len(report.integer_nodes) == 2
+
+
 def test_equalizing_brings_int8_closer_to_the_float_graph(nano, tmp_path):
     agreements = [
         quantize.quantize_static(

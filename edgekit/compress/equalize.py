@@ -150,7 +150,9 @@ def _scaled(model: onnx.ModelProto, factors: Mapping[str, NDArray[np.float64]]) 
 
     for node in scaled.graph.node:
         if node.op_type == "Conv":
-            results, reads = factors[node.output[0]], factors[node.input[0]]
+            # A convolution may write the output itself, whose channels keep their scale and have no peaks.
+            results = factors.get(node.output[0], np.ones(stored[node.input[1]].dims[0]))
+            reads = factors[node.input[0]]
             by = results if _is_depthwise(node) else results[:, None] / reads[None, :]
             by = by / reads if _is_depthwise(node) else by
             multiply(1, node, by.reshape(*by.shape, *(1,) * (4 - by.ndim)))
