@@ -337,6 +337,7 @@ def _hashes(bundle: Path, built: Built) -> dict[str, str]:
 
 
 AGAIN = """
+import dataclasses
 import sys
 from pathlib import Path
 from edgekit import backends, target
@@ -344,7 +345,8 @@ onnx, out = map(Path, sys.argv[1:])
 source = backends.Source(
     name="nano", fp32_onnx=onnx, int8_onnx=None, module=lambda: None, channels=1, takes_sigma=True, stride=8
 )
-backends.load("tvm").build(source, target.load("android-arm64"), out)
+android = dataclasses.replace(target.load("android-arm64"), precision="float32")
+backends.load("tvm").build(source, android, out)
 """
 
 
