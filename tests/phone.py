@@ -16,6 +16,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 CNXN, AUTH, OPEN, OKAY, CLSE, WRTE = (
@@ -168,9 +169,9 @@ class _Connection:
         stream = _Stream(self, len(self._streams) + 1, theirs)
         self._streams[stream.ours] = stream
         self.send(OKAY, stream.ours, theirs)
-        serve: Callable[[], None] = lambda: _sync(self._phone, stream)  # noqa: E731
+        serve: Callable[[], None] = partial(_sync, self._phone, stream)
         if service.startswith("shell,v2"):
-            serve = lambda: _shell(self._phone, stream, service.partition(":")[2])  # noqa: E731
+            serve = partial(_shell, self._phone, stream, service.partition(":")[2])
         threading.Thread(target=_then_close, args=(serve, stream), daemon=True).start()
 
     def _exactly(self, size: int) -> bytes:
