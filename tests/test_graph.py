@@ -63,6 +63,24 @@ class Pyramid(nn.Module):
         return noisy - nn.functional.pixel_shuffle(self.tail(x + y), 2)
 
 
+class Resized(nn.Module):
+    """Two ways down and, by repeating or between pixels, up again."""
+
+    channels, stride, takes_sigma = 1, 8, False
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.head, self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 2, 2), nn.Conv2d(4, 4, 2, 2)
+        self.deep, self.tail = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+        self.up = nn.Upsample(scale_factor=2, mode=mode)
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        head = self.head(noisy)
+        first = self.first(head)
+        up = self.up(first + self.up(self.deep(self.second(first))))
+        return noisy - self.tail(torch.cat([up, head], 1))
+
+
 def exported(net: nn.Module, folder: Path, *, positive: bool = False) -> onnx.ModelProto:
     """Export a network; with `positive` weights no two ways through it can cancel out."""
     if positive:
@@ -225,6 +243,8 @@ def test_a_size_that_does_not_fit_the_graph_has_no_cost(tmp_path):
         pytest.param(lambda: models.create("control", {"noise_level": False}), id="control"),
         pytest.param(lambda: models.create("dncnn"), id="dncnn"),
         pytest.param(Pyramid, id="pyramid"),
+        pytest.param(lambda: Resized("nearest"), id="nearest"),
+        pytest.param(lambda: Resized("bilinear"), id="bilinear"),
     ],
 )
 def test_the_halo_is_as_far_as_gradients_reach(tmp_path, make):
@@ -258,8 +278,11 @@ def test_the_halo_is_rounded_up_to_the_stride():
     ("nodes", "said"),
     [
         pytest.param(
-            [helper.make_node("Resize", ["noisy", "", "scales"], ["denoised"], "grow")], "'grow' (Resize)", id="unknown"
+            [helper.make_node("Resize", ["noisy", "", "scales"], ["denoised"], "grow", mode="cubic")],
+            "'grow' (Resize): mode cubic",
+            id="cubic",
         ),
+        pytest.param([helper.make_node("Softmax", ["noisy"], ["denoised"], "mix")], "'mix' (Softmax)", id="unknown"),
         pytest.param(
             [
                 helper.make_node("SpaceToDepth", ["noisy"], ["small"], "shrink", blocksize=2),

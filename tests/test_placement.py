@@ -1,4 +1,5 @@
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -14,12 +15,14 @@ from edgekit.compress.export import export_onnx
 from edgekit.compress.placement import PLACEMENTS, place, release
 from edgekit.compress.ranges import observe
 from edgekit.compress.simplify import simplify
+from edgekit.compress.torch_graph import TorchGraph
 from edgekit.errors import InputError
 from edgekit.graph import checks, walk
 from edgekit.graph.reference import Reference, agreement_db, probe, relative_change, session_options
 from edgekit.measure import host
 from edgekit.pipeline import networks
 from edgekit.recipe import Quantization
+from tests import tiny
 
 SIGMA = 25 / 255
 PICTURES = [(probe(48, 64, 1, seed=i), SIGMA) for i in range(8)]
@@ -34,6 +37,11 @@ def exported(net, folder):
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory):
     return exported(networks.shipped("nano").net, tmp_path_factory.mktemp("nano"))
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory):
+    return quantize.prepare(exported(tiny.unet(), tmp_path_factory.mktemp("unet")), PICTURES, SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +190,87 @@ def test_channel_attention_and_the_noise_level_stay_in_float(tmp_path):
     assert set(walk.float_convolutions(model)) == gates
     level = next(n for n in model.graph.node if n.name == "/level/Add")
     assert not any("dequantized" in name for name in level.input)
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_every_placement_of_a_unet_is_close_to_the_float_one_and_can_be_trained(unet, name):
+    model = placed(unet, name)
+    onnx.checker.check_model(model, full_check=True)
+    assert walk.float_convolutions(model) == ()
+    before, after = Reference(unet.model), Reference(model)
+    assert min(agreement_db(after(n, s), before(n, s)) for n, s in PICTURES[:3]) > 35
+    noisy, sigma = PICTURES[0]
+    twin = TorchGraph(model)(torch.from_numpy(noisy), torch.full((1, 1, 1, 1), sigma)).detach().numpy()
+    assert agreement_db(twin, after(noisy, sigma)) > 45
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "arm"])
+def test_all_that_lies_between_maps_is_rounded_on_both_sides_to_8_bits(unet, name):
+    model = placed(unet, name)
+    made_by, stored = walk.producers(model), walk.initializers(model)
+    between = [n for n in model.graph.node if n.op_type in ("Concat", "Resize", "MaxPool")]
+    assert len(between) == 6
+    for node in between:
+        for read in node.input if node.op_type == "Concat" else node.input[:1]:
+            assert made_by[read].op_type == "DequantizeLinear"
+            assert numpy_helper.to_array(stored[made_by[read].input[2]]).dtype == PLACEMENTS[name].activations
+        assert node.output[0] in rounded(model)
+
+
+def test_what_moves_values_keeps_their_scale_and_small_parts_of_a_concatenation_have_finer_ones(unet):
+    made_by, readers = walk.producers(unet.model), walk.consumers(unet.model)
+    concat = next(n for n in unet.model.graph.node if n.op_type == "Concat")
+    (up, second), joined = concat.input, concat.output[0]
+    low, pooled = made_by[up].input[0], next(n.output[0] for n in readers[second] if n.op_type == "MaxPool")
+    alike = {joined: 4.0, second: 3.0, pooled: 2.9}
+    finer = {up: 0.5, low: 0.6}
+    ranges = {**unet.ranges, **{name: (0.0, high) for name, high in (alike | finer).items()}}
+    stored = walk.initializers(place(unet.model, ranges, PLACEMENTS["arm"]))
+    scales = {name: float(numpy_helper.to_array(stored[f"{name}_scale"])) for name in alike | finer}
+    assert {scales[name] for name in alike} == {np.float32(4 / 255)}
+    assert {scales[name] for name in finer} == {np.float32(0.6 / 255)}
+
+
+def test_onnxruntime_computes_a_unet_in_integers_from_end_to_end(unet, tmp_path):
+    model = optimized(placed(unet, "onnxruntime"), tmp_path / "optimized.onnx")
+    counts = Counter(n.op_type for n in model.graph.node)
+    assert (counts["QLinearConv"], counts["QLinearConcat"], counts["Resize"], counts["Concat"]) == (6, 2, 2, 0)
+    assert counts["QuantizeLinear"] == counts["DequantizeLinear"] == 2
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_unet_is_released_whole_and_in_part(unet, name):
+    quantized, noisy = placed(unet, name), PICTURES[0][0]
+    whole = release(quantized, [n.name for n in unet.model.graph.node], PLACEMENTS[name], unet.model)
+    assert not checks.is_quantized(whole)
+    assert relative_change(Reference(whole)(noisy, SIGMA), Reference(unet.model)(noisy, SIGMA)) < 1e-5
+    part = release(quantized, ["/fourth/Conv"], PLACEMENTS[name], unet.model)
+    assert walk.float_convolutions(part) == ("/fourth/Conv",)
+    assert agreement_db(Reference(part)(noisy, SIGMA), Reference(unet.model)(noisy, SIGMA)) > 35
+
+
+def test_all_but_one_operand_of_an_addition_is_rounded_for_arm(tmp_path):
+    made = quantize.prepare(exported(tiny.Shortcuts(), tmp_path), PICTURES, SETTINGS)
+    model = placed(made, "arm")
+    made_by = walk.producers(model)
+    kinds = [[made_by[name].op_type for name in n.input] for n in model.graph.node if n.op_type == "Add"]
+    assert [kind.count("DequantizeLinear") for kind in kinds] == [1, 2, 2]
+
+
+def test_equalizing_goes_through_concatenations_and_resizing(tmp_path):
+    model = checks.load_onnx(exported(tiny.unet(), tmp_path))
+    before = observe(model, PICTURES, "minmax")
+    equal = equalize(model, before.peaks)
+    noisy = probe(64, 48, 1, seed=30)
+    assert relative_change(Reference(equal)(noisy, SIGMA), Reference(model)(noisy, SIGMA)) < 1e-4
+    after = observe(equal, PICTURES, "minmax")
+    factors = {name: after.peaks[name] / np.maximum(peak, 1e-6) for name, peak in before.peaks.items()}
+    between = [n for n in model.graph.node if n.op_type in ("Concat", "Resize", "MaxPool")]
+    assert len(between) == 6
+    for node in between:
+        read = np.concatenate([factors[name] for name in node.input if name in factors])
+        assert factors[node.output[0]] == pytest.approx(read, rel=1e-3)
+        assert read.max() > 1.5 * read[read > 0].min()
 
 
 def test_equalizing_keeps_the_function_and_brings_the_channels_together(nano):

@@ -70,6 +70,17 @@ def test_what_is_rolled_back_is_float_in_the_graph_and_the_budget_holds(prepared
     assert checks.is_quantized(kept.model)
 
 
+def test_no_layer_is_in_float_that_the_budget_does_not_need(prepared, judge, graph):
+    where, quantized = graph
+    limit = judge.loss(quantized).mean_mdb / 2000
+    kept = keep(prepared, judge, graph, limit)
+    nodes = {layer.name: layer.nodes for layer in budget.layers(quantized, prepared.model, where, judge)}
+    for name in kept.released:
+        others = [node for other in kept.released if other != name for node in nodes[other]]
+        without = placement.release(quantized, others, where, prepared.model)
+        assert judge.loss(without).mean_mdb > 1000 * limit, name
+
+
 def test_a_budget_that_cannot_be_kept_exits_with_3_and_says_what_was_reached(prepared, judge, graph):
     with pytest.raises(LimitError, match=r"0 may be lost; that is the best reached, .* % of the arithmetic") as error:
         keep(prepared, judge, graph, 0.0)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import json
 import platform
 import sys
 from collections.abc import Callable
@@ -30,8 +31,10 @@ from edgekit.compress.export import export_onnx
 from edgekit.compress.placement import PLACEMENTS
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.models import weights as model_weights
+from edgekit.pipeline import compile as compiling
 from edgekit.recipe import Quantization
 from edgekit.target import InputShape, Isa, Runner, Target
+from tests import tiny
 
 pytest.importorskip("tvm")
 tvm = backends.load("tvm")
@@ -42,6 +45,7 @@ variants = sys.modules["edgekit.backends.tvm.variants"]
 reference = importlib.import_module("edgekit.backends.tvm.reference")
 pytestmark = [pytest.mark.backend, pytest.mark.emulated]
 
+_QUANTIZED = ["Conv", "ConvTranspose", "Relu", "Add", "DepthToSpace", "SpaceToDepth", "Concat", "Resize", "MaxPool"]
 SIGMA = 25 / 255
 SIDE = 24
 ARM = dataclasses.replace(target.load("android-arm64"), precision="int8")
@@ -120,7 +124,7 @@ def _source(
             per_channel=True,
             activation_type=activations,
             weight_type=QuantType.QInt8,
-            op_types_to_quantize=["Conv", "ConvTranspose", "Relu", "Add", "DepthToSpace", "SpaceToDepth"],
+            op_types_to_quantize=_QUANTIZED,
             nodes_to_exclude=[node.name for node in model.graph.node if node.op_type in kept_float],
         )
     return Source(
@@ -196,6 +200,56 @@ class _PictureAsFeatures(nn.Module):
         return nn.functional.pixel_shuffle(self.second(self.first(squares) + squares), 2)
 
 
+class _Concats(nn.Module):
+    """Concatenations of maps on grids of their own, of the picture, and of one another, of 49 and 77 channels.
+
+    They are read by windows of both kinds and by an addition.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 12, 3, padding=1), nn.Conv2d(12, 24, 1)
+        nn.init.normal_(self.second.weight, std=0.02)
+        self.depthwise, self.third = _depthwise(49, 3), nn.Conv2d(49, 28, 1)
+        self.last = nn.Conv2d(77, 1, 3, padding=1)
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        first = self.first(noisy)
+        joined = torch.cat([first, torch.relu(self.second(first)), noisy, torch.relu(first)], 1)
+        joined = self.depthwise(joined) + joined
+        third = torch.relu(self.third(joined))
+        return noisy - self.last(torch.cat([third, joined], 1))
+
+
+class _Resized(nn.Module):
+    """Ways up and down that are added, read by windows with and without a margin, and of the picture itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(c, 20, 1) for c in (1, 20, 21))
+        self.last = nn.Conv2d(20, 1, 3, padding=1)
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        interpolate, max_pool2d = nn.functional.interpolate, nn.functional.max_pool2d
+        first = self.first(noisy)
+        low = self.second(max_pool2d(first, 2))
+        joined = torch.cat([low, max_pool2d(noisy, 2)], 1)
+        near = interpolate(self.third(joined), scale_factor=2, mode="nearest")
+        smooth = interpolate(low, scale_factor=2, mode="bilinear", align_corners=False)
+        return noisy - self.last(near + first + smooth)
+
+
+class _Added(nn.Module):
+    """A network whose result is added to the picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 1, 3, padding=1))
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        return self.net(noisy) + noisy
+
+
 def _dead() -> nn.Module:
     """Channels without weights, and with weights that are nothing next to their bias, as training leaves them."""
     first, last = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
@@ -223,22 +277,44 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "up": _Up,
     "dead channels": _dead,
     "picture as features": _PictureAsFeatures,
+    "concatenations": _Concats,
+    "resized": _Resized,
+    "one row": _sequence(
+        nn.Conv2d(1, 16, 4, stride=4),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(16, 1, 3, padding=1),
+    ),
+    "added to the picture": _Added,
+    "shortcuts": tiny.Shortcuts,
+    "unet": tiny.unet,
 }
 
 
 # Those whose placement for arm has maps of two planes with everything that can meet them: windows with and without a
 # margin, strides, an activation, pixel shuffles, maps of few channels.
-TRUNKS = ("dense 3x3", "strided 3x3", "space to depth", "students", "picture as features", "dead channels")
+TRUNKS = (
+    *("dense 3x3", "strided 3x3", "space to depth", "students", "picture as features", "dead channels"),
+    *("concatenations", "resized", "one row", "added to the picture", "shortcuts", "unet"),
+)
 
 
-def _placed(net: nn.Module, folder: Path) -> Source:
+def _placed(net: nn.Module, folder: Path, *, equalize: bool = False) -> Source:
     """Export a network, and quantize it with the placement for arm."""
-    fp32 = export_onnx(net, channels=1, takes_sigma=False, stride=4, out=folder / "net.onnx")
+    takes_sigma, stride = bool(getattr(net, "takes_sigma", False)), int(getattr(net, "stride", 4))
+    fp32 = export_onnx(net, channels=1, takes_sigma=takes_sigma, stride=stride, out=folder / "net.onnx")
     pictures = [(_photograph(1, 48, 48, seed), SIGMA) for seed in range(8)]
-    settings = Quantization(calibration_pictures=8, equalize=False)
+    settings = Quantization(calibration_pictures=8, equalize=equalize)
     int8 = quantize.quantize_static(fp32, pictures, folder / "int8.onnx", settings, placement=PLACEMENTS["arm"]).onnx
     return Source(
-        name="net", fp32_onnx=fp32, int8_onnx=int8, module=lambda: net, channels=1, takes_sigma=False, stride=4
+        name="net",
+        fp32_onnx=fp32,
+        int8_onnx=int8,
+        module=lambda: net,
+        channels=1,
+        takes_sigma=takes_sigma,
+        stride=stride,
     )
 
 
@@ -312,7 +388,8 @@ def denoisers(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Den
 
 
 def _size(name: str) -> tuple[int, int]:
-    return (40, 72) if name == "colour" else (SIDE, SIDE + 4)
+    sizes = {"colour": (40, 72), "one row": (4, 8), "trunk one row": (4, 8)}
+    return sizes.get(name, (SIDE, SIDE + 4))
 
 
 @pytest.mark.parametrize("where", MACHINES)
@@ -334,6 +411,83 @@ def test_the_reference_computes_what_the_quantized_graph_says(sources: Sources, 
     got = reference.run(_network(source, SIDE, SIDE + 4), noisy, SIGMA)
     # ONNX Runtime rounds more often, also the picture itself: a step of 1/255 or so, which is 50 dB.
     assert _psnr(got, wanted) > 42
+
+
+@pytest.mark.parametrize("name", ["trunk dense 3x3", "trunk strided 3x3"])
+def test_what_a_relu_cuts_off_stays_cut_off_in_a_map_of_two_planes(sources: Sources, name: str) -> None:
+    source, noisy = sources(name), _photograph(1, SIDE, SIDE + 4)
+    assert source.int8_onnx is not None
+    wanted = _by_onnx_runtime(source.int8_onnx, noisy, takes_sigma=False)
+    # The sums of the last convolution read nothing of 8 bits.
+    assert _psnr(reference.run(_network(source, SIDE, SIDE + 4), noisy, SIGMA), wanted) > 75
+
+
+def test_a_whole_unet_with_concatenated_skips_is_compiled_in_integers(tmp_path: Path) -> None:
+    net, noisy = tiny.unet(), _photograph(1, 64, 96)
+    source = _placed(net, tmp_path, equalize=True)
+    network = _network(source, 64, 96)
+    wanted = reference.run(network, noisy, SIGMA)
+    before = _by_onnx_runtime(source.fp32_onnx, noisy, takes_sigma=False)
+    assert _psnr(wanted, before) > 30
+    assert np.abs(wanted - noisy).mean() > 0.1
+    assert [one.how for one in network.operators if isinstance(one, integer.Resample)] == [
+        *("maximum", "maximum", "nearest", "bilinear")
+    ]
+    runner = Runner(kind="qemu", cpus=("cortex-a53", "cortex-a72", "cortex-a76"))
+    place = dataclasses.replace(ARM, input=InputShape(height=64, width=96), runner=runner)
+    built = tvm.build(source, place, tmp_path / "library")
+    assert built.facts["integer_macs_permille"] == 1000
+    opened = tvm.open_session(tmp_path / "library", built, place)
+    assert len(opened) == 3
+    assert all(np.array_equal(denoise(noisy, SIGMA), wanted) for _, denoise in opened)
+
+
+@pytest.mark.slow
+def test_a_unet_from_a_file_goes_through_edgekit_compile(tmp_path: Path) -> None:
+    net = tiny.unet()
+    with torch.no_grad():
+        # It is not trained: it leaves the picture nearly as it is.
+        net.last.weight *= 0.1
+        net.last.bias *= 0
+    path = export_onnx(net, channels=1, takes_sigma=False, stride=4, out=tmp_path / "unet.onnx")
+    small = dataclasses.replace(
+        ARM, input=InputShape(height=64, width=64), runner=Runner(kind="qemu", cpus=("cortex-a76",))
+    )
+    made = compiling.compile_model(str(path), [small], folder=tmp_path / "run")
+    assert made.audits[small.name].integer_macs_permille == 1000
+    bundle = made.bundles[small.name]
+    model = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["model"]
+    assert (model["name"], model["halo_px"], model["global_ops"]) == ("unet", 15, [])
+    golden = bundle / "golden" / "skimage-camera"
+    noisy = np.fromfile(golden.with_suffix(".noisy.f32"), "<f4").reshape(1, 1, 64, 64)
+    network = qdq.read(tmp_path / "run/06-quantize/arm/student.int8.onnx", channels=1, height=64, width=64)
+    denoised = np.fromfile(golden.with_suffix(".denoised.f32"), "<f4").reshape(1, 1, 64, 64)
+    assert np.array_equal(denoised, reference.run(network, noisy, SIGMA))
+
+
+def test_maps_on_one_grid_are_joined_as_they_are_and_others_are_brought_to_it(sources: Sources) -> None:
+    operators = _network(sources("trunk concatenations"), SIDE, SIDE + 4).operators
+    joined = [one for one in operators if isinstance(one, integer.Concat)]
+    assert [[part.channels for part in one.reads] for one in joined] == [[12, 24, 1, 12], [28, 49]]
+    assert all(part.grid == one.writes.grid for one in joined for part in one.reads)
+    brought = [[" for " in part.name for part in one.reads] for one in joined]
+    assert any(brought[0])
+    assert not all(brought[0])
+
+
+@pytest.mark.parametrize("how", ["nearest", "bilinear", "maximum"])
+def test_resampling_is_rounded_once(how: integer.Resampling) -> None:
+    values = np.random.default_rng(0).integers(-128, 128, (5, 6, 3))
+    planes = torch.from_numpy(values.astype(np.float64)).permute(2, 0, 1)[None]
+    if how == "maximum":
+        wanted = nn.functional.max_pool2d(planes, 2)
+    elif how == "nearest":
+        wanted = nn.functional.interpolate(planes, scale_factor=2)
+    else:
+        wanted = nn.functional.interpolate(planes, scale_factor=2, mode="bilinear", align_corners=False)
+    exact = wanted[0].permute(1, 2, 0).numpy()
+    # Sixteenths are exact in float64; halves go up.
+    assert np.array_equal(reference.resampled(how, values), np.floor(exact + 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -487,6 +641,52 @@ def test_an_operator_without_an_integer_kernel_is_refused_by_name(tmp_path: Path
     net = nn.Sequential(nn.Conv2d(1, 16, 1), nn.Sigmoid(), nn.Conv2d(16, 1, 1))
     with pytest.raises(UnsupportedError, match=r"Sigmoid '/1/Sigmoid' is not computed in integers"):
         tvm.build(_source(net, tmp_path), _target("dotprod", SIDE, SIDE), tmp_path / "out")
+
+
+def _up(**settings: object) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 16, 2, stride=2), nn.Upsample(**settings), nn.Conv2d(16, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        pytest.param(_up(scale_factor=2, mode="bicubic"), "is no resizing to twice", id="bicubic"),
+        pytest.param(
+            _up(scale_factor=2, mode="bilinear", align_corners=True), "is no resizing to twice", id="aligned corners"
+        ),
+        pytest.param(
+            nn.Sequential(nn.Conv2d(1, 16, 4, stride=4), nn.Upsample(scale_factor=4), nn.Conv2d(16, 1, 1)),
+            "is no resizing to twice",
+            id="four times",
+        ),
+        pytest.param(
+            nn.Sequential(nn.Conv2d(1, 16, 1), nn.MaxPool2d(3, 1, 1), nn.Conv2d(16, 1, 1)),
+            "is no pooling of 2x2 pixels with stride 2",
+            id="pooling of 3x3",
+        ),
+        pytest.param(
+            nn.Sequential(nn.Conv2d(1, 16, 1), nn.AvgPool2d(2), nn.Upsample(scale_factor=2), nn.Conv2d(16, 1, 1)),
+            r"AveragePool '/1/AveragePool' is not computed in integers",
+            id="average",
+        ),
+    ],
+)
+def test_other_ways_to_resize_and_pool_are_refused_by_name(net: nn.Module, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=said):
+        _network(_placed(net, tmp_path), SIDE, SIDE)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"activation": "hardswish"}, "HardSwish '.*' is not computed in integers"), ({"se": True}, "Mul '.*attention")],
+    ids=["hard-swish", "squeeze-and-excitation"],
+)
+def test_floats_between_convolutions_are_refused_with_what_to_do(
+    options: dict[str, models.Option], said: str, tmp_path: Path
+) -> None:
+    source = _placed(tiny.network("nano", options), tmp_path)
+    with pytest.raises(UnsupportedError, match=f"{said}.*set the target's precision to float32, or train"):
+        _network(source, SIDE, SIDE)
 
 
 def test_int8_without_a_quantized_graph_is_refused(nano: Source, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, max_pool2d, relu
 
 from edgekit import models
 from edgekit.data.synthetic import dead_leaves
@@ -73,6 +75,59 @@ def network(name: str, options: dict[str, models.Option] | None = None, *, seed:
     """Return a network with random weights of that seed, in eval mode."""
     torch.manual_seed(seed)
     return models.create(name, options).eval()
+
+
+class Unet(nn.Module):
+    """A blind UNet of two levels: skips by concatenation, one nearest and one bilinear way up, max-pooling down.
+
+    Its channels are no multiples of 16, alone or together.
+    """
+
+    channels, takes_sigma, stride = 1, False, 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.low = (_same(i, o) for i, o in ((1, 12), (12, 24), (24, 40)))
+        self.third, self.fourth, self.last = (_same(i, o) for i, o in ((64, 24), (36, 12), (12, 1)))
+
+    def forward(self, noisy: Tensor) -> Tensor:
+        """Return the denoised picture."""
+        first = relu(self.first(noisy))
+        second = relu(self.second(max_pool2d(first, 2)))
+        up = interpolate(relu(self.low(max_pool2d(second, 2))), scale_factor=2, mode="nearest")
+        third = relu(self.third(torch.cat([up, second], 1)))
+        up = interpolate(third, scale_factor=2, mode="bilinear", align_corners=False)
+        return noisy - self.last(relu(self.fourth(torch.cat([up, first], 1))))
+
+
+class Shortcuts(nn.Module):
+    """A blind network with additions of two convolutions, of an addition, and of an activation read by no other."""
+
+    channels, takes_sigma, stride = 1, False, 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(c, 8, 3, padding=1) for c in (1, 1, 8))
+        self.last = nn.Conv2d(8, 1, 1)
+
+    def forward(self, noisy: Tensor) -> Tensor:
+        """Return the denoised picture."""
+        both = self.first(noisy) + self.second(noisy)
+        third = self.third(relu(both))
+        return noisy - self.last(both + relu(third) + third)
+
+
+def _same(inputs: int, outputs: int) -> nn.Conv2d:
+    """Return a convolution whose results vary as much as what it reads, so that rounding anywhere shows."""
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+    nn.init.kaiming_normal_(conv.weight)
+    return conv
+
+
+def unet(*, seed: int = 0) -> Unet:
+    """Return the UNet with random weights of that seed, in eval mode."""
+    torch.manual_seed(seed)
+    return Unet().eval()
 
 
 def write_weights(name: str, path: Path, *, seed: int = 0, shrink: float = 1.0) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgekit.compress.placement import Placement, release
+from edgekit.compress.placement import FloatCosts, Placement, release
 from edgekit.data.noise import add_gaussian
 from edgekit.errors import LimitError
 from edgekit.graph.cost import infer_shapes, integer_permille, macs_by_node
@@ -21,16 +21,11 @@ from edgekit.measure.quality import crop, pad_to_multiple, psnr
 Array = NDArray[np.float32]
 Picture = NDArray[np.uint8]
 
-# Below this share of integer multiply-accumulates a graph is a float graph with decoration.
-LEAST_INTEGER_PERMILLE = 500
+# Least shares of integer multiply-accumulates: what is kept if the budget allows it, and what a graph needs not to be a
+# float graph with decoration.
+MOSTLY_INTEGER_PERMILLE, LEAST_INTEGER_PERMILLE = 950, 500
 _SEED = 2
 _SIDE = 256
-# What a layer's way back to float costs, of base in ONNX Runtime on one core with VNNI: 10 ms for 1.5 GMAC of
-# convolutions, 7 ms for the 5.3 million values that its additions write (docs/int8.md). A model, not a measurement, for
-# the choice of layers must not differ between equal runs.
-_FLOAT_PS_PER_MAC = 7.0
-_FLOAT_PS_PER_SUM = 1300.0
-_PAIR_PS_PER_VALUE = 200.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,17 +164,21 @@ def layers(
                 nodes=names,
                 integer_macs=sum(macs.get(node, 0) for node in names),
                 harm_udb=round(before - judge.distance_udb(without, pictures)),
-                cost_us=max(round(sum(_cost_ps(node, macs, shapes) for node in nodes) * 1e-6), 1),
+                cost_us=max(round(sum(_cost_ps(node, placement.costs, macs, shapes) for node in nodes) * 1e-6), 1),
             )
         )
     return tuple(sorted(found, key=lambda layer: (-layer.harm_udb / layer.cost_us, layer.name)))
 
 
-def _cost_ps(node: onnx.NodeProto, macs: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> float:
-    values = math.prod(shapes[node.output[0]])
+def _cost_ps(
+    node: onnx.NodeProto, costs: FloatCosts, macs: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
+) -> float:
+    result = shapes[node.output[0]]
+    values = math.prod(result)
     if node.op_type == "Add":
-        return _FLOAT_PS_PER_SUM * values
-    return _FLOAT_PS_PER_MAC * macs[node.name] + _PAIR_PS_PER_VALUE * (values + math.prod(shapes[node.input[0]]))
+        return costs.added * values
+    filled = -(-result[1] // costs.channels) * costs.channels / result[1]
+    return costs.mac * macs[node.name] * filled + costs.passed * (values + math.prod(shapes[node.input[0]]))
 
 
 def keep(
@@ -194,7 +193,8 @@ def keep(
 ) -> Kept:
     """Return the graph with as few layers in float as its budget allows.
 
-    The layers go back in the order of `layers`; how many is found by bisection.
+    The layers go back in the order of `layers`; how many is found by bisection, and those among them that the budget
+    does not need stay in integers, as 95 % of the arithmetic do where it is possible.
 
     Args:
         quantized: The graph.
@@ -222,7 +222,11 @@ def keep(
         return release(quantized, [name for layer in layers_ for name in layer.nodes], placement, originals)
 
     # Errors partly make up for each other: the layers that seem to do no harm alone are taken only if all must be.
-    orders = [_affordable([x for x in found if x.harm_udb > 0], floating), _affordable(found, floating)]
+    orders = [
+        _affordable(layers_, floating, least)
+        for least in (MOSTLY_INTEGER_PERMILLE, LEAST_INTEGER_PERMILLE)
+        for layers_ in ([x for x in found if x.harm_udb > 0], found)
+    ]
     reached = []
     for order in orders:
         reached.append(judge.loss(released(order)))
@@ -232,23 +236,35 @@ def keep(
         best = min(zip(reached, orders, strict=True), key=lambda pair: pair[0].mean_mdb)
         how = f"with {', '.join(layer.name for layer in best[1]) or 'nothing'} in float"
         raise _missed(best[0], budget_db, released(best[1]), how)
-    losses = {len(order): reached[-1]}
-    few, many = 0, len(order)
-    while many - few > 1:
-        middle = (few + many) // 2
-        losses[middle] = judge.loss(released(order[:middle]))
-        few, many = (few, middle) if losses[middle].mean_mdb <= budget_mdb else (middle, many)
-    names = tuple(layer.name for layer in order[:many])
-    say(f"in float: {', '.join(names)}; it loses {losses[many].mean_mdb / 1000:.3f} dB")
-    return Kept(model=released(order[:many]), loss=losses[many], released=names)
+    chosen, loss = order, reached[-1]
+    few = 0
+    while len(chosen) - few > 1:
+        middle = (few + len(chosen)) // 2
+        tried = judge.loss(released(order[:middle]))
+        if tried.mean_mdb <= budget_mdb:
+            chosen, loss = order[:middle], tried
+        else:
+            few = middle
+    # Beside the layer that decided it, those before it may not be needed.
+    needed = False
+    while not needed and len(chosen) > 1:
+        needed = True
+        for layer in sorted(chosen, key=lambda x: -x.cost_us):
+            fewer = [x for x in chosen if x is not layer]
+            tried = judge.loss(released(fewer))
+            if tried.mean_mdb <= budget_mdb:
+                chosen, loss, needed = fewer, tried, False
+    names = tuple(layer.name for layer in chosen)
+    say(f"in float: {', '.join(names)}; it loses {loss.mean_mdb / 1000:.3f} dB")
+    return Kept(model=released(chosen), loss=loss, released=names)
 
 
-def _affordable(found: Sequence[Layer], floating: onnx.ModelProto) -> list[Layer]:
-    """Return the layers that can go back one after the other with enough of the arithmetic left in integers."""
+def _affordable(found: Sequence[Layer], floating: onnx.ModelProto, least_permille: int) -> list[Layer]:
+    """Return the layers that can go back one after the other with that share of the arithmetic left in integers."""
     whole = sum(macs_by_node(floating, _SIDE, _SIDE).values())
     left, chosen = whole, list[Layer]()
     for layer in found:
-        if left - layer.integer_macs >= whole * LEAST_INTEGER_PERMILLE / 1000:
+        if left - layer.integer_macs >= whole * least_permille / 1000:
             left -= layer.integer_macs
             chosen.append(layer)
     return chosen

@@ -4,9 +4,9 @@
 conv(W1, b1) ─ relu ─ conv(W2)   ->   conv(s W1, s b1) ─ relu ─ conv(W2 / s)        s > 0, one for each channel
 ```
 Cross-layer equalization (Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", 2019),
-on measured ranges. The function that the graph computes stays the same. Channels that meet in an addition, or become
-one in DepthToSpace, share their factor; depthwise convolutions pass none on, and having one weight scale for each
-channel they take any factor for nothing.
+on measured ranges. The function that the graph computes stays the same. Channels that meet in an addition, become
+one in DepthToSpace, or go through Concat, Resize or MaxPool, share their factor; depthwise convolutions pass none on,
+and having one weight scale for each channel they take any factor for nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ MOST = 64.0
 MOST_CHANGE = 1e-4
 _FIXED: Channel = ("", 0)
 _LEAST_PEAK = 1e-6
+_SAME_CHANNELS = frozenset({"Add", "MaxPool", "Relu", "Resize"})
 
 
 def equalize(model: onnx.ModelProto, peaks: Peaks) -> onnx.ModelProto:
@@ -81,14 +82,18 @@ def _grouped(model: onnx.ModelProto, peaks: Peaks) -> dict[Channel, Channel]:
     for node in model.graph.node:
         tensors = [name for name in (*node.input, *node.output) if name in peaks]
         result = node.output[0]
+        reads = tuple(node.input[:1]) if node.op_type in ("MaxPool", "Resize") else tuple(node.input)
+        counts = [len(peaks.get(name, ())) for name in (*reads, result)]
         if node.op_type == "Conv" or _is_noise_level(node, stored):
             continue
-        if node.op_type in ("Relu", "Add") and all(
-            name in peaks and len(peaks[name]) == len(peaks[result]) for name in node.input
-        ):
-            for name in node.input:
-                for channel in range(len(peaks[result])):
+        if node.op_type in _SAME_CHANNELS and len(set(counts)) == 1:
+            for name in reads:
+                for channel in range(counts[-1]):
                     tie((name, channel), (result, channel))
+        elif node.op_type == "Concat" and all(counts) and sum(counts[:-1]) == counts[-1]:
+            for number, name in enumerate(reads):
+                for channel in range(counts[number]):
+                    tie((name, channel), (result, sum(counts[:number]) + channel))
         elif node.op_type == "DepthToSpace" and _attribute(node, "mode") == b"CRD":
             squares = len(peaks[node.input[0]]) // len(peaks[result])
             for channel in range(len(peaks[node.input[0]])):

@@ -9,10 +9,13 @@ on reads        x ─ [] ┬ conv ─ relu ─ [] ─ conv ─ + ─ [] ─ conv
 
 on results too  x ─ [] ┬ conv ─ relu ─ [] ─ conv ─ [] ─ + ─ [] ─ conv   ONNX Runtime
                        └────────────────────────────────┘
-```
+
 16-bit trunk     x ─ [16] ┬ conv ─ relu ─ [] ─ conv ─ + ─ [16] ─ conv     ARM
                      x ┬ [16] ─ +         what both an addition and a convolution read has two pairs
                        └ [] ─ conv
+
+maps             x ─ [] ─ resize ─ [] ┬ concat ─ [] ─ conv                ARM, ONNX Runtime
+                 y ─ [] ──────────────┘     one grid where the ranges are alike
 ```
 OpenVINO and our ARM kernels add the residual inside the convolution before they round, so a pair between the two would
 only lose precision. ONNX Runtime has no such kernel: without the second pair its convolution falls back to float.
@@ -31,6 +34,7 @@ from onnx import helper, numpy_helper, version_converter
 
 from edgekit.graph.checks import DENOISED, NOISY
 from edgekit.graph.walk import (
+    CONVOLUTIONS,
     consumers,
     derived_from,
     first_convolutions,
@@ -40,8 +44,13 @@ from edgekit.graph.walk import (
 )
 
 Range = tuple[float, float]
-# They move values without computing, so that both sides can share a scale.
-_MOVES = frozenset({"DepthToSpace", "SpaceToDepth", "MaxPool"})
+# They move values without computing, or give means of neighbours, so that both sides can share a scale.
+_MOVES = frozenset({"DepthToSpace", "SpaceToDepth", "MaxPool", "Resize"})
+# Operators of their own between maps of 8 bits, where other moves are part of a convolution.
+_BETWEEN_MAPS = frozenset({"Concat", "MaxPool", "Resize"})
+# A part of a concatenation with at least this share of the whole's range lies on the grid of the whole from the start,
+# which costs its other readers a bit at most; a smaller one is rounded to its own grid first.
+_ALIKE = 0.5
 _MEANS = frozenset({"ReduceMean", "ReduceMax", "GlobalAveragePool", "GlobalMaxPool"})
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _INT32_MAX = 2**31 - 1
@@ -60,6 +69,25 @@ _LEAST_UNIT = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, kw_only=True)
+class FloatCosts:
+    """What a layer's way back to float costs an engine, in picoseconds of one core: a model, not a measurement.
+
+    mac: Of each multiply-accumulate of a convolution, its output channels filled up to `channels`.
+    added: Of each value that an addition writes. passed: Of each value that a convolution reads or writes.
+    """
+
+    mac: float
+    added: float
+    passed: float
+    channels: int
+
+
+# Fitted to base with single layers in float, 256x256, one core with VNNI (docs/int8.md).
+_OPENVINO_COSTS = FloatCosts(mac=10.0, added=360.0, passed=50.0, channels=16)
+_ONNXRUNTIME_COSTS = FloatCosts(mac=9.0, added=1350.0, passed=800.0, channels=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Placement:
     """How an engine wants a QDQ graph.
 
@@ -69,6 +97,7 @@ class Placement:
     integer_biases: Whether biases are int32, in units of input scale x weight scale; float otherwise.
     floats: Whether the engine computes single layers of an INT8 graph in float.
     trunk: Type of what additions read, and of what the first and last convolutions read and of their weights.
+    costs: What layers in float cost.
     """
 
     activations: Literal["uint8", "int8"]
@@ -77,10 +106,11 @@ class Placement:
     integer_biases: bool = False
     floats: bool = True
     trunk: Literal["int8", "int16"] = "int8"
+    costs: FloatCosts = _OPENVINO_COSTS
 
 
 PLACEMENTS: dict[str, Placement] = {
-    "onnxruntime": Placement(activations="uint8", results=True, integer_biases=True),
+    "onnxruntime": Placement(activations="uint8", results=True, integer_biases=True, costs=_ONNXRUNTIME_COSTS),
     "openvino": Placement(activations="uint8"),
     "arm": Placement(activations="int8", integer_biases=True, floats=False, trunk="int16"),
     "tensorrt": Placement(activations="int8", symmetric=True),
@@ -139,6 +169,8 @@ def release(
     """
     model = onnx.ModelProto()
     model.CopyFrom(quantized)
+    if not names:
+        return model
     made_by, stored = producers(model), initializers(model)
     originals = initializers(floating) if floating is not None else {}
     chosen = [n for n in model.graph.node if n.name in names and n.op_type in ("Conv", "Add")]
@@ -149,20 +181,23 @@ def release(
                 node.input[index] = _float_constant(model, source, originals)
     integer = _integer_nodes(model, made_by) - frozenset(names)
 
-    def read_unrounded(node: onnx.NodeProto) -> None:
+    def read_unrounded(node: onnx.NodeProto) -> bool:
+        """Return whether that changed what a node reads."""
+        before = list(node.input)
         for index, name in enumerate(node.input):
             raw = _before_pair(name, made_by)
             if raw is not None and not (placement.results and _is_integer(made_by.get(raw), integer, made_by)):
                 node.input[index] = raw
+        return before != list(node.input)
 
+    moves = _MOVES | _BETWEEN_MAPS
     for node in model.graph.node:
-        if node.op_type not in (*_PAIR, *_MOVES) and (node.op_type not in ("Conv", "Add") or node.name in names):
+        if node.op_type not in (*_PAIR, *moves) and (node.op_type not in ("Conv", "Add") or node.name in names):
             read_unrounded(node)
     drop_unread(model)
-    for node in model.graph.node:
-        if node.op_type in _MOVES and not _is_rounded(node.output[0], model):
-            read_unrounded(node)
-    drop_unread(model)
+    # One behind the other, the last one first.
+    while any(read_unrounded(n) for n in model.graph.node if n.op_type in moves and not _is_rounded(n, model)):
+        drop_unread(model)
     return model
 
 
@@ -194,13 +229,14 @@ class _Writer:
             model = version_converter.convert_version(model, _OPSET_16_BITS)
             model.ir_version = max(model.ir_version, _IR_16_BITS)
         self._model, self._placement, self._weight_limit = model, placement, weight_limit
-        self._stored, self._made_by = initializers(model), producers(model)
+        self._stored, self._made_by, self._readers = initializers(model), producers(model), consumers(model)
         self._integer = computes_in_integers(model)
         self._relus = _fused_relus(model, self._integer)
         self._only_integers = {self._result(n) for n in model.graph.node if n.name in self._integer}
         self._ranges = dict(ranges)
+        self._between = self._results_between_maps()
         self._rounded = self._tensors_to_round()
-        self._wide = _dense_ends(model, self._integer) if placement.trunk == "int16" else frozenset[str]()
+        self._wide = self._ends_of_16_bits() if placement.trunk == "int16" else frozenset[str]()
         self._fine = self._tensors_of_16_bits() if placement.trunk == "int16" else frozenset[str]()
         self._give_room()
         self._share_ranges()
@@ -217,7 +253,8 @@ class _Writer:
             node.CopyFrom(original)
             for index, name in enumerate(original.input):
                 if name in self._rounded and self._reads_rounded(original, name):
-                    fine = name in self._fine and (original.op_type != "Conv" or original.name in self._wide)
+                    coarsely = original.op_type == "Conv" or original.output[0] in self._between
+                    fine = name in self._fine and (not coarsely or original.name in self._wide)
                     node.input[index] = f"{name}_fine_dequantized" if fine else f"{name}_dequantized"
             if original.op_type == "Conv" and original.name in self._integer:
                 self._write_weights(original, node)
@@ -237,25 +274,72 @@ class _Writer:
         """Return the tensor that an integer operator gives, behind the ReLU that is fused with it."""
         return self._relus.get(str(node.output[0]), str(node.output[0]))
 
+    def _results_between_maps(self) -> Mapping[str, tuple[str, ...]]:
+        """Return result -> the maps that it is made of, of the nodes that engines compute from integers to integers."""
+        if self._placement.floats and not self._placement.results:
+            return {}
+        maps = (self._ranges.keys() & derived_from(self._model, NOISY)) - _gates(self._model)
+        found = {}
+        for node in self._model.graph.node:
+            reads = tuple(node.input if node.op_type == "Concat" else node.input[:1])
+            if node.op_type in _BETWEEN_MAPS and maps.issuperset((*reads, node.output[0])):
+                found[str(node.output[0])] = reads
+        return found
+
     def _tensors_to_round(self) -> frozenset[str]:
         rounded: set[str] = set()
         for node in self._model.graph.node:
+            if node.output[0] in self._between:
+                rounded.update((*self._between[node.output[0]], node.output[0]))
             if node.name not in self._integer:
                 continue
             if node.op_type == "Conv":
                 rounded.add(node.input[0])
             elif self._placement.results:
                 rounded.update(node.input)
+            elif not self._placement.floats:
+                rounded.update(self._added_from_memory(node))
             if self._placement.results:
                 rounded.add(self._result(node))
         rounded.discard(DENOISED)
         return frozenset(rounded - self._stored.keys())
 
+    def _added_from_memory(self, addition: onnx.NodeProto) -> list[str]:
+        """Return what an addition reads from memory: all but one convolution that gives nothing but a part of it."""
+        operands = [str(name) for name in addition.input]
+        for name in reversed(operands):
+            source = self._made_by.get(name)
+            if source is not None and source.op_type == "DepthToSpace":
+                source = self._made_by.get(source.input[0])
+            if source is not None and source.op_type in CONVOLUTIONS and len(self._readers[name]) == 1:
+                operands.remove(name)
+                break
+        return operands
+
     def _share_ranges(self) -> None:
         """What only moves values must not change their scale, or the engine computes it in float."""
+        before: dict[str, Range] = {}
+        while before != self._ranges:
+            before = dict(self._ranges)
+            for node in self._model.graph.node:
+                if node.output[0] in self._between:
+                    self._share_range(node)
         for node in self._model.graph.node:
             if node.op_type in _MOVES and self._rounded.issuperset((node.input[0], node.output[0])):
                 self._ranges[node.output[0]] = self._ranges[node.input[0]]
+
+    def _share_range(self, node: onnx.NodeProto) -> None:
+        """Give what a node between maps reads and writes one range; far smaller parts of a Concat keep theirs."""
+        result = str(node.output[0])
+        least = _ALIKE * _width(self._ranges[result]) if node.op_type == "Concat" else 0.0
+        tensors = [result, *(name for name in self._between[result] if _width(self._ranges[name]) >= least)]
+        lows, highs = zip(*(self._ranges[name] for name in tensors), strict=True)
+        self._ranges.update(dict.fromkeys(tensors, (min(lows), max(highs))))
+
+    def _ends_of_16_bits(self) -> frozenset[str]:
+        """Return the first and last convolutions that are integer ones over all channels, of maps that can be finer."""
+        reads = {n.name: n.input[0] for n in self._model.graph.node if n.op_type == "Conv"}
+        return frozenset(name for name in _dense_ends(self._model, self._integer) if reads[name] not in self._between)
 
     def _give_room(self) -> None:
         narrow = self._integer - self._wide
@@ -273,10 +357,12 @@ class _Writer:
             if (node.op_type == "Add" and node.name in self._integer) or node.name in self._wide
             for name in node.input
         }
-        return frozenset(read & self._rounded)
+        return frozenset(read & self._rounded - self._between.keys())
 
     def _reads_rounded(self, node: onnx.NodeProto, name: str) -> bool:
-        if node.name in self._integer or (node.op_type in _MOVES and node.output[0] in self._rounded):
+        if node.name in self._integer or node.output[0] in self._between or name in self._between:
+            return True
+        if node.op_type in _MOVES and node.output[0] in self._rounded:
             return True
         return self._placement.results and name in self._only_integers
 
@@ -336,6 +422,10 @@ class _Writer:
 
     def _store(self, name: str, values: NDArray[np.generic]) -> None:
         self._tensors.append(numpy_helper.from_array(values, name))
+
+
+def _width(values: Range) -> float:
+    return values[1] - values[0]
 
 
 def _grid(values: Range, placement: Placement) -> tuple[np.float32, int]:
@@ -419,5 +509,5 @@ def _is_integer(node: onnx.NodeProto | None, integer: frozenset[str], made_by: M
     return node is not None and node.name in integer
 
 
-def _is_rounded(name: str, model: onnx.ModelProto) -> bool:
-    return any(n.op_type == _PAIR[0] and n.input[0] == name for n in model.graph.node)
+def _is_rounded(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
+    return any(n.op_type == _PAIR[0] and n.input[0] == node.output[0] for n in model.graph.node)

@@ -627,11 +627,15 @@ def _space_to_depth(node: Node, given: Given) -> Tensor:
 def _resize(node: Node, given: Given) -> Tensor:
     x, scales = _tensor(node, given, 0), _optional(given, 2)
     how = node.text("coordinate_transformation_mode", "half_pixel"), node.text("nearest_mode", "round_prefer_floor")
-    if node.text("mode", "nearest") != "nearest" or how not in _REPEATS:
-        raise node.unsupported(f"mode {node.text('mode', 'nearest')} with {how[0]} and {how[1]}")
+    mode = node.text("mode", "nearest")
+    bilinear = mode == "linear" and how[0] == "half_pixel"
+    if not bilinear and (mode != "nearest" or how not in _REPEATS):
+        raise node.unsupported(f"mode {mode} with {how[0]} and {how[1]}")
     factors = [] if scales is None else [float(s) for s in scales]
     if len(factors) != 4 or factors[:2] != [1, 1] or any(f < 1 or f != int(f) for f in factors):
         raise node.unsupported(f"scales {factors or 'missing'}, not whole numbers of height and width")
+    if bilinear:
+        return functional.interpolate(x, scale_factor=factors[2:], mode="bilinear", align_corners=False)
     return x.repeat_interleave(int(factors[2]), 2).repeat_interleave(int(factors[3]), 3)
 
 

@@ -55,6 +55,7 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
     spans: dict[str, tuple[_Span, _Span]] = {NOISY: (unit, unit)}
     global_nodes: list[str] = []
     constants = {name: numpy_helper.to_array(t) for name, t in initializers(model).items() if math.prod(t.dims) < 64}
+    constants |= {n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in model.graph.node if _holds_tensor(n)}
     for node in model.graph.node:
         operands = [spans[name] for name in node.input if name in spans]
         if not operands:
@@ -68,7 +69,7 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
                 remedy="export the network with convolutions, SpaceToDepth, DepthToSpace and element-wise operators",
             )
         height, width = _union(node, operands)
-        rule, attributes = _RULES[node.op_type], _attributes(node)
+        rule, attributes = _RULES[node.op_type], _attributes(node) | _resizing(node, constants)
         for name in node.output:
             spans[name] = (rule(height, attributes, 0), rule(width, attributes, 1))
     if DENOISED not in spans:
@@ -110,6 +111,16 @@ def _depth_to_space(span: _Span, a: _Attributes, axis: int) -> _Span:
     return _Span(jump, span.low - jump * (size - 1), span.high)
 
 
+def _resize(span: _Span, a: _Attributes, axis: int) -> _Span:
+    """Element i reads element floor(i / scale), or linearly the two around (i + 1/2) / scale - 1/2."""
+    scale = a["scales"][axis]
+    jump = span.jump / scale
+    if not a["linear"][0]:
+        return _Span(jump, span.low - jump * (scale - 1), span.high)
+    middle, reach = (jump - span.jump) / 2, span.jump - jump / 2
+    return _Span(jump, span.low + middle - reach, span.high + middle + reach)
+
+
 def _same(span: _Span, a: _Attributes, axis: int) -> _Span:
     return span
 
@@ -126,8 +137,11 @@ _RULES: dict[str, _Rule] = {
     "ConvTranspose": _transposed,
     "SpaceToDepth": _space_to_depth,
     "DepthToSpace": _depth_to_space,
+    "Resize": _resize,
     **dict.fromkeys(_ELEMENTWISE, _same),
 }
+# Coordinates and rounding by which every value is repeated, at any whole scale.
+_REPEATS = (("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"), ("half_pixel", "round_prefer_ceil"))
 _CHANNEL_AXES = ((1,), (-3,))
 
 
@@ -143,6 +157,31 @@ def _is_global(node: onnx.NodeProto, constants: Mapping[str, NDArray[np.generic]
     if axes not in _CHANNEL_AXES:
         raise UnsupportedError(f"node '{node.name}' ({node.op_type}): it acts on axis {axes}, expected the channels")
     return False
+
+
+def _resizing(node: onnx.NodeProto, constants: Mapping[str, NDArray[np.generic]]) -> dict[str, tuple[int, ...]]:
+    """Return the whole factors of a Resize, and whether it is linear; nothing of other nodes."""
+    if node.op_type != "Resize":
+        return {}
+    given = {a.name: a.s.decode() for a in node.attribute if a.type == onnx.AttributeProto.STRING}
+    coordinates = given.get("coordinate_transformation_mode", "half_pixel").removeprefix("pytorch_")
+    mode = given.get("mode", "nearest")
+    rounding = given.get("nearest_mode", "round_prefer_floor")
+    known = (
+        coordinates == "half_pixel" if mode == "linear" else (coordinates, rounding) in _REPEATS and mode == "nearest"
+    )
+    found = constants.get(node.input[2]) if len(node.input) > 2 else None
+    scales = [] if found is None else [float(s) for s in found.astype(np.float64)]
+    if not known or len(scales) != 4 or scales[:2] != [1, 1] or any(s < 2 or s % 1 for s in scales[2:]):
+        raise UnsupportedError(
+            f"node '{node.name}' (Resize): mode {mode}, {coordinates}, scales {scales or 'missing'}; how far it "
+            "looks is known of nearest and linear ones to whole multiples"
+        )
+    return {"scales": (int(scales[2]), int(scales[3])), "linear": (int(mode == "linear"),)}
+
+
+def _holds_tensor(node: onnx.NodeProto) -> bool:
+    return str(node.op_type) == "Constant" and str(node.attribute[0].name) == "value"
 
 
 def _axes(node: onnx.NodeProto, constants: Mapping[str, NDArray[np.generic]]) -> tuple[int, ...]:

@@ -30,7 +30,6 @@ FILE, EQUALIZED = "student.int8.onnx", "equalized.fp32.onnx"
 PLACEMENTS: Mapping[Engine, str] = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tvm": "arm"}
 _SIGMAS = (15.0, 25.0, 50.0)
 _MOST_PICTURES = 16
-_MOSTLY_INTEGER_PERMILLE = 950
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +114,7 @@ def _static(opened: Run, recipe: Recipe, student: Student, where: Placement, out
     trained = bool(settings.qat.steps) and before.mean_mdb > 1000 * limit
     if trained:
         log.info("INT8 loses %.3f dB of %g: training it with its rounding", before.mean_mdb / 1000, limit)
-        graph = _train(opened, recipe, _ends_in_float(graph, prepared, where), out)
+        graph = _train(opened, recipe, _head_in_float(graph, prepared, where), out)
     kept = budget.keep(graph, prepared.model, where, judge, limit, trained=trained, say=log.info)
     report = quantize.written(kept.model, prepared, student.fp32, out / FILE)
     return _facts(before, kept, trained) | {
@@ -133,14 +132,14 @@ def _placed(prepared: Prepared, where: Placement, settings: Quantization) -> onn
     return placement.release(whole, kept, where, prepared.model) if kept else whole
 
 
-def _ends_in_float(graph: onnx.ModelProto, prepared: Prepared, where: Placement) -> onnx.ModelProto:
-    """Return the graph with its first and last convolutions in float where they are a small part of the arithmetic.
+def _head_in_float(graph: onnx.ModelProto, prepared: Prepared, where: Placement) -> onnx.ModelProto:
+    """Return the graph with its first convolution in float where that is a small part of the arithmetic.
 
-    They cost no time in float (docs/int8.md), and what they round no training brings back.
+    Of all layers it brings most dB for its time (docs/int8.md), and what it rounds no training brings back.
     """
-    ends = quantize.kept_float(prepared.model, frozenset({"head", "tail"}))
-    released = placement.release(graph, ends, where, prepared.model)
-    enough = where.floats and budget.integer_macs_permille(released) >= _MOSTLY_INTEGER_PERMILLE
+    head = quantize.kept_float(prepared.model, frozenset({"head"}))
+    released = placement.release(graph, head, where, prepared.model)
+    enough = where.floats and budget.integer_macs_permille(released) >= budget.MOSTLY_INTEGER_PERMILLE
     return released if enough else graph
 
 

@@ -10,7 +10,7 @@ grid of what it writes, in 16-bit steps that NEON and AVX-512 both have as one i
 
 so u carries `fraction` bits behind the point. A map that additions read keeps them in a second plane:
 
-    rest = saturate8(u - q x 2^fraction)                   after u = max(u, low x 2^fraction) where low > -128
+    rest = saturate8(u - q x 2^fraction)                   after u = max(u, low x 2^fraction) if there is a ReLU
     256 x residual + rest x 2^(8 - fraction)               saturated to 16 bits, in place of 256 x residual above
 
 and so does the picture, with 7 bits. The first and the last convolution read both planes and have 16-bit weights,
@@ -18,15 +18,25 @@ w x 2^bits + v, so that their sums are finer by 2^bits; the product of the two l
 
     sum = bias + (sum of w x q) x 2^bits + sum of (w x rest + v x q)
 
- Bias, both zero points, the noise level and the rounding of the first
-shift are part of the sum from the start. The last convolution is not brought to a grid: the picture that it is
-subtracted from is float32, and so is `noisy - float(sum) x scale`, a fused multiply-add that is rounded once.
+Bias, both zero points, the noise level and the rounding of the first shift are part of the sum from the start. The last
+convolution is not brought to a grid: the picture that it is subtracted from or added to is float32, and so is
+`noisy + float(sum) x scale`, a fused multiply-add that is rounded once.
+
+What lies between convolutions keeps the grid of what it reads, of which it takes the first plane, and writes 8 bits. A
+map that comes on another grid is brought to it first, by a depthwise convolution of 1x1:
+
+    concatenation  q
+    nearest        q of the pixel (y >> 1, x >> 1)
+    bilinear       (9 a + 3 b + 3 c + d + 8) >> 4    a that pixel; b, c, d its neighbours on the side of the result in
+                                                     the row, in the column and in both; the border repeats itself
+    maximum        the largest q of a square of 2 x 2
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +46,8 @@ from edgekit.errors import UnsupportedError
 CHANNEL_GROUP = 16
 QUAD = 4
 INT8_MIN, INT8_MAX = -128, 127
+# The lowest that two planes hold: a rest of -1 to the lowest q.
+UNBOUNDED = INT8_MIN - 1
 _MOST_INT16 = 32767
 # Of the picture.
 PICTURE_REST_BITS = 7
@@ -46,6 +58,7 @@ MOST_NOISE = 2.0**29
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Resampling = Literal["nearest", "bilinear", "maximum"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +128,16 @@ class Quantize:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """What the last convolution writes: float(sum) x scale, or the picture less that if `subtract`.
+    """What the last convolution writes: float(sum) x scale, added to the noisy picture if `onto_noisy`.
 
+    scale: Negative where it is subtracted.
     places: As in `Quantize`; by channel of the convolution.
     """
 
     scale: NDArray[np.float32]
     places: tuple[tuple[int, int, int], ...]
     block: int
-    subtract: bool
+    onto_noisy: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +152,7 @@ class Convolution:
     padding: Pixels above and left of the picture, which hold the zero point.
     writes: A feature map, or the picture.
     rescale: None where it writes the picture.
-    low: Bound of the result; ReLU is no more than that.
+    low: Bound of the result; ReLU is no more than that. `UNBOUNDED` where there is none.
     shuffle: Factor of a pixel shuffle: channels are in the order (row, column, channel) of the shuffled map.
     """
 
@@ -156,7 +170,7 @@ class Convolution:
     noise_gain: NDArray[np.float32] | None = None
     rescale: Rescale | None = None
     residual: Residual | None = None
-    low: int = INT8_MIN
+    low: int = UNBOUNDED
     shuffle: int = 1
 
     @property
@@ -174,6 +188,26 @@ class Convolution:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Concat:
+    """Maps of one grid, one behind the other along the channels."""
+
+    reads: tuple[Feature, ...]
+    writes: Feature
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resample:
+    """A map at twice its resolution (`nearest`, `bilinear`: as half_pixel places them) or at half of it (`maximum`)."""
+
+    how: Resampling
+    reads: Feature
+    writes: Feature
+
+
+Operator: TypeAlias = Quantize | Convolution | Concat | Resample
+
+
+@dataclass(frozen=True, kw_only=True)
 class Network:
     """An integer network at a fixed size of picture; the last operator writes the picture.
 
@@ -184,7 +218,7 @@ class Network:
     channels: int
     height: int
     width: int
-    operators: tuple[Quantize | Convolution, ...]
+    operators: tuple[Operator, ...]
     margins: Mapping[str, int] = field(default_factory=dict)
     narrow: frozenset[str] = frozenset()
 

@@ -3,18 +3,20 @@
 Feature maps lie as (row, column, channel) with a margin of zero points around them, so that a window at the border
 reads like any other: the kernel that writes a map also fills its margin. A dense window is a matrix product whose
 inner axis is, per row of the window, one run of bytes. A depthwise window takes four neighbours of a row at a time, so
-that the instruction that sums four products sums over the row.
+that the instruction that sums four products sums over the row. What only moves values is the same on every machine: a
+vector of bytes, signed or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 from tvm import tirx
 
 from edgekit.backends.tvm.emitter import Buffer, Emitter, Expr, Index, intrinsic, load, shuffle
+from edgekit.backends.tvm.integer import Resampling
 from edgekit.backends.tvm.machine import Added, Constants, Machine
 
 QUAD = 4
@@ -25,6 +27,7 @@ _ROWS_PER_BAND = 8
 _PIXELS_PER_BLOCK = 16
 _MOST_VECTORS = 6
 _FLOAT = "float32"
+_SQUARE = ((0, 0), (0, 1), (1, 0), (1, 1))
 Place = tuple[Index, Index, Index]
 
 
@@ -82,7 +85,7 @@ class ToPicture:
     width: int
     block: int
     places: tuple[tuple[int, int, int], ...]
-    subtract: bool
+    onto_noisy: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +154,27 @@ class Level:
     channels: int
 
 
-Kernel = Dense | Depthwise | FromPicture | Level
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """Maps one behind the other along the channels; see `integer.Concat`.
+
+    parts: Of each map its channels, without those that fill it up, and where it lies.
+    """
+
+    parts: tuple[tuple[int, Map], ...]
+    writes: Map
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resampled:
+    """A map at twice or half its resolution; see `integer.Resample`."""
+
+    how: Resampling
+    reads: Map
+    writes: Map
+
+
+Kernel = Dense | Depthwise | FromPicture | Level | Joined | Resampled
 
 
 def write(kernel: Kernel, name: str, machine: Machine) -> tirx.PrimFunc:
@@ -160,6 +183,10 @@ def write(kernel: Kernel, name: str, machine: Machine) -> tirx.PrimFunc:
         return _Dense(kernel, machine).function(name)
     if isinstance(kernel, Depthwise):
         return _Depthwise(kernel, machine).function(name)
+    if isinstance(kernel, Joined):
+        return _joined(kernel, name, machine)
+    if isinstance(kernel, Resampled):
+        return _resampled(kernel, name, machine)
     return _from_picture(kernel, name, machine) if isinstance(kernel, FromPicture) else _level(kernel, name)
 
 
@@ -184,7 +211,7 @@ class _Ending:
         if isinstance(ends, ToPicture):
             self._scale = e.parameter("scale", _FLOAT, channels)
             size = ends.planes * ends.height * ends.width
-            if ends.subtract:
+            if ends.onto_noisy:
                 self._noisy = e.parameter("noisy", _FLOAT, size)
             self._picture = e.parameter("denoised", _FLOAT, size)
             return
@@ -195,10 +222,8 @@ class _Ending:
         if ends.residual is not None:
             self._added = e.parameter("added", machine.activation, ends.residual.bytes)
             self._times = e.parameter("times", "int16", VECTOR_BYTES)
-        outside = _outside(e, machine, ends.writes) if ends.writes.margin else None
-        self._written = e.parameter("written", machine.activation, ends.writes.bytes)
-        if outside is not None:
-            fill_margin(e, ends.writes, outside, self._written)
+        self._written, fill = _written(e, machine, ends.writes)
+        fill()
 
     def bias(self, channel: Index, vector: int) -> Expr:
         """Return the bias of one vector of channels."""
@@ -255,7 +280,7 @@ class _Ending:
             for lane, (plane, row, column) in enumerate(ends.places[vector * lanes : (vector + 1) * lanes]):
                 index = (plane * ends.height + y * ends.block + row) * ends.width + x * ends.block + column
                 value, scale = shuffle([floats], [lane]), load(self._scale, vector * lanes + lane)
-                if ends.subtract:
+                if ends.onto_noisy:
                     # Said outright, as LLVM would fuse the two or not as it likes.
                     value = intrinsic(_FLOAT, "llvm.fma.f32", value, scale, load(self._noisy, index))
                 else:
@@ -449,6 +474,13 @@ def shares_groups(window: Window) -> bool:
     return window.columns < QUAD and window.stride == 1
 
 
+def _written(e: Emitter, machine: Machine, area: Map) -> tuple[Buffer, Callable[[], None]]:
+    """Return the map that a kernel writes, its last parameter, and what writes the code that fills its margin."""
+    outside = _outside(e, machine, area) if area.margin else None
+    written = e.parameter("written", machine.activation, area.bytes)
+    return written, lambda: fill_margin(e, area, outside, written) if outside is not None else None
+
+
 def fill_margin(e: Emitter, area: Map, outside: Buffer, written: Buffer) -> None:
     """Set the pixels around a map to its zero point, and those of its second plane to nothing."""
     for plane in range(2 if area.rest_bits else 1):
@@ -503,6 +535,68 @@ def _from_picture(kernel: FromPicture, name: str, machine: Machine) -> tirx.Prim
             rest = rounded - (whole << bits) + offset_rest
             e.store(written, index + writes.plane, tirx.Cast(machine.activation, rest))
     return e.function(name)
+
+
+def _joined(kernel: Joined, name: str, machine: Machine) -> tirx.PrimFunc:
+    """Vectors that reach beyond their part are overwritten by what comes next: a part, a pixel, a row, the margin."""
+    e, writes = Emitter(), kernel.writes
+    parts = [
+        (channels, area, e.parameter(f"part{number}", machine.activation, area.bytes))
+        for number, (channels, area) in enumerate(kernel.parts)
+    ]
+    written, fill = _written(e, machine, writes)
+    with e.loop(writes.height) as y, e.loop(writes.width) as x:
+        first = 0
+        for channels, area, part in parts:
+            with e.loop(area.channels // VECTOR_BYTES) as vector:
+                at = vector * VECTOR_BYTES
+                e.store(written, writes.index(y, x, first + at), load(part, area.index(y, x, at), VECTOR_BYTES))
+            first += channels
+    fill()
+    return e.function(name)
+
+
+def _resampled(kernel: Resampled, name: str, machine: Machine) -> tirx.PrimFunc:
+    """A pixel of the smaller map and the square of 2 x 2 in the larger one, a vector of channels at a time."""
+    e, reads, writes = Emitter(), kernel.reads, kernel.writes
+    read = e.parameter("x", machine.activation, reads.bytes)
+    written, fill = _written(e, machine, writes)
+    fill()
+    smaller = writes if kernel.how == "maximum" else reads
+    with e.loop(smaller.height) as y, e.loop(smaller.width) as x, e.loop(reads.channels // VECTOR_BYTES) as vector:
+        at = vector * VECTOR_BYTES
+
+        def pixel(row: Index, column: Index) -> Expr:
+            return e.let(load(read, reads.index(row, column, at), VECTOR_BYTES))
+
+        if kernel.how == "maximum":
+            square = [pixel(2 * y + row, 2 * x + column) for row, column in _SQUARE]
+            e.store(written, writes.index(y, x, at), reduce(tirx.max, square))
+        else:
+            rows, columns = _beside(y, reads.height), _beside(x, reads.width)
+            values = [pixel(y, x)] * len(_SQUARE) if kernel.how == "nearest" else _bilinear(e, pixel, rows, columns)
+            for (row, column), value in zip(_SQUARE, values, strict=True):
+                stored = tirx.Cast(f"{machine.activation}x{VECTOR_BYTES}", value)
+                e.store(written, writes.index(2 * y + row, 2 * x + column, at), stored)
+    return e.function(name)
+
+
+def _bilinear(
+    e: Emitter, pixel: Callable[[Index, Index], Expr], rows: Sequence[Index], columns: Sequence[Index]
+) -> list[Expr]:
+    """Return the square that the middle of 3 x 3 pixels becomes, in int16; 128 more in each give 128 more."""
+    wide = f"int16x{VECTOR_BYTES}"
+    three, half, bits = (tirx.const(value, wide) for value in (3, 8, 4))
+    before, middle, behind = ([e.let(tirx.Cast(wide, pixel(row, column))) for column in columns] for row in rows)
+    between = [[e.let(three * m + s) for m, s in zip(middle, side, strict=True)] for side in (before, behind)]
+    return [(three * row[1] + row[side] + half) >> bits for row in between for side in (0, 2)]
+
+
+def _beside(index: Index, extent: int) -> tuple[Index, Index, Index]:
+    """Return the places before, at and behind one along an axis; at its ends the place itself."""
+    if isinstance(index, int):
+        return max(index - 1, 0), index, min(index + 1, extent - 1)
+    return tirx.max(index - 1, 0), index, tirx.min(index + 1, extent - 1)
 
 
 def _level(kernel: Level, name: str) -> tirx.PrimFunc:

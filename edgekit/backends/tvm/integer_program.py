@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -10,15 +11,29 @@ from numpy.typing import NDArray
 from tvm import tirx
 
 from edgekit.backends.tvm import integer_kernels as kernels
-from edgekit.backends.tvm.integer import MOST_NOISE, Convolution, Feature, Ints, Network, Picture, Quantize, Rescale
+from edgekit.backends.tvm.integer import (
+    INT8_MIN,
+    MOST_NOISE,
+    Concat,
+    Convolution,
+    Feature,
+    Ints,
+    Network,
+    Operator,
+    Picture,
+    Quantize,
+    Rescale,
+)
 from edgekit.backends.tvm.integer_kernels import (
     Dense,
     Depthwise,
     Finish,
     FromPicture,
+    Joined,
     Kernel,
     Level,
     Map,
+    Resampled,
     ToPicture,
     Window,
 )
@@ -60,12 +75,18 @@ class _Writer:
         self.steps: list[Step] = []
         self.macs: dict[str, int] = {}
 
-    def add(self, operator: Quantize | Convolution) -> None:
+    def add(self, operator: Operator) -> None:
         """Add the call, or calls, of an operator."""
         if isinstance(operator, Quantize):
             self._quantize(operator)
-        else:
+        elif isinstance(operator, Convolution):
             self._convolution(operator)
+        elif isinstance(operator, Concat):
+            parts = tuple((part.channels, self._first_plane(part)) for part in operator.reads)
+            self._move(Joined(parts=parts, writes=self._map(operator.writes)), operator.reads, operator.writes)
+        else:
+            reads, writes = self._first_plane(operator.reads), self._map(operator.writes)
+            self._move(Resampled(how=operator.how, reads=reads, writes=writes), (operator.reads,), operator.writes)
 
     def _quantize(self, operator: Quantize) -> None:
         zero_point = (operator.writes.grid.zero_point + self._offset) << operator.writes.rest_bits
@@ -74,6 +95,12 @@ class _Writer:
         kernel = FromPicture(planes=self._network.channels, block=operator.block, places=operator.places, writes=writes)
         reads = (Input("noisy"), _constant(settings), self._outside(operator.writes))
         self._features[operator.writes.name] = self._call(kernel, reads, writes.bytes)
+
+    def _move(self, kernel: Joined | Resampled, reads: Sequence[Feature], writes: Feature) -> None:
+        given: list[Tensor] = [self._features[feature.name] for feature in reads]
+        if self._margin(writes):
+            given.append(self._outside(writes))
+        self._features[writes.name] = self._call(kernel, tuple(given), kernel.writes.bytes)
 
     def _convolution(self, operator: Convolution) -> None:
         kernel = self._kernel(operator)
@@ -92,9 +119,8 @@ class _Writer:
             level = (Input("sigma"), _constant(bias), _constant(gain), _constant(bound))
             reads.append(self._call(Level(channels=stored), level, 4 * stored))
         if isinstance(operator.writes, Picture):
-            sign = -1 if operator.writes.subtract else 1
-            reads.append(_constant(_padded(sign * operator.writes.scale, 1, stored).astype(np.float32)))
-            if operator.writes.subtract:
+            reads.append(_constant(_padded(operator.writes.scale, 1, stored)))
+            if operator.writes.onto_noisy:
                 reads.append(Input("noisy"))
             size = 4 * self._network.channels * self._network.height * self._network.width
         else:
@@ -128,10 +154,8 @@ class _Writer:
     def _kernel(self, operator: Convolution) -> Dense | Depthwise:
         rows, columns = operator.weights.shape[2:]
         wide = operator.weight_rests is not None
-        whole = self._map(operator.reads)
         window = Window(
-            # Kernels that read one plane are the same whether there is another.
-            reads=whole if wide else replace(whole, rest_bits=0),
+            reads=self._map(operator.reads) if wide else self._first_plane(operator.reads),
             rows=rows,
             columns=columns,
             stride=operator.stride,
@@ -159,7 +183,7 @@ class _Writer:
                 width=self._network.width,
                 block=operator.writes.block,
                 places=operator.writes.places,
-                subtract=operator.writes.subtract,
+                onto_noisy=operator.writes.onto_noisy,
             )
         assert operator.rescale is not None
         return Finish(
@@ -167,7 +191,8 @@ class _Writer:
             shuffle=operator.shuffle,
             residual=self._map(operator.residual.feature) if operator.residual is not None else None,
             fraction=operator.rescale.fraction,
-            low=operator.low,
+            # Where no second plane is kept, 8 bits bound it anyway.
+            low=operator.low if operator.writes.rest_bits else max(operator.low, INT8_MIN),
             left=self._machine.unsigned and bool((operator.rescale.shift < 0).any()),
         )
 
@@ -190,6 +215,10 @@ class _Writer:
             margin=self._margin(feature),
             rest_bits=feature.rest_bits,
         )
+
+    def _first_plane(self, feature: Feature) -> Map:
+        """Return where the first plane lies: kernels that read one plane are the same whether there is another."""
+        return replace(self._map(feature), rest_bits=0)
 
     def _margin(self, feature: Feature) -> int:
         return self._network.margins.get(feature.name, 0)

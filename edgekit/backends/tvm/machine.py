@@ -19,6 +19,7 @@ from operator import add
 from tvm import tirx
 
 from edgekit.backends.tvm.emitter import Buffer, Emitter, Expr, Index, intrinsic, load, reinterpret, shuffle
+from edgekit.backends.tvm.integer import INT8_MIN, UNBOUNDED
 
 _NEON = "llvm.aarch64.neon"
 
@@ -156,8 +157,8 @@ class DotProduct(Machine):
             u = intrinsic("int16x8", f"{_NEON}.sqadd.v8i16", u, _high_product("int16x8", residual, constants.residual))
         if not constants.keeps_rest:
             q = intrinsic("int8x8", f"{_NEON}.sqrshrn.v8i8", u, tirx.const(constants.fraction, "int32"))
-            return _at_least(q, constants.low, -128, "int8x8"), None
-        u = e.let(_at_least(u, constants.low << constants.fraction, -128 << constants.fraction, "int16x8"))
+            return _at_least(q, constants.low, INT8_MIN, "int8x8"), None
+        u = e.let(_at_least(u, constants.low << constants.fraction, UNBOUNDED << constants.fraction, "int16x8"))
         q = e.let(intrinsic("int8x8", f"{_NEON}.sqrshrn.v8i8", u, tirx.const(constants.fraction, "int32")))
         whole = tirx.Cast("int16x8", q) << tirx.const(constants.fraction, "int16x8")
         rest = intrinsic("int16x8", f"{_NEON}.sqsub.v8i16", u, whole)
@@ -228,10 +229,10 @@ class Vnni(Machine):
                 residual = _saturating_sum(residual, rest)
             u = _saturating_sum(u, _vnni_product(residual, constants.residual))
         if constants.keeps_rest:
-            u = e.let(_at_least(u, constants.low << constants.fraction, -128 << constants.fraction, "int16x16"))
+            u = e.let(_at_least(u, constants.low << constants.fraction, UNBOUNDED << constants.fraction, "int16x16"))
         half = tirx.const(1 << (constants.fraction - 1), "int16x16")
         q = _saturating_sum(u, half) >> tirx.const(constants.fraction, "int16x16")
-        q = _within_int8(q, constants.low)
+        q = _within_int8(q, max(constants.low, INT8_MIN))
         if not constants.keeps_rest:
             return _vnni_stored(q), None
         q = e.let(q)

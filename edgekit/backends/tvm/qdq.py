@@ -3,7 +3,11 @@
     x ─ Q ─ DQ ─ Conv ─ Relu ─ Q ─ DQ ─ ...                               -> one convolution with bounds
     x ─ Q ─ DQ ─ Conv ─ (Q ─ DQ) ─ DepthToSpace ─ (Q ─ DQ) ─ Add ─ Q ─    -> one convolution, shuffled, with a residual
     noisy ─ SpaceToDepth ─ Q ─ DQ ─ Conv ─ (Q ─ DQ) ─ Add(sigma x v) ─ Q  -> quantize; one convolution with a noise gain
-    ... ─ Conv ─ (Q ─ DQ) ─ DepthToSpace ─ (Q ─ DQ) ─ Sub(noisy, .)       -> one convolution that writes the picture
+    ... ─ Conv ─ (Q ─ DQ) ─ DepthToSpace ─ (Q ─ DQ) ─ Sub(noisy, .)       -> one convolution that writes the picture; so
+                                                                             with Add(noisy, .), or neither
+
+    ... ─ Q ─ DQ ┬ Concat, Resize or MaxPool ─ Q ─ DQ ─                 -> the same, of int8; a map on another grid than
+    ... ─ Q ─ DQ ┘                                                      the result's is brought to it by a convolution
 
     ... ─ Add ┬ Q16 ─ DQ16 ─ Add                                        -> one map of two planes: convolutions read the
               └ Q ─ DQ ─ Conv                                              first; additions, and convolutions with
@@ -30,13 +34,18 @@ from edgekit.backends.tvm.integer import (
     INT8_MAX,
     INT8_MIN,
     PICTURE_REST_BITS,
+    UNBOUNDED,
+    Concat,
     Convolution,
     Feature,
     Floats,
     Grid,
     Network,
+    Operator,
     Picture,
     Quantize,
+    Resample,
+    Resampling,
     Residual,
     check_sums,
     folded_bias,
@@ -49,7 +58,26 @@ from edgekit.graph.walk import consumers, initializers, producers
 Weights: TypeAlias = NDArray[np.int8 | np.int16]
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
-_REMEDY = "quantize with the placement for arm, which leaves only the last subtraction in float; or use float32"
+_REMEDY = (
+    "quantize with the placement for arm, which leaves only the last addition or subtraction in float; or use float32"
+)
+_FLOATS = (
+    "set the target's precision to float32, or train the model without it: with ReLU in place of hard-swish, and "
+    "without squeeze-and-excitation"
+)
+_ONLY = "export the model with that, which is all there are kernels for, or set the target's precision to float32"
+# What the picture is changed by last.
+_SIGNS = {"Add": 1, "Sub": -1}
+# Pairs of coordinates and rounding by which each value of a map of twice the size is that of the pixel it lies in.
+_REPEATS = (
+    (b"asymmetric", b"floor"),
+    (b"asymmetric", b"round_prefer_floor"),
+    *(
+        (how, mode)
+        for how in (b"half_pixel", b"pytorch_half_pixel")
+        for mode in (b"round_prefer_floor", b"round_prefer_ceil")
+    ),
+)
 # The weight of a copy that only changes the grid: the finer, the less its rounding costs.
 _COPY_WEIGHT = 64
 # Far finer than a picture of 16 bits.
@@ -129,7 +157,7 @@ class _Reader:
                 self._constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         picture = _Spaced(places=tuple((plane, 0, 0) for plane in range(channels)), block=1)
         self._values: dict[str, _Value] = {NOISY: picture}
-        self._operators: list[Quantize | Convolution] = []
+        self._operators: list[Operator] = []
 
     def network(self) -> Network:
         """Return the whole network."""
@@ -141,6 +169,10 @@ class _Reader:
                 margins[operator.reads.name] = max(margins.get(operator.reads.name, 0), _margin(operator))
                 narrow -= {operator.reads.name} if operator.depthwise else set()
                 narrow -= {operator.residual.feature.name} if operator.residual is not None else set()
+            elif isinstance(operator, Concat):
+                narrow -= {part.name for part in operator.reads}
+            elif isinstance(operator, Resample):
+                narrow -= {operator.reads.name}
         return Network(
             channels=self._channels,
             height=self._height,
@@ -153,12 +185,12 @@ class _Reader:
     def _finish(self) -> None:
         """Make the operator that writes the picture."""
         name = self._real(DENOISED)
-        node = self._made_by[name]
-        subtract = node.op_type == "Sub"
-        if subtract:
-            if self._real(node.input[0]) != NOISY:
-                raise self._refused(node, "subtracts from something else than the picture")
-            name = self._real(node.input[1])
+        node, sign = self._made_by[name], 0
+        if node.op_type in _SIGNS:
+            reads = [self._real(read) for read in node.input]
+            if NOISY not in reads or (reads[0] != NOISY and node.op_type == "Sub"):
+                raise self._refused(node, "changes something else than the picture")
+            sign, name = _SIGNS[node.op_type], reads[1 - reads.index(NOISY)]
         total = self._value(name)
         if not isinstance(total, _Sum) or total.residual is not None or total.relu:
             raise self._refused(node, "writes the picture, and reads no convolution")
@@ -166,7 +198,8 @@ class _Reader:
         places = _square(total.shuffle, self._channels)
         if len(places) != total.weights.shape[0] or total.height * total.shuffle != self._height:
             raise self._refused(node, "writes a picture of another shape")
-        picture = Picture(scale=total.unit.astype(np.float32), places=places, block=total.shuffle, subtract=subtract)
+        scale = ((sign or 1) * total.unit).astype(np.float32)
+        picture = Picture(scale=scale, places=places, block=total.shuffle, onto_noisy=sign != 0)
         self._add(total, replace(_unscaled(total), writes=picture, bias=folded_bias(total.name, total.bias, None)))
 
     def _value(self, name: str) -> _Value:
@@ -176,7 +209,7 @@ class _Reader:
             if node is None:
                 raise UnsupportedError(f"{self._file}: nothing makes the tensor '{name}'")
             if node.op_type not in _RULES:
-                raise self._refused(node, "is not computed in integers")
+                raise self._refused(node, "is not computed in integers", _FLOATS)
             self._values[name] = _RULES[node.op_type](self, node)
         return self._values[name]
 
@@ -246,7 +279,11 @@ class _Reader:
         )
 
     def _activated(self, node: onnx.NodeProto) -> _Sum:
-        return replace(self._open_sum(node.input[0], node), relu=True)
+        value = self._value(self._real(node.input[0]))
+        if isinstance(value, Feature):
+            value = self._copy(value, node.name)
+        # The bound of a result holds for what was added, too.
+        return replace(value, relu=True) if isinstance(value, _Sum) else self._not_a_sum(node)
 
     def _shuffled(self, node: onnx.NodeProto) -> _Sum:
         total = self._open_sum(node.input[0], node)
@@ -280,10 +317,60 @@ class _Reader:
             raise self._refused(node, "is no reordering of the picture's channels")
         return replace(picture, places=tuple(picture.places[int(index)] for index in order.reshape(-1)))
 
+    def _concatenated(self, node: onnx.NodeProto) -> Feature:
+        grid = self._grid_of_result(node)
+        parts = tuple(self._on_grid(name, grid, node) for name in node.input)
+        height, width = parts[0].height, parts[0].width
+        if _attributes(node)["axis"] not in ([1], [-3]) or any((p.height, p.width) != (height, width) for p in parts):
+            raise self._refused(node, "joins something else than the channels of maps of one size")
+        channels = sum(part.channels for part in parts)
+        joined = Feature(name=node.output[0], channels=channels, height=height, width=width, grid=grid)
+        self._operators.append(Concat(reads=parts, writes=joined))
+        return joined
+
+    def _resized(self, node: onnx.NodeProto) -> Feature:
+        how = _resizing(node)
+        scales = self._constants.get(node.input[2]) if len(node.input) > 2 else None
+        if how is None or scales is None or scales.tolist() != [1, 1, 2, 2]:
+            raise self._refused(
+                node, "is no resizing to twice the height and width, nearest or bilinear as half_pixel", _ONLY
+            )
+        return self._resampled(node, how)
+
+    def _pooled(self, node: onnx.NodeProto) -> Feature:
+        settings = _attributes(node)
+        square = settings["kernel_shape"] == settings.get("strides") == [2, 2] and not any(settings.get("pads", [0]))
+        if not square or settings.get("ceil_mode", [0])[0] or set(settings.get("dilations", [1])) != {1}:
+            raise self._refused(node, "is no pooling of 2x2 pixels with stride 2", _ONLY)
+        return self._resampled(node, "maximum")
+
+    def _resampled(self, node: onnx.NodeProto, how: Resampling) -> Feature:
+        reads = self._on_grid(node.input[0], self._grid_of_result(node), node)
+        height, width = (n // 2 if how == "maximum" else 2 * n for n in (reads.height, reads.width))
+        resampled = replace(reads, name=node.output[0], height=height, width=width, rest_bits=0)
+        self._operators.append(Resample(how=how, reads=reads, writes=resampled))
+        return resampled
+
+    def _grid_of_result(self, node: onnx.NodeProto) -> Grid:
+        """Return the 8-bit grid of what a node gives that is no convolution."""
+        grid = self._grid(node.output[0])
+        if grid is None or any(map(self._is_wide_pair, self._readers[node.output[0]])):
+            raise self._refused(node, "gives a map that is not quantized, or to 16 bits")
+        return grid
+
+    def _on_grid(self, name: str, grid: Grid, reader: onnx.NodeProto) -> Feature:
+        """Return the map behind a tensor that `reader` reads, brought to that grid if it has another."""
+        feature = self._feature(name, reader)
+        if feature.grid == grid:
+            return feature
+        return self._stored(
+            f"{feature.name} for {reader.output[0]}", self._copy(feature, reader.name), grid, wide=False
+        )
+
     def _noise_level(self, node: onnx.NodeProto) -> _Noise:
         sigma, gain = sorted(map(self._real, node.input), key=lambda name: name != SIGMA)
         if sigma != SIGMA or gain not in self._constants:
-            raise self._refused(node, "multiplies something else than sigma by constants")
+            raise self._refused(node, "multiplies something else than sigma by constants, in float", _FLOATS)
         return _Noise(gain=self._constants[gain].astype(np.float64).reshape(-1))
 
     def _sum_of_two(self, node: onnx.NodeProto) -> _Sum:
@@ -297,8 +384,10 @@ class _Reader:
             name for name in names if isinstance(self._values[name], _Sum) and self._is_open(self._values[name], name)
         ]
         if not pending:
-            copied = self._feature(node.input[0], node)
-            return replace(self._copy(copied, node.name), residual=self._feature(node.input[1], node))
+            copied, residual = (self._feature(name, node) for name in node.input)
+            if copied.rest_bits > residual.rest_bits == 0:
+                copied, residual = residual, copied
+            return replace(self._copy(copied, node.name), residual=residual)
         total = self._values[pending[-1]]
         assert isinstance(total, _Sum)
         other_name = node.input[1 - names.index(pending[-1])]
@@ -332,7 +421,7 @@ class _Reader:
         if isinstance(value, _Spaced):
             made = self._quantized(real, value, grid, wide)
         else:
-            made = self._stored(real, value, grid, wide)
+            made = self._stored(real, value, grid, wide=wide)
         self._values[real] = made
         return made
 
@@ -349,7 +438,7 @@ class _Reader:
         self._operators.append(Quantize(writes=feature, inverse=inverse, places=value.places, block=value.block))
         return feature
 
-    def _stored(self, name: str, total: _Sum, grid: Grid, wide: bool) -> Feature:
+    def _stored(self, name: str, total: _Sum, grid: Grid, *, wide: bool) -> Feature:
         """Add the operator that brings sums to a grid; returns the map that it writes."""
         ratio = total.residual.grid.scale / grid.scale if total.residual is not None else 0.0
         offset = grid.zero_point - (total.residual.grid.zero_point * ratio if total.residual is not None else 0.0)
@@ -382,7 +471,7 @@ class _Reader:
             bias=folded_bias(total.name, total.bias + offset / factors, steps),
             rescale=steps,
             residual=residual,
-            low=max(INT8_MIN, min(grid.zero_point, INT8_MAX)) if total.relu else INT8_MIN,
+            low=max(INT8_MIN, min(grid.zero_point, INT8_MAX)) if total.relu else UNBOUNDED,
         )
         self._add(total, convolution)
         return feature
@@ -487,8 +576,8 @@ class _Reader:
         bias: Floats = whole * unit
         return bias
 
-    def _refused(self, node: onnx.NodeProto, why: str) -> UnsupportedError:
-        return UnsupportedError(f"{self._file}: {node.op_type} '{node.name}' {why}", remedy=_REMEDY)
+    def _refused(self, node: onnx.NodeProto, why: str, remedy: str = _REMEDY) -> UnsupportedError:
+        return UnsupportedError(f"{self._file}: {node.op_type} '{node.name}' {why}", remedy=remedy)
 
 
 _RULES: dict[str, Callable[[_Reader, onnx.NodeProto], _Value]] = {
@@ -500,7 +589,27 @@ _RULES: dict[str, Callable[[_Reader, onnx.NodeProto], _Value]] = {
     "SpaceToDepth": _Reader._spaced,
     "Gather": _Reader._reordered,
     "Mul": _Reader._noise_level,
+    "Concat": _Reader._concatenated,
+    "Resize": _Reader._resized,
+    "MaxPool": _Reader._pooled,
 }
+
+
+def _resizing(node: onnx.NodeProto) -> Resampling | None:
+    """Return how a Resize computes a map of twice the size; None where neither way that there is a kernel for."""
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    mode, coordinates, rounding = (
+        given.get(name, default)
+        for name, default in (
+            ("mode", b"nearest"),
+            ("coordinate_transformation_mode", b"half_pixel"),
+            ("nearest_mode", b"round_prefer_floor"),
+        )
+    )
+    if mode == b"nearest":
+        return "nearest" if (coordinates, rounding) in _REPEATS else None
+    # Of twice the size, what is called pytorch_half_pixel is half_pixel; antialias changes only what gets smaller.
+    return "bilinear" if mode == b"linear" and coordinates in (b"half_pixel", b"pytorch_half_pixel") else None
 
 
 def _unscaled(total: _Sum) -> Convolution:
@@ -537,7 +646,7 @@ def _conditioned(total: _Sum, step: float) -> _Sum:
     return replace(total, weights=weights, unit=unit * coarser, bias=total.bias * total.unit / (unit * coarser))
 
 
-def _few_channels(operator: Quantize | Convolution) -> TypeGuard[Quantize]:
+def _few_channels(operator: Operator) -> TypeGuard[Quantize]:
     return isinstance(operator, Quantize) and operator.writes.channels <= CHANNEL_GROUP // 2
 
 

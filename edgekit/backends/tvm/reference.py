@@ -11,12 +11,16 @@ from edgekit.backends.tvm.integer import (
     INT8_MAX,
     INT8_MIN,
     MOST_NOISE,
+    UNBOUNDED,
+    Concat,
     Convolution,
     Feature,
     Ints,
     Network,
     Picture,
     Quantize,
+    Resample,
+    Resampling,
 )
 
 Array = NDArray[np.float32]
@@ -39,6 +43,11 @@ def run(network: Network, noisy: Array, sigma: float) -> Array:
     for operator in network.operators:
         if isinstance(operator, Quantize):
             features[operator.writes.name] = quantize(operator, noisy)
+        elif isinstance(operator, Concat):
+            parts = [features[part.name].whole for part in operator.reads]
+            features[operator.writes.name] = _coarse(np.concatenate(parts, -1))
+        elif isinstance(operator, Resample):
+            features[operator.writes.name] = _coarse(resampled(operator.how, features[operator.reads.name].whole))
         elif isinstance(operator.writes, Picture):
             denoised = picture(operator, operator.writes, features, noisy, sigma)
         else:
@@ -57,6 +66,31 @@ def quantize(operator: Quantize, noisy: Array) -> Planes:
     values = np.rint(scaled).astype(np.int64) + (operator.writes.grid.zero_point << bits)
     whole = (values + (1 << bits >> 1)) >> bits
     return Planes(whole=whole, rest=values - (whole << bits))
+
+
+def resampled(how: Resampling, values: Ints) -> Ints:
+    """Return a map of (h, w, channels) at twice or half its resolution."""
+    if how == "maximum":
+        height, width = values.shape[0] // 2, values.shape[1] // 2
+        squares = values[: 2 * height, : 2 * width].reshape(height, 2, width, 2, -1)
+        largest: Ints = squares.max((1, 3))
+        return largest
+    if how == "nearest":
+        return values.repeat(2, 0).repeat(2, 1)
+    return (_between(_between(values, 0), 1) + 8) >> 4
+
+
+def _between(values: Ints, axis: int) -> Ints:
+    """Return the values at the quarters between pixels along an axis, twice as many, times 4; the border repeats."""
+    count = values.shape[axis]
+    near = np.arange(2 * count) // 2
+    side = np.clip(near + np.where(np.arange(2 * count) % 2, 1, -1), 0, count - 1)
+    between: Ints = 3 * values.take(near, axis) + values.take(side, axis)
+    return between
+
+
+def _coarse(values: Ints) -> Planes:
+    return Planes(whole=values, rest=0 * values)
 
 
 def sums(operator: Convolution, features: dict[str, Planes], sigma: float) -> Ints:
@@ -101,7 +135,7 @@ def requantized(operator: Convolution, features: dict[str, Planes], sigma: float
         planes = features[feature.name]
         added = 256 * planes.whole + (planes.rest << (8 - feature.rest_bits))
         u = np.clip(u + ((np.clip(added, *_INT16) * operator.residual.multiplier + 2**14) >> 15), *_INT16)
-    if operator.low > INT8_MIN:
+    if operator.low > UNBOUNDED:
         u = np.maximum(u, operator.low << steps.fraction)
     q = np.clip((u + (1 << (steps.fraction - 1))) >> steps.fraction, *_INT8)
     assert isinstance(operator.writes, Feature)
@@ -115,9 +149,8 @@ def picture(operator: Convolution, writes: Picture, features: dict[str, Planes],
     denoised = np.zeros_like(noisy)
     for channel, (plane, row, column) in enumerate(writes.places):
         place = (0, plane, slice(row, None, writes.block), slice(column, None, writes.block))
-        given = noisy[place] if writes.subtract else np.zeros_like(noisy[place])
-        factor = -writes.scale[channel] if writes.subtract else writes.scale[channel]
-        denoised[place] = _fused(total[:, :, channel], factor, given)
+        given = noisy[place] if writes.onto_noisy else np.zeros_like(noisy[place])
+        denoised[place] = _fused(total[:, :, channel], writes.scale[channel], given)
     return denoised
 
 
