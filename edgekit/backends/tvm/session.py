@@ -37,6 +37,8 @@ _LIBRARY = re.compile(r"lib(edgekit_\w+)\.so")
 _REQUEST = struct.Struct("<If")
 _REPLY = struct.Struct("<iI")
 _POINTER = ctypes.c_void_p
+# UNSUPPORTED_CPU of the library's header.
+_UNSUPPORTED_CPU = 11
 
 log = logging.getLogger(__name__)
 
@@ -161,13 +163,17 @@ class NativeSession:
 
         Raises:
             InputError: The picture is not of the tile's shape, or the library refuses sigma.
+            UnsupportedError: The processor lacks instructions that the library is made of.
         """
         if noisy.shape != self._shape:
             raise InputError(f"{self._name} takes a tile of shape {self._shape}, found {noisy.shape}")
         given, denoised = np.ascontiguousarray(noisy, np.float32), np.empty(self._shape, np.float32)
         pointers = (given.ctypes.data, sigma, denoised.ctypes.data, self._workspace.ctypes.data)
         if code := self._denoise(*pointers, self._workspace_bytes):
-            raise InputError(f"{self._name} refuses the picture: {self._error_text(code).decode()}")
+            text = self._error_text(code).decode()
+            if code == _UNSUPPORTED_CPU:
+                raise UnsupportedError(f"{self._name}: {text}", remedy="compile for another target")
+            raise InputError(f"{self._name} refuses the picture: {text}")
         return denoised
 
 
