@@ -20,10 +20,10 @@ from edgekit import __version__
 from edgekit.errors import INTERRUPTED, EdgekitError, InputError
 
 if TYPE_CHECKING:
-    from edgekit.pipeline.bench import Measurement
     from edgekit.pipeline.comparison import Comparison, Written
     from edgekit.pipeline.compile import Compiled
     from edgekit.pipeline.distill import Distilled
+    from edgekit.pipeline.measurement import Measurement
     from edgekit.report import Report
     from edgekit.training.loop import Moment
 
@@ -178,6 +178,12 @@ def _distill(
 @click.argument("model", metavar="[RUN|MODEL]", required=False)
 @_targets_option
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights of a package.module:Class.")
+@click.option(
+    "--tile",
+    metavar="PIXELS",
+    type=click.IntRange(8, 4096),
+    help="Side of the square tile, for targets that have a fixed one [default: the target's].",
+)
 @_output_option("Run folder of a MODEL [default: runs/<model>].")
 @_overwrite_option
 @_dry_run_option
@@ -186,6 +192,7 @@ def compile_(
     model: str | None,
     targets: tuple[str, ...],
     weights: Path | None,
+    tile: int | None,
     output: Path | None,
     overwrite: bool,
     dry_run: bool,
@@ -196,11 +203,12 @@ def compile_(
     \b
     edgekit compile --target android-arm64
     edgekit compile nano -t linux-x86_64 -o runs/nano
+    edgekit compile nano -t linux-arm64 --tile 256
     edgekit compile mynet.py_module:Net --weights net.safetensors -t onnx
     """
     from edgekit import target
 
-    wanted = [target.load(t) for t in targets]
+    wanted = [target.load(t) if tile is None else target.load(t).with_tile(tile) for t in targets]
     if dry_run:
         _emit([asdict(t) for t in wanted], as_json, lambda: _say_targets(model, [t.name for t in wanted]))
         return
@@ -216,6 +224,14 @@ def compile_(
     "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of each engine while timed."
 )
 @click.option("--seconds", default=12.0, show_default=True, type=_Finite(1), help="Time for the interleaved runs.")
+@click.option(
+    "--bench",
+    "records",
+    multiple=True,
+    metavar="RECORD",
+    type=click.Path(path_type=Path),
+    help="Record of `edgekit bench`, of one bundle; repeatable [default: <bundle>.bench.*.json].",
+)
 @_output_option("Report file, of one bundle [default: <bundle>.report.json].")
 @_unverified_option
 @_json_option
@@ -225,17 +241,20 @@ def verify(
     bundle: Path | None,
     threads: int,
     seconds: float,
+    records: tuple[Path, ...],
     output: Path | None,
     allow_unverified: bool,
     as_json: bool,
 ) -> None:
     """Run a bundle's artifact (all bundles of a run; the newest run unless told) and decide.
 
-    Exits with 0 when every limit is kept, 3 when one failed, 7 when one could not be decided here.
+    Exits with 0 when every limit is kept, 3 when one failed, 7 when one could not be decided here. What a device took,
+    as `edgekit bench` recorded it of the same artifact, counts.
 
     \b
     edgekit verify
     edgekit verify runs/quickstart/bundles/linux-x86_64
+    edgekit verify runs/nano/bundles/android-arm64 --bench results/devices/nano-pixel7.json
     """
     from edgekit import run
     from edgekit.pipeline import verify as verifying
@@ -243,10 +262,12 @@ def verify(
     paths = verifying.bundles_of(bundle or run.newest())
     if output is not None and len(paths) > 1:
         raise InputError(f"-o {output}: there are {len(paths)} bundles", remedy="name one bundle, or leave -o out")
+    if records and len(paths) > 1:
+        raise InputError(f"--bench {records[0]}: there are {len(paths)} bundles", remedy="name the one it is of")
     settings = verifying.Settings(threads=threads, seconds=seconds)
     reports = []
     for path in paths:
-        report = verifying.verify(path, settings=settings)
+        report = verifying.verify(path, settings=settings, records=records or None)
         verifying.write(report, output or verifying.default_path(path))
         reports.append(report)
     _emit([r.as_json() for r in reports], as_json, lambda: _print_reports(reports))
@@ -379,7 +400,7 @@ def baseline(model: str, seconds: float, output: Path | None, as_json: bool) -> 
 @click.option(
     "--timeout", default=3600, show_default=True, type=click.IntRange(1), help="Seconds that the device may take."
 )
-@_output_option("Record of the measurement, as results/devices/<model>-<device>.json.")
+@_output_option("Record of the measurement [default: <bundle>.bench.<device>.json, which `verify` reads].")
 @_json_option
 def bench(
     bundle: Path,
@@ -399,11 +420,12 @@ def bench(
     Emulated time is not a latency: on an emulated core the instructions are counted.
 
     \b
-    edgekit bench runs/nano/bundles/android-arm64 --device adb -o results/devices/nano-pixel7.json
+    edgekit bench runs/nano/bundles/android-arm64 --device adb
     edgekit bench runs/nano/bundles/android-arm64 --device qemu:cortex-a76
     edgekit bench runs/nano/bundles/linux-arm64 --device ssh:pi@raspberrypi
     """
     from edgekit.pipeline import bench as benching
+    from edgekit.pipeline import measurement
     from edgekit.pipeline import verify as verifying
 
     paths = verifying.bundles_of(bundle)
@@ -420,9 +442,8 @@ def bench(
         timeout_s=timeout,
     )
     measured = benching.bench(paths[0], device, settings=settings)
-    if output is not None:
-        benching.write(measured, output)
-    _emit(measured.as_json(), as_json, lambda: _print_measurement(measured, output))
+    written = measurement.write(measured, output or measurement.default_path(paths[0], measured))
+    _emit(measured.as_json(), as_json, lambda: _print_measurement(measured, written))
 
 
 @cli.command()

@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from edgekit.pipeline.bench import Latency, Measurement, Percentiles
     from edgekit.pipeline.comparison import Comparison, Written
     from edgekit.pipeline.distill import Distilled
-    from edgekit.report import Report, Verdict
+    from edgekit.pipeline.measurement import Latency, Measurement
+    from edgekit.report import OnDevice, Percentiles, Report, Verdict
     from edgekit.training.loop import Moment
 
 log = logging.getLogger("edgekit")
@@ -103,11 +103,31 @@ def print_report(report: Report) -> None:
     ]
     header = ("what", "how", "PSNR dB", "drop dB", "SSIM", "ms", "MiB")
     print_table(f"{report.target}: {report.model}", header, rows)
+    if timed := [row for device in report.devices for row in _device_rows(device)]:
+        columns = ("device", "what", "threads", "p50 ms", "p10", "p90", "p99", "runs")
+        print_table("measured on devices", columns, timed)
+    for reason in report.refused:
+        _console().print(Text(f"not counted: {reason}", style="yellow"), soft_wrap=True)
     limits = [(x.name, x.limit, x.measured, _coloured(x.verdict), x.reason) for x in report.limits]
     print_table("", ("limit", "asked", "measured", "verdict", "why"), limits)
     if report.audit is not None:
         _console().print(Text("\n".join(report.audit.lines())), soft_wrap=True)
     _console().print(Text(f"{report.target}: ") + _coloured(report.verdict) + Text("\n"))
+
+
+def _device_rows(device: OnDevice) -> list[tuple[str, ...]]:
+    """Return the lines on one device: its tile, and its megapixel where that was timed."""
+    place = ", ".join(part for part in (device.device, device.soc, device.system, device.variant) if part)
+    rows = [(place, "one tile", "1", *_figures(device.call), str(device.runs))]
+    if device.megapixel is not None:
+        what = f"a megapixel of {device.side}x{device.side}"
+        rows.append(("", what, str(device.threads), *_figures(device.megapixel), str(device.picture_runs)))
+    return rows
+
+
+def _figures(found: Percentiles) -> tuple[str, ...]:
+    times = (found.p50_us, found.p10_us, found.p90_us, found.p99_us)
+    return tuple("" if time_us is None else f"{time_us / 1000:.2f}" for time_us in times)
 
 
 def print_comparison(found: Comparison, written: Written) -> None:

@@ -56,6 +56,51 @@ class Recorded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Percentiles:
+    """In microseconds. p99: None of fewer than 100 runs."""
+
+    __pydantic_config__: ClassVar = STRICT
+    p10_us: int
+    p50_us: int
+    p90_us: int
+    p99_us: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDevice:
+    """What `edgekit bench` measured of this very artifact on a device.
+
+    record: Name of the file. device, soc, system: As the device tells. runner: How it was reached.
+    call: Of one tile, by one thread. megapixel: Of a megapixel delivered of a picture of `side` x `side` pixels, by
+        `threads` threads; None where no such picture was timed. runs, picture_runs: Behind the two.
+    first_us: The first call after loading.
+    psnr_mdb: Of the golden pictures as the device denoised them. agreement_mdb: With the golden outputs, the least;
+        None where the bundle has none.
+    """
+
+    record: str
+    device: str
+    soc: str
+    system: str
+    runner: str
+    variant: str
+    threads: int
+    side: int
+    call: Percentiles
+    runs: int
+    megapixel: Percentiles | None
+    picture_runs: int
+    first_us: int
+    psnr_mdb: int
+    agreement_mdb: int | None
+    date: str
+
+    def how(self) -> str:
+        """Return what ran the artifact, for a row or a limit."""
+        return f"{self.device}, {self.runner} (native)"
+
+
+@dataclass(frozen=True, kw_only=True)
 class FloatNode:
     """A convolution or matrix product that runs in float. macs_permille: Its share of all, in thousandths."""
 
@@ -105,6 +150,8 @@ class Report:
     """What `edgekit verify` found out about one bundle.
 
     audit: What runs in integers, asked of the engine here; as recorded where it does not run here; None if neither.
+    devices: Where the artifact was measured, by records of `edgekit bench`.
+    refused: Records that decide nothing, and why.
     """
 
     target: str
@@ -119,6 +166,8 @@ class Report:
     date: str
     notes: tuple[str, ...] = ()
     audit: Audit | None = None
+    devices: tuple[OnDevice, ...] = ()
+    refused: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """Return the report for `report.json`."""

@@ -6,9 +6,11 @@ against them strictly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
+
+from edgekit.errors import InputError
 
 Precision = Literal["float32", "float16", "int8"]
 Engine = Literal["onnxruntime", "openvino", "tvm", "coreml"]
@@ -56,6 +58,7 @@ class Limits:
     min_integer_macs: least share, 0 to 1, of the multiply-accumulates that run in integers.
     size_mib: most MiB of the files that an app ships.
     peak_memory_mib: most MiB of working memory for one input of the target's shape.
+    megapixel_ms: most milliseconds for a megapixel delivered on the device, the median of `edgekit bench`'s runs.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -63,6 +66,7 @@ class Limits:
     min_integer_macs: float | None = None
     size_mib: float | None = None
     peak_memory_mib: float | None = None
+    megapixel_ms: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,18 @@ class Target:
     isa: Isa | None = None
     runner: Runner
     limits: Limits = field(default_factory=Limits)
+
+    def with_tile(self, side: int) -> Target:
+        """Return the same target with a tile of `side` x `side` pixels.
+
+        Raises:
+            InputError: It takes pictures of any size.
+        """
+        if self.input.height is None or self.input.width is None:
+            raise InputError(
+                f"target '{self.name}' takes pictures of any size, so it has no tile", remedy="leave --tile out for it"
+            )
+        return replace(self, input=InputShape(height=side, width=side))
 
 
 def load(name_or_path: str | Path) -> Target:

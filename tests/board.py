@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+# A bash that sshd starts reads the user's own .bashrc unless SHLVL says that it lies inside another.
 SSHD = """\
 ListenAddress 127.0.0.1:{port}
 HostKey {folder}/host_key
@@ -22,6 +23,7 @@ UsePAM no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 ForceCommand {folder}/arm64-shell
+SetEnv SHLVL=1
 """
 SSH = """\
 Host board
@@ -77,6 +79,13 @@ class Board:
         self._script(folder / "bin" / "uname", '#!/bin/sh\n[ "$1" = -m ] && echo aarch64 || echo 6.1.0\n')
         self._script(self.bin / "ssh", f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
         self._serve()
+
+    def tell(self, path: str, text: str) -> None:
+        """Let the board have another file at a path of the system that its shell reads by `cat`."""
+        kept = self.folder / path.strip("/").replace("/", "-")
+        kept.write_text(text)
+        words = f'for file; do [ "$file" = {path} ] && exec {shutil.which("cat")} {kept}; done'
+        self._script(self.folder / "bin" / "cat", f'#!/bin/sh\n{words}\nexec {shutil.which("cat")} "$@"\n')
 
     def unplug(self) -> None:
         """Be gone from one moment to the next, with every session."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import stat
 import struct
@@ -79,7 +80,9 @@ class Phone:
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
         for child in self._children:
-            child.kill()
+            # What the shell started goes with it.
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
 
     def shell(self, line: str) -> subprocess.Popen[bytes]:
         for path in OWN:
@@ -90,6 +93,7 @@ class Phone:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={"PATH": f"{self.root}/system/bin:{os.environ['PATH']}"},
+            start_new_session=True,
         )
         self._children.append(child)
         return child

@@ -15,12 +15,13 @@ import pytest
 from board import Board
 from conftest import Call, tree
 from devices import adb_server, board, connected
-from phone import Phone
+from phone import CPUINFO, Phone
 
 from edgekit import bundle, target
 from edgekit.errors import IncompleteError, InputError, IntegrityError, ToolMissingError, UnsupportedError
-from edgekit.pipeline import bench
+from edgekit.pipeline import bench, measurement, verify
 from edgekit.pipeline import compile as compiling
+from edgekit.report import Limit
 from edgekit.runners import instructions, qemu
 from edgekit.target import InputShape
 
@@ -96,12 +97,59 @@ def test_a_phone_is_measured_and_keeps_nothing(android: Path, phone: Phone) -> N
     assert not phone.files
 
 
-def test_a_board_is_measured_through_ssh(android: Path, sshed: Board) -> None:
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the board's shell is this machine's, and says so")
+def test_a_board_is_measured_through_ssh_and_one_that_is_emulated_has_no_latency(android: Path, sshed: Board) -> None:
     found = bench.bench(android, "ssh:board", settings=BRIEF)
-    assert (found.device, found.level, found.quality.agreement_mdb) == ("ssh", "native", 100_000)
+    assert (found.device, found.level, found.quality.agreement_mdb) == ("ssh", "emulated", 100_000)
+    assert (found.latency, found.cost.peak_memory_kib) == (None, None)
     assert found.features == ("asimd",), "a cortex-a72 has no more, whatever the board says"
-    assert found.latency is not None
     assert not list((sshed.folder / "tmp").iterdir())
+
+
+def test_a_board_with_cores_of_its_own_is_timed_through_ssh(android: Path, sshed: Board) -> None:
+    sshed.tell("/proc/cpuinfo", CPUINFO)
+    found = bench.bench(android, "ssh:board", settings=BRIEF)
+    assert (found.level, found.before.cpu) == ("native", "1x Cortex-A55, 1x Cortex-A76")
+    assert found.latency is not None
+    assert found.latency.runs == 2
+
+
+def runs_on_target(bundle_folder: Path, *records: Path) -> Limit:
+    settings = verify.Settings(seconds=0.1)
+    limits = verify.verify(bundle_folder, settings=settings, records=records or None).limits
+    (found,) = (limit for limit in limits if limit.name == "runs_on_target")
+    return found
+
+
+def test_a_phones_record_decides_that_the_bundle_runs_on_its_target(
+    android: Path, phone: Phone, call: Call, tmp_path: Path
+) -> None:
+    here = shutil.copytree(android, tmp_path / "nano")
+    shown = call("bench", here, "--device", "adb", "--runs", "2", "--seconds", "0", "--side", "104")
+    file = tmp_path / "nano.bench.adb-edgekit-phone-1.json"
+    assert file.name in shown.out
+    measured = measurement.read(file)
+    assert measured.latency is not None
+    found = runs_on_target(here)
+    assert (found.verdict, found.measured) == ("pass", f"{measured.latency.call.p50_us / 1000:.2f} ms a tile")
+    assert found.reason.startswith("edgekit Phone 1, adb (native), variant float32, 2 runs, measured 20")
+
+
+def test_records_of_emulators_leave_it_undecided_and_say_why(android: Path, server: None, tmp_path: Path) -> None:
+    with connected(tmp_path, properties={"ro.kernel.qemu": "1"}):
+        emulator = bench.bench(android, "adb", settings=BRIEF)
+    core = bench.bench(android, "qemu:cortex-a53", settings=BRIEF)
+    files = [measurement.default_path(tmp_path / "nano", found) for found in (core, emulator)]
+    assert [file.name for file in files] == [
+        "nano.bench.qemu-cortex-a53.json",
+        "nano.bench.adb-edgekit-phone-1.json",
+    ]
+    for found, file in zip((core, emulator), files, strict=True):
+        measurement.write(found, file)
+    limit = runs_on_target(android, *files)
+    assert limit.verdict == "incomplete"
+    for file, name in zip(files, ("cortex-a53", "edgekit Phone 1"), strict=True):
+        assert f"{file.name}: {name} was emulated, and emulated time is not latency" in limit.reason
 
 
 def test_emulated_time_is_nowhere_called_latency(android: Path, call: Call, tmp_path: Path) -> None:
@@ -260,10 +308,13 @@ def test_the_variant_is_the_first_that_the_processor_can_run(
     assert dataclasses.replace(library, variants=("dotprod", "neon")).variant(features) == variant
 
 
-def test_an_artifact_of_an_engine_in_this_process_is_timed_here_only(finished: Path, call: Call) -> None:
+def test_an_artifact_of_an_engine_in_this_process_is_timed_here_only(
+    finished: Path, call: Call, tmp_path: Path
+) -> None:
     folder = finished / "bundles" / "kept"
     before = tree(folder)
-    shown = call("bench", folder, "--device", "local", "--runs", "5", "--seconds", "0", "--json")
+    out = tmp_path / "record.json"
+    shown = call("bench", folder, "--device", "local", "--runs", "5", "--seconds", "0", "--json", "-o", out)
     found = json.loads(shown.out)
     assert (found["level"], found["latency"]["runs"], found["latency"]["load_us"]) == ("native", 5, None)
     assert found["quality"]["agreement_mdb"] > 40_000

@@ -23,7 +23,7 @@ from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, IntegrityError
 from edgekit.measure import quality
 from edgekit.measure.latency import Paired
-from edgekit.pipeline import baseline, distill, networks, verify
+from edgekit.pipeline import baseline, bench, distill, measurement, networks, verify
 from edgekit.pipeline import compile as compiling
 from edgekit.recipe import Model
 from edgekit.report import Limit, Report
@@ -278,6 +278,142 @@ def test_a_core_ml_package_is_evaluated_off_a_mac_and_its_engine_undecided(made,
     assert only(found, "runs_on_target").reason == ("evaluated without its engine here; the engine itself was not run")
     assert only(found, "int8_drop_db").verdict == "pass"
     assert exit_code(found) == 7
+
+
+# What a device took
+
+
+@pytest.fixture(scope="module")
+def timed(made) -> measurement.Measurement:
+    """What `edgekit bench` measured of the bundle on this machine."""
+    return bench.bench(made, "local", settings=bench.Settings(warm_up=0, runs=3, seconds=0, threads=2))
+
+
+def kept(folder: Path, measured: measurement.Measurement, name: str = "record.json", **changes: object) -> Path:
+    return measurement.write(dataclasses.replace(measured, **changes), folder / name)
+
+
+@pytest.mark.parametrize(("most_ms", "verdict"), [(1e6, "pass"), (1e-3, "fail")])
+def test_a_record_of_the_artifact_decides_the_limit_of_its_latency(copied, tmp_path, timed, most_ms, verdict):
+    changed(copied, manifest=limits(megapixel_ms=most_ms))
+    assert only(judged(copied), "megapixel_ms").reason == (
+        "no device was measured: edgekit bench BUNDLE --device DEVICE"
+    )
+    found = verify.verify(copied, settings=QUICK, records=[kept(tmp_path, timed)])
+    limit = only(found, "megapixel_ms")
+    assert timed.latency is not None
+    assert timed.latency.megapixel is not None
+    assert limit.verdict == found.verdict == verdict
+    assert limit.measured == f"{timed.latency.megapixel.p50_us / 1000:.2f} ms"
+    assert limit.reason == f"{timed.name}, local (native), median of 3 pictures of 256x256, 2 threads"
+    (device,) = found.devices
+    assert (device.record, device.call, device.threads) == ("record.json", timed.latency.call, 2)
+    assert found.as_json()["devices"] == (dataclasses.asdict(device),)
+
+
+def test_the_pictures_of_a_device_are_judged_like_those_made_here(copied, tmp_path, timed):
+    slow = dataclasses.replace(timed.quality, psnr_mdb=timed.quality.psnr_mdb - 11_000, agreement_mdb=30_000)
+    files = [kept(tmp_path, timed), kept(tmp_path, timed, "other.json", quality=slow)]
+    found = verify.verify(copied, settings=QUICK, records=files)
+    here, same, other = (row for row in found.rows if row.name == "artifact")
+    assert (same.psnr_mdb, same.drop_mdb) == (here.psnr_mdb, here.drop_mdb)
+    assert other.drop_mdb == here.drop_mdb + 11_000
+    assert [(x.verdict, x.measured) for x in found.limits if x.name == "golden_outputs"] == [
+        ("pass", "equal"),
+        ("pass", "equal"),
+        ("fail", "30.0 dB"),
+    ]
+    assert [x.verdict for x in found.limits if x.name == "int8_drop_db"] == ["pass", "pass", "fail"]
+
+
+def test_one_seed_of_several_says_nothing_of_their_mean(copied, tmp_path, timed):
+    changed(copied, manifest={"protocol": {"seeds": [0, 1]}})
+    found = verify.verify(copied, settings=QUICK, records=[kept(tmp_path, timed)])
+    here, there = (x for x in found.limits if x.name == "int8_drop_db")
+    assert (here.verdict, there.verdict) == ("pass", "incomplete")
+    assert there.reason.endswith("its pictures are of one seed of several")
+
+
+EMULATED = {"qemu": {"device": "qemu"}, "emulated": {"level": "emulated"}, "no latency": {"latency": None}}
+
+
+@pytest.mark.parametrize("changes", EMULATED.values(), ids=EMULATED)
+def test_emulated_time_decides_nothing_and_says_why(copied, tmp_path, timed, changes):
+    changed(copied, manifest=limits(megapixel_ms=1e6))
+    found = verify.verify(copied, settings=QUICK, records=[kept(tmp_path, timed, **changes)])
+    assert (found.devices, found.verdict) == ((), "incomplete")
+    assert found.refused[0].endswith("was emulated, and emulated time is not latency")
+    assert only(found, "megapixel_ms").reason.endswith(found.refused[0])
+
+
+def test_bench_writes_beside_the_bundle_and_verify_finds_it(copied, call):
+    shown = call("bench", "bundle", "--device", "local", "--runs", "2", "--seconds", "0")
+    (file,) = Path().glob("bundle.bench.local-*.json")
+    assert file.name in shown.out
+    shown = call("-q", "verify", "bundle", "--seconds", "1")
+    assert shown.code == 0
+    assert "a megapixel of 256x256" in shown.out
+    assert f"{measurement.read(file).name}, local (native)" in " ".join(shown.out.split())
+    written = json.loads(Path("bundle.report.json").read_text())
+    assert [device["record"] for device in written["devices"]] == [file.name]
+
+
+def test_a_record_beside_the_bundle_of_what_was_compiled_before_is_not_counted(copied, tmp_path, timed):
+    file = kept(tmp_path, timed, "bundle.bench.old.json", artifact_sha256="0" * 64)
+    found = judged(copied)
+    assert (found.verdict, found.devices) == ("pass", ())
+    (why,) = found.refused
+    assert why.startswith(f"{file.name}: was measured of another artifact (000000000000, here ")
+
+
+FOREIGN = {
+    "another artifact": {"artifact_sha256": "0" * 64},
+    "other pictures": {"quality": {"pictures_sha256": "0" * 64}},
+    "another noise": {"quality": {"sigma255": 15.0}},
+}
+
+
+@pytest.mark.parametrize("changes", FOREIGN.values(), ids=FOREIGN)
+def test_a_record_of_something_else_is_refused(copied, call, timed, changes):
+    if "quality" in changes:
+        changes = {"quality": dataclasses.replace(timed.quality, **changes["quality"])}
+    kept(copied.parent, timed, **changes)
+    call("-q", "verify", "bundle", "--bench", "record.json").refused(6, "record.json: was measured o", "edgekit bench")
+    assert not Path("bundle.report.json").exists()
+
+
+BAD_RECORDS = {
+    "missing": (None, 2, "no such file; make one: edgekit bench"),
+    "cut short": ("{", 6, "is not a record of edgekit bench"),
+    "a list": ("[1]", 6, "is not a record of edgekit bench"),
+    "another file": ('{"schema_version": 1, "kind": "edgekit-baseline"}', 2, "its kind is 'edgekit-baseline'"),
+    "old": ('{"schema_version": 1, "kind": "edgekit-device-measurement"}', 2, "(schema 1, not 2)"),
+    "empty": ('{"schema_version": 2, "kind": "edgekit-device-measurement"}', 6, "'target'"),
+    "text for a time": ({"latency": {"first_us": "fast"}}, 6, "'latency.first_us'"),
+    "an unknown key": ({"latency": {"p50": 1}}, 6, "'latency.p50'"),
+}
+
+
+@pytest.mark.parametrize(("content", "code", "words"), BAD_RECORDS.values(), ids=BAD_RECORDS)
+def test_a_record_that_is_none_is_refused_by_name(copied, call, timed, content, code, words):
+    if isinstance(content, dict):
+        raw = json.loads(json.dumps(timed.as_json()))
+        raw["latency"] |= content["latency"]
+        content = json.dumps(raw)
+    if content is not None:
+        Path("record.json").write_text(content)
+    call("-q", "verify", "bundle", "--bench", "record.json").refused(code, "record.json", words)
+
+
+def test_a_record_is_of_one_bundle(made, tmp_path, call, timed):
+    run = shutil.copytree(made.parents[1], tmp_path / "run")
+    shutil.copytree(run / "bundles" / "onnx", run / "bundles" / "again")
+    file = kept(tmp_path, timed)
+    call("-q", "verify", run, "--bench", file).refused(2, "there are 2 bundles", "name the one it is of")
+
+
+def test_a_record_survives_its_file(tmp_path, timed):
+    assert measurement.read(kept(tmp_path, timed)) == timed
 
 
 # From the bundle alone

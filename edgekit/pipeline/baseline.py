@@ -169,7 +169,7 @@ def _latency(net: Denoiser, height: int, width: int, arithmetic: str, device: st
             net(noisy, sigma)
             _synchronize(device)
             times_us.append((time.perf_counter_ns() - start) / 1000)
-    tenths = statistics.quantiles(times_us, n=10)
+    tenths = statistics.quantiles(times_us, n=10, method="inclusive")
     return Latency(
         height=height,
         width=width,

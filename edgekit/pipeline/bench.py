@@ -10,7 +10,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,16 +19,18 @@ import numpy as np
 from edgekit import __version__, backends, bundle, config
 from edgekit.backends import Built, Session
 from edgekit.bundle import Manifest, artifact_files, combined_sha256
+from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import IncompleteError, IntegrityError, ToolMissingError, UnsupportedError
-from edgekit.files import write_json
 from edgekit.graph import checks, cost
 from edgekit.graph.reference import agreement_db
 from edgekit.measure import quality
 from edgekit.measure.quality import CEILING_MDB, Array
 from edgekit.pipeline.compile import GOLDEN_SIDE, read_golden
+from edgekit.pipeline.measurement import CostCard, Instructions, Latency, Measurement, Quality, Shape
 from edgekit.pipeline.verify import size_bytes
-from edgekit.runners import Kind, Level, Runner, devices, instructions, qemu
+from edgekit.report import Percentiles
+from edgekit.runners import Level, Runner, devices, instructions, qemu
 from edgekit.runners.facts import Facts
 from edgekit.runners.local import Local
 from edgekit.target import Target
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
-SCHEMA_VERSION = 1
 _NOISY, _DENOISED = "noisy.f32", "denoised.f32"
 # As `verify`: far below what another kind of processor changes in the last bits.
 _GOLDEN_MDB = 40_000
@@ -67,124 +68,6 @@ class Settings:
     without: tuple[str, ...] = ()
     count_instructions: bool = True
     timeout_s: float = 3600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Percentiles:
-    """In microseconds. p99: None of fewer than 100 runs."""
-
-    p10_us: int
-    p50_us: int
-    p90_us: int
-    p99_us: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latency:
-    """Times on the device.
-
-    call: Of one tile, by one thread. megapixel: Of a megapixel delivered of a picture of `side` x `side` pixels, by
-        `threads` threads: what its tiles compute twice, their halo, is in it; None where no such picture was timed.
-    load_us: From opening the library to its last relocation; None where an engine loads it.
-    first_us: The first call after that.
-    cores: Core -> how many of the runs ended on it.
-    """
-
-    call: Percentiles
-    megapixel: Percentiles | None
-    side: int
-    threads: int
-    runs: int
-    picture_runs: int
-    load_us: int | None
-    first_us: int
-    cores: Mapping[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quality:
-    """Of the golden pictures as the device denoised them, in thousandths of a dB.
-
-    psnr_mdb: Against the clean pictures. agreement_mdb: PSNR against the bundle's golden outputs, the least of all
-        pictures, 100 dB where equal; None where the bundle has none.
-    """
-
-    psnr_mdb: int
-    agreement_mdb: int | None
-    pictures: int
-    sigma255: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Instructions:
-    """Instructions of one call, by the difference of `pictures` calls and one, so that loading drops out."""
-
-    cpu: str
-    qemu: str
-    per_call: int
-    pictures: int
-    of_all: int
-    of_one: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class CostCard:
-    """What one call costs, without a clock; None where the artifact does not tell.
-
-    macs: Multiply-accumulates of the graph for one tile. peak_memory_kib: Of the whole program that measured.
-    """
-
-    macs: int
-    artifact_bytes: int
-    weights_bytes: int | None
-    arena_bytes: int | None
-    stack_bytes: int | None
-    peak_memory_kib: int | None
-    instructions: Instructions | None
-    instructions_reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What one call takes, in pixels, and what of it can be delivered where tiles lie on all its sides."""
-
-    height: int
-    width: int
-    halo: int
-    delivered_pixels: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """What one artifact does on one device.
-
-    level: `emulated` has no latency. emulated_us: How long the emulator took for one call; says nothing of the device.
-    variant: Of the library's, the one that ran. features: What the program was told of the processor.
-    before, after: What the device told of itself around the runs; the temperature and the governor are what changes.
-    """
-
-    target: str
-    model: str
-    precision: str
-    artifact_sha256: str
-    device: Kind
-    level: Level
-    variant: str
-    features: tuple[str, ...]
-    shape: Shape
-    latency: Latency | None
-    emulated_us: int | None
-    quality: Quality
-    cost: CostCard
-    before: Facts
-    after: Facts
-    protocol: str
-    tools: Mapping[str, str]
-    date: str
-
-    def as_json(self) -> dict[str, object]:
-        """Return the record for a file."""
-        return {"schema_version": SCHEMA_VERSION, "kind": "edgekit-device-measurement", **asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,12 +157,6 @@ def bench(path: Path, device: str, *, settings: Settings | None = None, say: Say
         tools={"edgekit": __version__, **opened.built.tools} | ({"qemu": qemu.version()} if kind == "qemu" else {}),
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
-
-
-def write(measurement: Measurement, path: Path) -> Path:
-    """Write a measurement to a file, as `results/devices/<model>-<device>.json`; return where it lies."""
-    write_json(path, measurement.as_json())
-    return path
 
 
 def instructions_per_picture(path: Path, cpu: str, *, pictures: int = 2, without: tuple[str, ...] = ()) -> Instructions:
@@ -401,7 +278,7 @@ def _run_library(opened: _Opened, runner: Runner, device: Facts, settings: Setti
 def _run_session(opened: _Opened, settings: Settings) -> _Ran:
     """Run an artifact whose engine is in this process."""
     backend = backends.load(opened.target.engine)
-    label, session = backend.open_session(opened.path, opened.built, opened.target, threads=settings.threads)[0]
+    label, session = backend.open_session(opened.path, opened.built, opened.target, threads=1)[0]
     if session.level != "native":
         raise UnsupportedError(f"target '{opened.target.name}' is only evaluated here ({session.level}), not run")
     sigma, noisy = opened.sigma255 / 255, [_noisy(opened, p.name) for p in opened.golden]
@@ -409,12 +286,16 @@ def _run_session(opened: _Opened, settings: Settings) -> _Ran:
     outputs = [first, *(session(picture, sigma) for picture in noisy[1:])]
     for _ in range(settings.warm_up):
         session(noisy[0], sigma)
-    times_us = tuple(_times_us(session, noisy[0], sigma, settings))
+    times_us = pictures_us = tuple(_times_us(session, noisy[0], sigma, settings))
+    if settings.threads > 1:
+        several = backend.open_session(opened.path, opened.built, opened.target, threads=settings.threads)[0][1]
+        several(noisy[0], sigma)
+        pictures_us = tuple(_times_us(several, noisy[0], sigma, settings))
     return _Ran(
         outputs=outputs,
         times_us=times_us,
         # It takes whole pictures, of which these are some.
-        pictures_us=times_us,
+        pictures_us=pictures_us,
         side=opened.shape.width if opened.shape.height == opened.shape.width else 0,
         load_us=None,
         first_us=round(first_ns / 1000),
@@ -497,7 +378,11 @@ def _quality(opened: _Opened, outputs: Sequence[Array]) -> Quality:
             remedy="times of wrong pictures mean nothing; is the processor one that the target names?",
         )
     return Quality(
-        psnr_mdb=found.psnr_mdb, agreement_mdb=agreement, pictures=len(opened.golden), sigma255=opened.sigma255
+        psnr_mdb=found.psnr_mdb,
+        agreement_mdb=agreement,
+        pictures=len(opened.golden),
+        pictures_sha256=sets.digest(opened.golden),
+        sigma255=opened.sigma255,
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from edgekit import backends, bundle, config
 from edgekit.backends import Built, Session
 from edgekit.bundle import Manifest
+from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import IncompleteError, InputError, IntegrityError, ToolMissingError
 from edgekit.files import write_json
@@ -22,11 +23,12 @@ from edgekit.graph.reference import agreement_db
 from edgekit.measure import host, latency, quality
 from edgekit.measure.latency import Paired, Ratio
 from edgekit.measure.quality import Array, QualityReport
-from edgekit.pipeline import baseline, worth
+from edgekit.pipeline import baseline, measurement, worth
 from edgekit.pipeline.baseline import Baseline
 from edgekit.pipeline.compile import GOLDEN_SIDE, read_golden
+from edgekit.pipeline.measurement import Measurement
 from edgekit.recipe import Budgets, int8_drop_db
-from edgekit.report import Audit, Limit, Recorded, Report, Row, Verdict, overall
+from edgekit.report import Audit, Limit, OnDevice, Recorded, Report, Row, Verdict, overall
 from edgekit.target import Target
 
 log = logging.getLogger(__name__)
@@ -71,16 +73,21 @@ def bundles_of(path: Path) -> list[Path]:
     return found
 
 
-def verify(path: Path, *, settings: Settings | None = None, say: Say = log.info) -> Report:
-    """Return the report on one bundle, decided from the bundle alone.
+def verify(
+    path: Path, *, settings: Settings | None = None, records: Sequence[Path] | None = None, say: Say = log.info
+) -> Report:
+    """Return the report on one bundle, decided from the bundle and what was measured of it on devices.
 
     Args:
         path: The bundle.
         settings: How latency is measured.
+        records: Of `edgekit bench`, of this very artifact; None: those that lie beside the bundle, where a record of
+            another artifact is not an error but decides nothing.
         say: Told what is being done.
 
     Raises:
-        InputError: No bundle. IntegrityError: A file of it changed. UnsupportedError: A graph that cannot be evaluated.
+        InputError: No bundle, or no record. UnsupportedError: A graph that cannot be evaluated.
+        IntegrityError: A file of the bundle changed, a record is damaged, or is of another artifact.
     """
     settings = settings or Settings()
     manifest = bundle.read(path)
@@ -89,19 +96,22 @@ def verify(path: Path, *, settings: Settings | None = None, say: Say = log.info)
     built = config.checked(manifest.built, Built, path / bundle.MANIFEST)
     golden = read_golden(path, str(manifest.protocol["pictures"]), _strings(manifest.protocol["files"]))
     judge = _Judge(path, manifest, golden)
+    shipped = bundle.artifact_files(path, built.files)
+    measured = _measured(path, records, bundle.combined_sha256(shipped), golden, manifest)
 
     rows = [judge.row("noisy input", "protocol", quality.noisy_input, None, ())]
     teacher = judge.reference("teacher FP32", "teacher.fp32.onnx", say)
     student = judge.reference("student FP32", "student.fp32.onnx", say)
     rows += [r for r in (teacher, student) if r is not None]
     sessions, missing = _open(path, built, target, settings)
-    shipped = bundle.artifact_files(path, built.files)
     artifacts, agreements = [], []
     for label, session in sessions:
         say(f"{target.name}: running the artifact ({label}, {session.level}) on {len(golden)} pictures")
         how, outputs = f"{label} ({session.level})", list[Array]()
         artifacts.append(judge.row("artifact", how, _keeping(session, outputs), student, shipped))
         agreements.append((how, judge.agreement_db(outputs)))
+    artifacts += [judge.row_of(device, student, shipped) for device in measured.devices]
+    agreements += [(device.how(), _agreement_db(device)) for device in measured.devices]
     timing = None
     native = [s for _, s in sessions if s.level == "native"]
     if native and teacher is not None:
@@ -125,7 +135,8 @@ def verify(path: Path, *, settings: Settings | None = None, say: Say = log.info)
         _student_limit(manifest, budgets, teacher, student, golden, baselines),
         *_artifact_limits(int8_drop_db(budgets, str(manifest.model["name"])), student, artifacts, missing),
         *_golden_limits(agreements, missing),
-        *_deployment_limits(target, built, path, counted, timing, [s.level for _, s in sessions], missing),
+        *_deployment_limits(target, built, path, counted),
+        *_speed_limits(target, timing, measured, [s.level for _, s in sessions], missing),
     ]
     return Report(
         target=target.name,
@@ -140,6 +151,8 @@ def verify(path: Path, *, settings: Settings | None = None, say: Say = log.info)
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         notes=notes,
         audit=counted if isinstance(counted, Audit) else None,
+        devices=measured.devices,
+        refused=measured.refused,
     )
 
 
@@ -159,6 +172,7 @@ class _Judge:
 
     def __init__(self, path: Path, manifest: Manifest, golden: PictureSet) -> None:
         self._path, self._manifest, self._golden = path, manifest, golden
+        self._seeds = tuple(int(s) for s in _strings(manifest.protocol["seeds"]))
 
     def row(
         self, name: str, how: str, denoise: Callable[[Array, float], Array], before: Row | None, files: Sequence[Path]
@@ -173,6 +187,20 @@ class _Judge:
             drop_mdb=None if before is None or before.psnr_mdb is None else before.psnr_mdb - found.psnr_mdb,
             ssim_e5=found.ssim_e5,
             size_bytes=size_bytes(files) if files else None,
+        )
+
+    def row_of(self, device: OnDevice, before: Row | None, files: Sequence[Path]) -> Row:
+        """Return what a device made of the golden pictures."""
+        # A device denoises the pictures of the first seed alone; a mean over several is another figure.
+        reference = before.psnr_mdb if before is not None and len(self._seeds) == 1 else None
+        return Row(
+            name="artifact",
+            how=device.how(),
+            sha256=bundle.combined_sha256(files),
+            psnr_mdb=device.psnr_mdb,
+            drop_mdb=None if reference is None else reference - device.psnr_mdb,
+            latency_us=device.call.p50_us,
+            size_bytes=size_bytes(files),
         )
 
     def reference(self, name: str, file: str, say: Say) -> Row | None:
@@ -190,13 +218,12 @@ class _Judge:
         Args:
             outputs: One (1, c, h, w) for each golden picture and seed, in the order in which `row` asks for them.
         """
-        seeds = len(_strings(self._manifest.protocol["seeds"]))
         files = [self._path / "golden" / f"{picture.name}.denoised.f32" for picture in self._golden]
         if not all(file.is_file() for file in files):
             return None
         found = []
         # The golden outputs are of the first seed.
-        for file, output in zip(files, outputs[::seeds], strict=True):
+        for file, output in zip(files, outputs[:: len(self._seeds)], strict=True):
             recorded = np.fromfile(file, "<f4")
             if recorded.size != output.size:
                 raise IntegrityError(f"{file}: holds {recorded.size} numbers, not {output.size}")
@@ -209,7 +236,7 @@ class _Judge:
             denoise,
             self._golden,
             sigma255=float(str(protocol["sigma255"])),
-            seeds=tuple(int(s) for s in _strings(protocol["seeds"])),
+            seeds=self._seeds,
             stride=int(str(self._manifest.model["stride"])),
         )
 
@@ -222,6 +249,69 @@ def _keeping(session: Session, outputs: list[Array]) -> Callable[[Array, float],
         return outputs[-1]
 
     return denoise
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """Records of devices that count, and why others do not."""
+
+    devices: tuple[OnDevice, ...]
+    refused: tuple[str, ...]
+
+
+def _measured(
+    path: Path, records: Sequence[Path] | None, artifact_sha256: str, golden: PictureSet, manifest: Manifest
+) -> _Measured:
+    devices, refused = [], []
+    for file in measurement.beside(path) if records is None else records:
+        record = measurement.read(file)
+        another = _another(record, artifact_sha256, golden, manifest)
+        if another and records is not None:
+            raise IntegrityError(f"{file}: {another}", remedy=f"measure this one: edgekit bench {path} --device DEVICE")
+        if why := another or record.no_latency:
+            refused.append(f"{file.name}: {why}")
+        else:
+            devices.append(_on_device(file, record))
+    return _Measured(devices=tuple(devices), refused=tuple(refused))
+
+
+def _another(record: Measurement, artifact_sha256: str, golden: PictureSet, manifest: Manifest) -> str:
+    """Return why a record is not of this bundle; empty where it is."""
+    if record.artifact_sha256 != artifact_sha256:
+        return f"was measured of another artifact ({record.artifact_sha256[:12]}, here {artifact_sha256[:12]})"
+    same_noise = record.quality.sigma255 == float(str(manifest.protocol["sigma255"]))
+    if record.quality.pictures_sha256 != sets.digest(golden) or not same_noise:
+        return "was measured on other golden pictures"
+    return ""
+
+
+def _on_device(file: Path, record: Measurement) -> OnDevice:
+    latency = record.latency
+    assert latency is not None, "a record without one is refused"
+    return OnDevice(
+        record=file.name,
+        device=record.name,
+        soc=record.before.soc,
+        system=record.before.system,
+        runner=record.device,
+        variant=record.variant,
+        threads=latency.threads,
+        side=latency.side,
+        call=latency.call,
+        runs=latency.runs,
+        megapixel=latency.megapixel,
+        picture_runs=latency.picture_runs,
+        first_us=latency.first_us,
+        psnr_mdb=record.quality.psnr_mdb,
+        agreement_mdb=record.quality.agreement_mdb,
+        date=record.date,
+    )
+
+
+def _agreement_db(device: OnDevice) -> float | None:
+    if device.agreement_mdb is None:
+        return None
+    return math.inf if device.agreement_mdb >= quality.CEILING_MDB else device.agreement_mdb / 1000
 
 
 def _recorded(record: Baseline) -> list[Recorded]:
@@ -325,12 +415,11 @@ def _student_limit(
 
 def _artifact_limits(budget_db: float, student: Row | None, artifacts: Sequence[Row], missing: str) -> list[Limit]:
     limit = f"at most {budget_db:.3f} dB"
-    if missing or not artifacts:
-        return [Limit(name="int8_drop_db", limit=limit, measured="not run", verdict="incomplete", reason=missing)]
-    found = []
+    found = [_not_run("int8_drop_db", limit, missing)] if missing or not artifacts else []
     for row in artifacts:
-        assert row.drop_mdb is not None
-        assert student is not None
+        if row.drop_mdb is None:
+            found.append(_not_run("int8_drop_db", limit, f"{row.how}: its pictures are of one seed of several"))
+            continue
         found.append(
             Limit(
                 name="int8_drop_db",
@@ -345,9 +434,7 @@ def _artifact_limits(budget_db: float, student: Row | None, artifacts: Sequence[
 
 def _golden_limits(agreements: Sequence[tuple[str, float | None]], missing: str) -> list[Limit]:
     name, limit = "golden_outputs", f"at least {_GOLDEN_DB:g} dB alike"
-    if missing or not agreements:
-        return [_not_run(name, limit, missing)]
-    found = []
+    found = [_not_run(name, limit, missing)] if missing or not agreements else []
     for how, agreement in agreements:
         if agreement is None:
             found.append(_not_run(name, limit, "the bundle records no outputs"))
@@ -358,15 +445,7 @@ def _golden_limits(agreements: Sequence[tuple[str, float | None]], missing: str)
     return found
 
 
-def _deployment_limits(
-    target: Target,
-    built: Built,
-    path: Path,
-    counted: Audit | str,
-    timing: _Timing | None,
-    levels: Sequence[str],
-    missing: str,
-) -> list[Limit]:
+def _deployment_limits(target: Target, built: Built, path: Path, counted: Audit | str) -> list[Limit]:
     found = []
     if target.limits.size_mib is not None:
         size = size_bytes(bundle.artifact_files(path, built.files))
@@ -391,11 +470,45 @@ def _deployment_limits(
             )
     if target.limits.min_integer_macs is not None:
         found.append(_integer_limit(target.limits.min_integer_macs, counted))
-    if target.limits.speedup_vs_fp32 is not None:
-        found.append(_speed_limit(target, timing, levels, missing))
-    elif "native" not in levels:
-        found.append(_not_run("runs_on_target", "runs on the target", _why_not_native(levels, missing)))
     return found
+
+
+def _speed_limits(
+    target: Target, timing: _Timing | None, measured: _Measured, levels: Sequence[str], missing: str
+) -> list[Limit]:
+    found, devices = [], measured.devices
+    why = "; ".join((_why_not_native(levels, missing), *measured.refused))
+    if target.limits.speedup_vs_fp32 is not None:
+        alone = "the records of devices time the artifact alone, without the FP32 teacher"
+        found.append(_speed_limit(target, timing, levels, alone if devices else why))
+    if "native" not in levels:
+        found += [_runs_limit(device) for device in devices]
+    if "native" not in levels and target.limits.speedup_vs_fp32 is None and not devices:
+        found.append(_not_run("runs_on_target", "runs on the target", why))
+    if (most := target.limits.megapixel_ms) is not None:
+        asked = "; ".join(("no device was measured: edgekit bench BUNDLE --device DEVICE", *measured.refused))
+        found += [_megapixel_limit(most, device) for device in devices] or [
+            _not_run("megapixel_ms", f"at most {most:g} ms", asked)
+        ]
+    return found
+
+
+def _runs_limit(device: OnDevice) -> Limit:
+    return Limit(
+        name="runs_on_target",
+        limit="runs on the target",
+        measured=f"{device.call.p50_us / 1000:.2f} ms a tile",
+        verdict="pass",
+        reason=f"{device.how()}, variant {device.variant}, {device.runs} runs, measured {device.date[:10]}",
+    )
+
+
+def _megapixel_limit(most_ms: float, device: OnDevice) -> Limit:
+    name = "megapixel_ms"
+    if device.megapixel is None:
+        return _not_run(name, f"at most {most_ms:g} ms", f"{device.how()}: no picture larger than a tile was timed")
+    how = f"{device.how()}, median of {device.picture_runs} pictures of {device.side}x{device.side}"
+    return _at_most(name, most_ms, device.megapixel.p50_us / 1000, "ms", f"{how}, {device.threads} threads")
 
 
 def _integer_limit(least: float, counted: Audit | str) -> Limit:
@@ -412,11 +525,11 @@ def _integer_limit(least: float, counted: Audit | str) -> Limit:
     )
 
 
-def _speed_limit(target: Target, timing: _Timing | None, levels: Sequence[str], missing: str) -> Limit:
+def _speed_limit(target: Target, timing: _Timing | None, levels: Sequence[str], why: str) -> Limit:
     assert target.limits.speedup_vs_fp32 is not None
     limit = f"at least {target.limits.speedup_vs_fp32:g}x"
     if timing is None:
-        reason = _why_not_native(levels, missing) if "native" not in levels else "the bundle holds no teacher"
+        reason = why if "native" not in levels else "the bundle holds no teacher"
         return _not_run("speedup_vs_fp32", limit, reason)
     ratio = timing.ratio
     decided = latency.decide(ratio, target.limits.speedup_vs_fp32)

@@ -90,7 +90,7 @@ class Facts:
     machine: As `aarch64`. system: As "Android 14". api_level: Of Android.
     features: Those of `host.FEATURES` that its first core has.
     temperature_mc: The hottest of the processor's sensors when asked, in thousandths of a degree Celsius.
-    emulated: Whether it says that it is no device but Android's emulator.
+    emulated: Whether it is no device: Android's emulator, by its own word, or 64-bit ARM by name and x86 by its cores.
     """
 
     model: str
@@ -124,7 +124,7 @@ def parse(text: str) -> Facts:
         features=cpu.features,
         cores=tuple(sorted(_cores([v for k, v in pairs if k == "core"]), key=lambda core: core.index)),
         temperature_mc=_hottest([v for k, v in pairs if k == "zone"]),
-        emulated="1" in single.get("emulator", ""),
+        emulated="1" in single.get("emulator", "") or _is_another(single.get("machine", ""), cpuinfo),
     )
 
 
@@ -133,6 +133,11 @@ def arm64_features(hwcap: int, hwcap2: int) -> tuple[str, ...]:
     present = {name for name, bit in _HWCAP.items() if hwcap >> bit & 1}
     present |= {name for name, bit in _HWCAP2.items() if hwcap2 >> bit & 1}
     return tuple(name for name in host.FEATURES if name in present)
+
+
+def _is_another(machine: str, cpuinfo: str) -> bool:
+    """Return whether programs see 64-bit ARM where the kernel lists x86 cores, as under QEMU's user mode."""
+    return machine in ("aarch64", "arm64") and "vendor_id" in cpuinfo and "CPU implementer" not in cpuinfo
 
 
 def _arm_cores(cpuinfo: str) -> str:
