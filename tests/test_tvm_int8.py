@@ -296,7 +296,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 # margin, strides, an activation, pixel shuffles, maps of few channels.
 TRUNKS = (
     *("dense 3x3", "strided 3x3", "space to depth", "students", "picture as features", "dead channels"),
-    *("concatenations", "resized", "one row", "added to the picture", "shortcuts", "unet"),
+    *("concatenations", "resized", "up", "one row", "added to the picture", "shortcuts", "unet"),
 )
 
 

@@ -139,13 +139,17 @@ def place(
     return _Writer(model, ranges, placement, weight_limit).written()
 
 
-def computes_in_integers(model: onnx.ModelProto) -> frozenset[str]:
-    """Return the names of the convolutions and additions of a float graph that are quantized."""
+def computes_in_integers(model: onnx.ModelProto, placement: Placement) -> frozenset[str]:
+    """Return the names of the convolutions and additions of a float graph that are quantized.
+
+    Transposed convolutions are only where the engine has nothing else than integers: the others compute them in float.
+    """
     features, gates = derived_from(model, NOISY), _gates(model)
+    convolutions = {"Conv"} if placement.floats else CONVOLUTIONS
     return frozenset(
         node.name
         for node in model.graph.node
-        if (node.op_type == "Conv" and node.input[0] not in gates)
+        if (node.op_type in convolutions and node.input[0] not in gates)
         or (node.op_type == "Add" and NOISY not in node.input and features.issuperset(node.input))
     )
 
@@ -230,7 +234,7 @@ class _Writer:
             model.ir_version = max(model.ir_version, _IR_16_BITS)
         self._model, self._placement, self._weight_limit = model, placement, weight_limit
         self._stored, self._made_by, self._readers = initializers(model), producers(model), consumers(model)
-        self._integer = computes_in_integers(model)
+        self._integer = computes_in_integers(model, placement)
         self._relus = _fused_relus(model, self._integer)
         self._only_integers = {self._result(n) for n in model.graph.node if n.name in self._integer}
         self._ranges = dict(ranges)
@@ -253,10 +257,10 @@ class _Writer:
             node.CopyFrom(original)
             for index, name in enumerate(original.input):
                 if name in self._rounded and self._reads_rounded(original, name):
-                    coarsely = original.op_type == "Conv" or original.output[0] in self._between
+                    coarsely = original.op_type in CONVOLUTIONS or original.output[0] in self._between
                     fine = name in self._fine and (not coarsely or original.name in self._wide)
                     node.input[index] = f"{name}_fine_dequantized" if fine else f"{name}_dequantized"
-            if original.op_type == "Conv" and original.name in self._integer:
+            if original.op_type in CONVOLUTIONS and original.name in self._integer:
                 self._write_weights(original, node)
             self._nodes.append(node)
             for name in original.output:
@@ -293,7 +297,7 @@ class _Writer:
                 rounded.update((*self._between[node.output[0]], node.output[0]))
             if node.name not in self._integer:
                 continue
-            if node.op_type == "Conv":
+            if node.op_type in CONVOLUTIONS:
                 rounded.add(node.input[0])
             elif self._placement.results:
                 rounded.update(node.input)
@@ -343,7 +347,7 @@ class _Writer:
 
     def _give_room(self) -> None:
         narrow = self._integer - self._wide
-        coarsely = {n.input[0] for n in self._model.graph.node if n.op_type == "Conv" and n.name in narrow}
+        coarsely = {n.input[0] for n in self._model.graph.node if n.op_type in CONVOLUTIONS and n.name in narrow}
         for name in self._fine:
             low, high = self._ranges[name]
             room = _ROOM_READ_COARSELY if name in coarsely else _ROOM
@@ -393,31 +397,38 @@ class _Writer:
         weights = numpy_helper.to_array(self._stored[name]).astype(np.float32)
         step = self._scales[original.input[0]] / (_FINER if wide else 1)
         whole_bias = self._placement.integer_biases and len(original.input) > 2
-        least = np.full(len(weights), _LEAST_SCALE)
+        # The axis of the output's channels.
+        axis = 1 if original.op_type == "ConvTranspose" else 0
+        others = tuple(a for a in range(weights.ndim) if a != axis)
+        least = np.full(weights.shape[axis], _LEAST_SCALE)
         if whole_bias:
             # Where weights are nothing next to their bias, they are rounded to what the bias can be counted in.
             bias = numpy_helper.to_array(self._stored[original.input[2]]).astype(np.float64)
             least = np.maximum(least, np.abs(bias) / (step * _MOST_BIAS))
-        scales = np.maximum(np.abs(weights).max(axis=(1, 2, 3)) / limit, least).astype(np.float32)
-        integers = np.clip(np.rint(weights / scales[:, None, None, None]), -limit, limit).astype(
+        scales = np.maximum(np.abs(weights).max(axis=others) / limit, least).astype(np.float32)
+        integers = np.clip(np.rint(weights / np.expand_dims(scales, others)), -limit, limit).astype(
             np.int16 if wide else np.int8
         )
-        node.input[1] = self._write_constant(name, integers, scales)
+        node.input[1] = self._write_constant(name, integers, scales, axis)
         if whole_bias:
             units = (step * scales).astype(np.float32)
             counts = bias / np.maximum(units, _LEAST_UNIT).astype(np.float64)
             rounded = np.clip(np.rint(counts), -_INT32_MAX, _INT32_MAX).astype(np.int32)
-            node.input[2] = self._write_constant(original.input[2], rounded, units)
+            node.input[2] = self._write_constant(original.input[2], rounded, units, 0)
 
     def _write_constant(
-        self, name: str, integers: NDArray[np.int8] | NDArray[np.int16] | NDArray[np.int32], scales: NDArray[np.float32]
+        self,
+        name: str,
+        integers: NDArray[np.int8] | NDArray[np.int16] | NDArray[np.int32],
+        scales: NDArray[np.float32],
+        axis: int,
     ) -> str:
-        """Store integers with one scale for each of axis 0; return the name of what they stand for."""
+        """Store integers with one scale for each of an axis; return the name of what they stand for."""
         parts = [f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"]
         self._store(parts[0], integers)
         self._store(parts[1], scales)
         self._store(parts[2], np.zeros(len(scales), integers.dtype))
-        self._nodes.append(helper.make_node(_PAIR[1], parts, [f"{name}_dequantized"], f"{name}_DQ", axis=0))
+        self._nodes.append(helper.make_node(_PAIR[1], parts, [f"{name}_dequantized"], f"{name}_DQ", axis=axis))
         return f"{name}_dequantized"
 
     def _store(self, name: str, values: NDArray[np.generic]) -> None:
@@ -452,8 +463,12 @@ def _fused_relus(model: onnx.ModelProto, integer: frozenset[str]) -> dict[str, s
 def _dense_ends(model: onnx.ModelProto, integer: frozenset[str]) -> frozenset[str]:
     """Return the first and last convolutions that are integer ones over all channels."""
     ends = {*first_convolutions(model, NOISY), *last_convolutions(model, DENOISED)} & integer
-    groups = {n.name: next((a.i for a in n.attribute if a.name == "group"), 1) for n in model.graph.node}
-    return frozenset(name for name in ends if groups[name] == 1)
+    groups = {
+        n.name: next((a.i for a in n.attribute if a.name == "group"), 1)
+        for n in model.graph.node
+        if n.op_type == "Conv"
+    }
+    return frozenset(name for name in ends if groups.get(name) == 1)
 
 
 def _gates(model: onnx.ModelProto) -> set[str]:

@@ -24,7 +24,7 @@ from edgekit.errors import InputError, IntegrityError
 from edgekit.graph.checks import DENOISED, NOISY, Interface, interface, is_quantized, load_onnx
 from edgekit.graph.cost import integer_permille
 from edgekit.graph.reference import Reference, agreement_db
-from edgekit.graph.walk import first_convolutions, float_convolutions, last_convolutions
+from edgekit.graph.walk import CONVOLUTIONS, first_convolutions, float_convolutions, last_convolutions
 from edgekit.measure import host
 from edgekit.recipe import Quantization
 
@@ -132,7 +132,7 @@ def written(quantized: onnx.ModelProto, prepared: Prepared, fp32: Path, out: Pat
     """
     strip(quantized)
     left = float_convolutions(quantized)
-    integer = tuple(n.name for n in quantized.graph.node if n.op_type == "Conv" and n.name not in left)
+    integer = tuple(n.name for n in quantized.graph.node if n.op_type in CONVOLUTIONS and n.name not in left)
     if not integer:
         raise InputError(
             f"{fp32}: no convolution took INT8; left in float: {', '.join(left) or 'none'}",
