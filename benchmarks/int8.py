@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekit import backends, bundle, config, target, zoo
-from edgekit.backends import Built, Session
+from edgekit import backends, bundle, config, run, target, zoo
+from edgekit.backends import Session
 from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.files import write_json
@@ -70,10 +70,10 @@ def measure(
     model: str, target_name: str, folder: Path, pictures: list[PictureSet], seconds: float
 ) -> Mapping[str, object]:
     """Return the figures of one student in one engine."""
-    path = compiling.compile_model(model, [target.load(target_name)], folder=folder).bundles[target_name]
+    made = compiling.compile_model(model, [target.load(target_name)], folder=folder)
+    path, audits = made.bundles[target_name], made.audits[target_name]
     manifest = bundle.read(path)
     chosen = config.checked(manifest.target, Target, path)
-    built = config.checked(manifest.built, Built, path)
     float_engine: OnnxEngine = "onnxruntime" if chosen.engine == "onnxruntime" else "openvino"
     engine = backends.load_onnx(float_engine)
     int8 = denoise.open_model(str(path), threads=1)
@@ -88,11 +88,19 @@ def measure(
         "int8_against_fp32": _ratio(faster),
         "teacher_ms": against_teacher.a_median_us / 1000,
         "int8_against_teacher": _ratio(against_teacher),
-        "facts": dict(built.facts),
+        "integer_macs_permille": audits.integer_macs_permille,
+        "quantization": _quantization(folder),
         "loss_mdb": loss,
     }
     print(model, chosen.engine, found, flush=True)
     return found
+
+
+def _quantization(folder: Path) -> Mapping[str, object]:
+    """Return what the INT8 graph lost on the held-out pictures, before and after, and what is in float for it."""
+    (stage,) = (s for s in run.read_stages(folder) if s.name.startswith("quantize/"))
+    names = ("loss_before_mdb", "trained", "released", "float_nodes", "loss_mdb", "worst_loss_mdb")
+    return {name: stage.facts[name] for name in names}
 
 
 def _loss(fp32: Session, int8: Opened, pictures: PictureSet, sigma: float) -> Mapping[str, object]:

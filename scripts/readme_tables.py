@@ -1,7 +1,7 @@
-"""Write the tables of README.md that come from files: the shipped weights, and the latency of their artifacts.
+"""Write the tables that come from files: shipped weights and latencies in README.md, INT8 in docs/int8.md.
 
 python scripts/readme_tables.py           # writes
-python scripts/readme_tables.py --check   # exits with 1 when the README is not up to date
+python scripts/readme_tables.py --check   # exits with 1 when a table is not up to date
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from edgekit import zoo
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+INT8_PAGE = ROOT / "docs" / "int8.md"
+INT8 = ROOT / "results" / "int8"
 LATENCY = ROOT / "results" / "benchmarks" / "latency.json"
 SETS = {"set12": "Set12", "bsd68": "BSD68", "embedded-evaluation": "embedded"}
 
@@ -24,11 +26,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    text = README.read_text(encoding="utf-8")
-    wanted = put(put(text, "zoo", zoo_table()), "latency", latency_table())
-    if check:
-        sys.exit(0 if text == wanted else f"{README.name}: its tables are old; run: python scripts/readme_tables.py")
-    README.write_text(wanted, encoding="utf-8")
+    for page, tables in {README: {"zoo": zoo_table, "latency": latency_table}, INT8_PAGE: {"int8": int8_table}}.items():
+        text = wanted = page.read_text(encoding="utf-8")
+        for mark, table in tables.items():
+            wanted = put(wanted, mark, table())
+        if check and text != wanted:
+            sys.exit(f"{page.name}: its tables are old; run: python scripts/readme_tables.py")
+        page.write_text(wanted, encoding="utf-8")
 
 
 def put(text: str, mark: str, table: str) -> str:
@@ -64,6 +68,37 @@ def latency_table() -> str:
         lines.append(f"| {name} | {row['teacher_ms']:.0f} | {row['student_ms']:.1f} | {bound} |")
     machine = f"{record['host']['cpu']['model']}, {', '.join(record['host']['cpu']['features'])}"
     return "\n".join([*lines, "", f"{machine}; {record['protocol']}; {record['date'][:10]}.", ""])
+
+
+def int8_table() -> str:
+    """Return what INT8 costs and brings, for each student and engine, from the recorded benchmarks."""
+    lines = [
+        "| | loss on Set12 at sigma 15 / 25 / 50, dB | worst | on BSD68 | worst | in float | integer MACs "
+        "| to FP32 (95 % bound) | to the FP32 teacher |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(INT8.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for name, row in record["engines"].items():
+            cells = [f"`{record['model']}`, `{name}`"]
+            for pictures in ("set12", "bsd68"):
+                losses = [row["loss_mdb"][f"{pictures} {sigma}"] for sigma in (15, 25, 50)]
+                cells.append(" / ".join(f"{loss['mean'] / 1000:.3f}" for loss in losses))
+                cells.append(f"{max(loss['worst'] for loss in losses) / 1000:.2f}")
+            cells.append(_in_float(row["quantization"]))
+            cells.append(f"{row['integer_macs_permille'] / 10:.1f} %")
+            cells += [_ratio(row["int8_against_fp32"]), _ratio(row["int8_against_teacher"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _in_float(facts: dict[str, list[str]]) -> str:
+    additions = [name for name in facts["released"] if name.startswith("additions")]
+    return ", ".join([*(name.split("/")[1] for name in facts["float_nodes"]), *additions]) or "nothing"
+
+
+def _ratio(found: dict[str, float]) -> str:
+    return f"{found['ratio']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
 if __name__ == "__main__":
