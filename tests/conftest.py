@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,6 +52,11 @@ limits:
   {limit}
 """
 LIMITS = {"kept": "size_mib: 8.0", "broken": "size_mib: 0.001", "undecided": "peak_memory_mib: 64.0"}
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the commands under test: a shell's background job ignores it, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True, kw_only=True)

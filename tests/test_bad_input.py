@@ -522,15 +522,9 @@ def test_an_output_that_takes_nothing_is_told():
 
 def test_ctrl_c_ends_with_130_and_one_line_and_the_same_command_goes_on(cwd, tiny):
     settings = [f"--set=training.{s}" for s in ("steps=60", "checkpoint_seconds=0.01")]
-    # A shell starts what runs in the background with the signal ignored, and its children inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        started = subprocess.Popen(
-            command("distill", tiny, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-    with started as process:
+    with subprocess.Popen(
+        command("distill", tiny, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         until = time.monotonic() + 120
         while not (saved := list(cwd.glob("runs/tiny/*/checkpoint.safetensors"))) and time.monotonic() < until:
             assert process.poll() is None
