@@ -37,7 +37,7 @@ program = sys.modules["edgekit.backends.tvm.program"]
 session = sys.modules["edgekit.backends.tvm.session"]
 pytestmark = [pytest.mark.backend, pytest.mark.emulated]
 
-ANDROID = dataclasses.replace(target.load("android-arm64"), precision="float32")
+ANDROID = dataclasses.replace(target.load("android-arm64").with_tile(256), precision="float32")
 SIGMA = 25 / 255
 FLOAT_TOLERANCE = 1e-5
 
