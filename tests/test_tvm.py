@@ -345,7 +345,7 @@ onnx, out = map(Path, sys.argv[1:])
 source = backends.Source(
     name="nano", fp32_onnx=onnx, int8_onnx=None, module=lambda: None, channels=1, takes_sigma=True, stride=8
 )
-android = dataclasses.replace(target.load("android-arm64"), precision="float32")
+android = dataclasses.replace(target.load("android-arm64").with_tile(256), precision="float32")
 backends.load("tvm").build(source, android, out)
 """
 
