@@ -208,18 +208,27 @@ def keep(
     Raises:
         LimitError: The budget cannot be kept by a graph of which half is integers; says what was reached.
     """
-    budget_mdb = round(1000 * budget_db)
     loss = judge.loss(quantized)
-    if loss.mean_mdb <= budget_mdb:
+    if loss.mean_mdb <= round(1000 * budget_db):
         return Kept(model=quantized, loss=loss, released=())
     if not placement.floats:
         raise _missed(loss, budget_db, quantized, "the engine computes no single layers in float")
     say(f"INT8 loses {loss.mean_mdb / 1000:.3f} dB of {budget_db:g}: looking for the layers to leave in float")
     found = layers(quantized, floating, placement, judge, trained=trained)
-    originals = None if trained else floating
+    losses: dict[frozenset[str], Loss] = {frozenset(): loss}
 
     def released(layers_: Sequence[Layer]) -> onnx.ModelProto:
-        return release(quantized, [name for layer in layers_ for name in layer.nodes], placement, originals)
+        names = [name for layer in layers_ for name in layer.nodes]
+        return release(quantized, names, placement, None if trained else floating)
+
+    def loss_with(layers_: Sequence[Layer]) -> Loss:
+        key = frozenset(layer.name for layer in layers_)
+        if key not in losses:
+            losses[key] = judge.loss(released(layers_))
+        return losses[key]
+
+    def fits(layers_: Sequence[Layer]) -> bool:
+        return loss_with(layers_).mean_mdb <= round(1000 * budget_db)
 
     # Errors partly make up for each other: the layers that seem to do no harm alone are taken only if all must be.
     orders = [
@@ -227,36 +236,28 @@ def keep(
         for least in (MOSTLY_INTEGER_PERMILLE, LEAST_INTEGER_PERMILLE)
         for layers_ in ([x for x in found if x.harm_udb > 0], found)
     ]
-    reached = []
-    for order in orders:
-        reached.append(judge.loss(released(order)))
-        if reached[-1].mean_mdb <= budget_mdb:
-            break
-    else:
-        best = min(zip(reached, orders, strict=True), key=lambda pair: pair[0].mean_mdb)
-        how = f"with {', '.join(layer.name for layer in best[1]) or 'nothing'} in float"
-        raise _missed(best[0], budget_db, released(best[1]), how)
-    chosen, loss = order, reached[-1]
-    few = 0
+    order = next(filter(fits, orders), None)
+    if order is None:
+        best = min(orders, key=lambda layers_: loss_with(layers_).mean_mdb)
+        how = f"with {', '.join(layer.name for layer in best) or 'nothing'} in float"
+        raise _missed(loss_with(best), budget_db, released(best), how)
+    few, chosen = 0, order
     while len(chosen) - few > 1:
         middle = (few + len(chosen)) // 2
-        tried = judge.loss(released(order[:middle]))
-        if tried.mean_mdb <= budget_mdb:
-            chosen, loss = order[:middle], tried
+        if fits(order[:middle]):
+            chosen = order[:middle]
         else:
             few = middle
     # Beside the layer that decided it, those before it may not be needed.
-    needed = False
-    while not needed and len(chosen) > 1:
-        needed = True
-        for layer in sorted(chosen, key=lambda x: -x.cost_us):
-            fewer = [x for x in chosen if x is not layer]
-            tried = judge.loss(released(fewer))
-            if tried.mean_mdb <= budget_mdb:
-                chosen, loss, needed = fewer, tried, False
+    while spare := [x for x in chosen if fits(_without(chosen, x))]:
+        chosen = _without(chosen, max(spare, key=lambda layer: layer.cost_us))
     names = tuple(layer.name for layer in chosen)
-    say(f"in float: {', '.join(names)}; it loses {loss.mean_mdb / 1000:.3f} dB")
-    return Kept(model=released(chosen), loss=loss, released=names)
+    say(f"in float: {', '.join(names)}; it loses {loss_with(chosen).mean_mdb / 1000:.3f} dB")
+    return Kept(model=released(chosen), loss=loss_with(chosen), released=names)
+
+
+def _without(layers_: Sequence[Layer], one: Layer) -> list[Layer]:
+    return [layer for layer in layers_ if layer is not one]
 
 
 def _affordable(found: Sequence[Layer], floating: onnx.ModelProto, least_permille: int) -> list[Layer]:
