@@ -354,6 +354,14 @@ def test_float16_for_android_is_unsupported(call, cwd, finished):
     call("-q", "compile", "run", "-t", "half.yaml").refused(4, "float16")
 
 
+def test_a_tile_off_the_stride_is_refused_before_anything_is_quantized(call, cwd, finished):
+    shutil.copytree(finished, "run")
+    before = tree(Path("run"))
+    told = "input 250x250 is not a tile that", "to multiples of 8"
+    call("-q", "compile", "run", "-t", "android-arm64", "--tile", "250").refused(4, *told)
+    assert {name for name in tree(Path("run")) if "quantize" in str(name)} <= set(before)
+
+
 # Run folders and bundles
 
 

@@ -1,11 +1,14 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
+from torch.nn import functional
 
 from edgekit import models
 from edgekit.compress.export import export_onnx
@@ -13,6 +16,7 @@ from edgekit.compress.quantize import quantize_static
 from edgekit.compress.simplify import simplify
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.graph import checks, cost, receptive_field, reference, walk
+from edgekit.graph.resizing import resizing
 from edgekit.recipe import Quantization
 
 
@@ -260,6 +264,39 @@ def test_the_halo_is_as_far_as_gradients_reach(tmp_path, make):
         rows, columns = torch.nonzero(noisy.grad[0, 0], as_tuple=True)
         reach = max(reach, *(int((axis - at).abs().max()) for axis in (rows, columns)))
     assert halo == reach
+
+
+@pytest.mark.parametrize("factors", [(1, 1), (2, 2), (2, 3), (3, 3), (4, 4)], ids=str)
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_a_resizing_that_is_understood_is_what_onnx_runtime_does(mode, factors):
+    values = np.random.RandomState(0).randn(1, 1, 5, 4).astype(np.float32)
+    scales = np.array([1, 1, *factors], np.float32)
+    understood = []
+    for coordinates, rounding in itertools.product(
+        ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners"),
+        ("round_prefer_floor", "round_prefer_ceil", "floor", "ceil"),
+    ):
+        attributes = {"mode": mode, "coordinate_transformation_mode": coordinates, "nearest_mode": rounding}
+        found = resizing(attributes, scales)
+        if found is None:
+            continue
+        understood.append(coordinates)
+        node = helper.make_node("Resize", ["noisy", "", "scales"], ["denoised"], "grow", **attributes)
+        expected = (
+            values.repeat(found.height, 2).repeat(found.width, 3)
+            if found.mode == "nearest"
+            else functional.interpolate(torch.from_numpy(values), scale_factor=factors, mode="bilinear").numpy()
+        )
+        session = ort.InferenceSession(graph([node], weights={"scales": scales}).SerializeToString())
+        np.testing.assert_allclose(session.run(None, {"noisy": values})[0], expected, atol=1e-6)
+    assert (
+        set(understood)
+        == {
+            "nearest": {"half_pixel", "pytorch_half_pixel", "asymmetric"},
+            "linear": {"half_pixel", "pytorch_half_pixel"},
+            "cubic": set(),
+        }[mode]
+    )
 
 
 def test_global_operators_are_named(tmp_path):

@@ -20,6 +20,7 @@ from torch.nn import functional
 from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA, opset
 from edgekit.graph.cost import infer_shapes
+from edgekit.graph.resizing import resizing
 from edgekit.graph.walk import CONVOLUTIONS, initializers
 
 Attribute: TypeAlias = int | float | str | tuple[int, ...] | tuple[float, ...]
@@ -626,17 +627,12 @@ def _space_to_depth(node: Node, given: Given) -> Tensor:
 
 def _resize(node: Node, given: Given) -> Tensor:
     x, scales = _tensor(node, given, 0), _optional(given, 2)
-    how = node.text("coordinate_transformation_mode", "half_pixel"), node.text("nearest_mode", "round_prefer_floor")
-    mode = node.text("mode", "nearest")
-    bilinear = mode == "linear" and how[0] == "half_pixel"
-    if not bilinear and (mode != "nearest" or how not in _REPEATS):
-        raise node.unsupported(f"mode {mode} with {how[0]} and {how[1]}")
-    factors = [] if scales is None else [float(s) for s in scales]
-    if len(factors) != 4 or factors[:2] != [1, 1] or any(f < 1 or f != int(f) for f in factors):
-        raise node.unsupported(f"scales {factors or 'missing'}, not whole numbers of height and width")
-    if bilinear:
-        return functional.interpolate(x, scale_factor=factors[2:], mode="bilinear", align_corners=False)
-    return x.repeat_interleave(int(factors[2]), 2).repeat_interleave(int(factors[3]), 3)
+    found = resizing(node.attributes, None if scales is None else scales.numpy())
+    if found is None:
+        raise node.unsupported("a resizing that is neither nearest nor linear by whole factors of height and width")
+    if found.mode == "linear":
+        return functional.interpolate(x, scale_factor=(found.height, found.width), mode="bilinear", align_corners=False)
+    return x.repeat_interleave(found.height, 2).repeat_interleave(found.width, 3)
 
 
 def _reshape(node: Node, given: Given) -> Tensor:
@@ -661,7 +657,6 @@ def _elementwise(compute: Callable[[Tensor], Tensor]) -> Callable[[Node, Given],
     return lambda node, given: compute(_tensor(node, given, 0))
 
 
-_REPEATS = (("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"), ("half_pixel", "round_prefer_ceil"))
 _SCALES = ("log_scale", ".zero")
 _HALVES = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _ARITHMETIC: dict[str, Callable[[Node, Given], Tensor]] = {

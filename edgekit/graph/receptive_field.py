@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY
+from edgekit.graph.resizing import resizing
 from edgekit.graph.walk import initializers
 
 
@@ -140,8 +141,6 @@ _RULES: dict[str, _Rule] = {
     "Resize": _resize,
     **dict.fromkeys(_ELEMENTWISE, _same),
 }
-# Coordinates and rounding by which every value is repeated, at any whole scale.
-_REPEATS = (("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"), ("half_pixel", "round_prefer_ceil"))
 _CHANNEL_AXES = ((1,), (-3,))
 
 
@@ -163,21 +162,18 @@ def _resizing(node: onnx.NodeProto, constants: Mapping[str, NDArray[np.generic]]
     """Return the whole factors of a Resize, and whether it is linear; nothing of other nodes."""
     if node.op_type != "Resize":
         return {}
-    given = {a.name: a.s.decode() for a in node.attribute if a.type == onnx.AttributeProto.STRING}
-    coordinates = given.get("coordinate_transformation_mode", "half_pixel").removeprefix("pytorch_")
-    mode = given.get("mode", "nearest")
-    rounding = given.get("nearest_mode", "round_prefer_floor")
-    known = (
-        coordinates == "half_pixel" if mode == "linear" else (coordinates, rounding) in _REPEATS and mode == "nearest"
-    )
-    found = constants.get(node.input[2]) if len(node.input) > 2 else None
-    scales = [] if found is None else [float(s) for s in found.astype(np.float64)]
-    if not known or len(scales) != 4 or scales[:2] != [1, 1] or any(s < 2 or s % 1 for s in scales[2:]):
+    given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    scales = constants.get(node.input[2]) if len(node.input) > 2 else None
+    found = resizing(given, scales)
+    if found is None:
+        text = {name: value.decode() for name, value in given.items() if isinstance(value, bytes)}
         raise UnsupportedError(
-            f"node '{node.name}' (Resize): mode {mode}, {coordinates}, scales {scales or 'missing'}; how far it "
-            "looks is known of nearest and linear ones to whole multiples"
+            f"node '{node.name}' (Resize): mode {text.get('mode', 'nearest')}, "
+            f"{text.get('coordinate_transformation_mode', 'half_pixel')}, "
+            f"scales {'missing' if scales is None else scales.tolist()}; how far it looks is known of nearest and "
+            "linear ones to whole multiples"
         )
-    return {"scales": (int(scales[2]), int(scales[3])), "linear": (int(mode == "linear"),)}
+    return {"scales": (found.height, found.width), "linear": (int(found.mode == "linear"),)}
 
 
 def _holds_tensor(node: onnx.NodeProto) -> bool:

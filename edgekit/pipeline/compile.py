@@ -227,6 +227,8 @@ def _simplified(opened: Run, onnx: Path, link: Link) -> tuple[Stage, Link]:
 
 
 def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence[Target]) -> Compiled:
+    for target in targets:
+        _check_tile(graph, target)
     evaluation = pictures.evaluation(recipe.data)
     teacher = _export_teacher(opened, recipe)
     bundles = {}
@@ -237,6 +239,16 @@ def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence
         bundles[target.name] = opened.root / stage.folder
     audits = {name: found for name, path in bundles.items() if (found := _built(path).audit) is not None}
     return Compiled(folder=opened.root, bundles=bundles, audits=audits, reused=tuple(opened.reused))
+
+
+def _check_tile(graph: _Graph, target: Target) -> None:
+    """Refuse a tile before minutes go into quantizing for it."""
+    height, width = target.input.height, target.input.width
+    if any(side is not None and side % graph.stride for side in (height, width)):
+        raise UnsupportedError(
+            f"target '{target.name}': input {width}x{height} is not a tile that '{graph.name}' can be compiled for",
+            remedy=f"set input.height and input.width, or --tile, to multiples of {graph.stride}",
+        )
 
 
 def _built(path: Path) -> Built:

@@ -53,6 +53,7 @@ from edgekit.backends.tvm.integer import (
 )
 from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
+from edgekit.graph.resizing import resizing
 from edgekit.graph.walk import consumers, initializers, producers
 
 Weights: TypeAlias = NDArray[np.int8 | np.int16]
@@ -69,15 +70,6 @@ _ONLY = "export the model with that, which is all there are kernels for, or set 
 # What the picture is changed by last.
 _SIGNS = {"Add": 1, "Sub": -1}
 # Pairs of coordinates and rounding by which each value of a map of twice the size is that of the pixel it lies in.
-_REPEATS = (
-    (b"asymmetric", b"floor"),
-    (b"asymmetric", b"round_prefer_floor"),
-    *(
-        (how, mode)
-        for how in (b"half_pixel", b"pytorch_half_pixel")
-        for mode in (b"round_prefer_floor", b"round_prefer_ceil")
-    ),
-)
 # The weight of a copy that only changes the grid: the finer, the less its rounding costs.
 _COPY_WEIGHT = 64
 # Far finer than a picture of 16 bits.
@@ -329,13 +321,13 @@ class _Reader:
         return joined
 
     def _resized(self, node: onnx.NodeProto) -> Feature:
-        how = _resizing(node)
         scales = self._constants.get(node.input[2]) if len(node.input) > 2 else None
-        if how is None or scales is None or scales.tolist() != [1, 1, 2, 2]:
+        found = resizing({a.name: helper.get_attribute_value(a) for a in node.attribute}, scales)
+        if found is None or (found.height, found.width) != (2, 2):
             raise self._refused(
                 node, "is no resizing to twice the height and width, nearest or bilinear as half_pixel", _ONLY
             )
-        return self._resampled(node, how)
+        return self._resampled(node, "bilinear" if found.mode == "linear" else found.mode)
 
     def _pooled(self, node: onnx.NodeProto) -> Feature:
         settings = _attributes(node)
@@ -593,23 +585,6 @@ _RULES: dict[str, Callable[[_Reader, onnx.NodeProto], _Value]] = {
     "Resize": _Reader._resized,
     "MaxPool": _Reader._pooled,
 }
-
-
-def _resizing(node: onnx.NodeProto) -> Resampling | None:
-    """Return how a Resize computes a map of twice the size; None where neither way that there is a kernel for."""
-    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    mode, coordinates, rounding = (
-        given.get(name, default)
-        for name, default in (
-            ("mode", b"nearest"),
-            ("coordinate_transformation_mode", b"half_pixel"),
-            ("nearest_mode", b"round_prefer_floor"),
-        )
-    )
-    if mode == b"nearest":
-        return "nearest" if (coordinates, rounding) in _REPEATS else None
-    # Of twice the size, what is called pytorch_half_pixel is half_pixel; antialias changes only what gets smaller.
-    return "bilinear" if mode == b"linear" and coordinates in (b"half_pixel", b"pytorch_half_pixel") else None
 
 
 def _unscaled(total: _Sum) -> Convolution:
