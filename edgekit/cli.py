@@ -200,6 +200,8 @@ def compile_(
 ) -> None:
     """Compile a run's student (the newest run unless told), a shipped model, an ONNX file or a torch class.
 
+    Where nothing is named and there is no run, the student is the one that the target names (`edgekit targets`).
+
     \b
     edgekit compile --target android-arm64
     edgekit compile nano -t linux-x86_64 -o runs/nano
@@ -661,8 +663,9 @@ def targets(as_json: bool) -> None:
     from edgekit import target
 
     loaded = [target.load(name) for name in target.names()]
-    rows = [(t.name, t.engine, t.precision, t.runner.kind, t.description) for t in loaded]
-    _emit(loaded, as_json, lambda: _table("", ("target", "engine", "precision", "runner", "description"), rows))
+    rows = [(t.name, t.engine, t.precision, t.runner.kind, t.student or "-", t.description) for t in loaded]
+    heads = ("target", "engine", "precision", "runner", "student", "description")
+    _emit(loaded, as_json, lambda: _table("", heads, rows))
 
 
 @cli.command()
@@ -813,7 +816,7 @@ def _show_plan(
 
 
 def _say_targets(model: str | None, names: list[str]) -> None:
-    click.echo(f"would compile {model or 'the newest run'} for {', '.join(names)}")
+    click.echo(f"would compile {model or 'the newest run, else the student of the targets,'} for {', '.join(names)}")
 
 
 def _exit_with(context: click.Context, reports: Sequence[Report], allow_unverified: bool) -> None:

@@ -229,6 +229,11 @@ def _read(root: Path) -> tuple[dict[str, object], list[Stage]]:
         ) from error
 
 
+def exists() -> bool:
+    """Return whether there is any run folder below `runs/`."""
+    return any(RUNS.glob(f"*/{_RECORD}"))
+
+
 def newest() -> Path:
     """Return the run folder below `runs/` that was written to last.
 

@@ -71,7 +71,11 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One place where a model shall run."""
+    """One place where a model shall run.
+
+    student: The shipped student that is compiled where no run is there to take one from: of those measured, the best
+        for its time on this engine (docs/models.md). None where no time was measured.
+    """
 
     __pydantic_config__: ClassVar = STRICT
     schema_version: Literal[1]
@@ -83,6 +87,7 @@ class Target:
     isa: Isa | None = None
     runner: Runner
     limits: Limits = field(default_factory=Limits)
+    student: str | None = None
 
     def with_tile(self, side: int) -> Target:
         """Return the same target with a tile of `side` x `side` pixels.

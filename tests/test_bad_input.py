@@ -416,7 +416,7 @@ def test_what_is_no_run_and_no_bundle_is_refused(call, cwd):
     call("verify", "empty").refused(2, "empty: is neither a bundle nor a run with bundles; make one: edgekit compile")
     call("compile", "empty", "-t", "onnx").refused(2, "empty: is not a run folder (it has no run.json)")
     call("verify").refused(2, "there is no run in 'runs/'; start one: edgekit distill")
-    call("compile", "-t", "onnx").refused(2, "there is no run in 'runs/'")
+    call("compile", "-t", "ios-arm64").refused(2, "there is no run in 'runs/', and the targets name no one student")
     assert tree(cwd) == {}
 
 

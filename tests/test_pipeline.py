@@ -495,6 +495,26 @@ def test_settings_of_a_recipe_reach_the_artifact(made, photos, tmp_path, changes
     assert files.sha256(folder / "model.int8.onnx") != files.sha256(made.compiled.bundles["onnx"] / "model.int8.onnx")
 
 
+# Without a name
+
+
+def test_where_there_is_no_run_the_targets_student_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = compiling.compile_model(None, [dataclasses.replace(FLOAT, student="nano")])
+    assert made.folder == Path("runs/nano")
+    again = compiling.compile_model(None, [dataclasses.replace(FLOAT, student="small")])
+    assert (again.folder, again.bundles) == (made.folder, made.bundles)
+
+
+@pytest.mark.parametrize("students", [("nano", "small"), ("nano", None), (None, None)], ids=str)
+def test_targets_of_different_students_or_none_need_a_name(tmp_path, monkeypatch, students):
+    monkeypatch.chdir(tmp_path)
+    targets = [dataclasses.replace(FLOAT, name=f"t{i}", student=student) for i, student in enumerate(students)]
+    with pytest.raises(InputError, match=f"name no one student .t0: {students[0] or 'none'}, t1"):
+        compiling.compile_model(None, targets)
+    assert not any(tmp_path.iterdir())
+
+
 # Again
 
 

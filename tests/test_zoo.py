@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edgekit import models, zoo
+from edgekit import models, target, zoo
 from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import InputError, IntegrityError
@@ -48,6 +48,11 @@ def measured(request) -> tuple[str, quality.QualityReport]:
 def test_something_is_shipped():
     assert {"nano"} <= set(zoo.names())
     assert {p.stem for p in Path(zoo.__file__).parent.glob("*.safetensors")} == set(zoo.names())
+
+
+@pytest.mark.parametrize("name", target.names())
+def test_the_student_of_a_target_is_shipped(name):
+    assert target.load(name).student in (None, *zoo.names())
 
 
 @pytest.mark.parametrize("name", zoo.names())

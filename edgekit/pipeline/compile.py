@@ -89,7 +89,7 @@ def compile_model(
     """Compile a run's student, a shipped model, an ONNX file or a torch class for each target, and return the bundles.
 
     Args:
-        what: A run folder, or a MODEL; the newest run unless told.
+        what: A run folder, or a MODEL; the newest run unless told, and where there is none the targets' student.
         targets: What to compile for.
         weights: Weights of a `package.module:Class`.
         folder: Where a MODEL's run folder goes; `runs/<name>` unless told. A run folder's bundles go into it.
@@ -101,11 +101,12 @@ def compile_model(
     """
     for target in targets:
         backends.load(target.engine)
-    root = run.newest() if what is None else Path(what)
+    if what is None:
+        what = str(run.newest()) if run.exists() else _student_of(targets)
+    root = Path(what)
     if root.is_dir():
         with run.open_run(root, None) as opened:
             return compile_student(opened, _recipe_of(root), networks.from_run(root), targets)
-    assert what is not None
     if what.endswith(".onnx"):
         return _compile_onnx(Path(what), targets, folder, overwrite)
     network = networks.from_class(what, weights) if ":" in what else networks.shipped(what)
@@ -115,6 +116,20 @@ def compile_model(
         if network.model:
             _keep_student(opened, network)
         return compile_student(opened, recipe, network, targets)
+
+
+def _student_of(targets: Sequence[Target]) -> str:
+    """Return the one shipped student that the targets name."""
+    named = {target.name: target.student for target in targets}
+    [student, *others] = sorted({name or "none" for name in named.values()})
+    if others or student == "none":
+        told = ", ".join(f"{target}: {name or 'none'}" for target, name in named.items())
+        raise InputError(
+            f"there is no run in '{run.RUNS}/', and the targets name no one student ({told})",
+            remedy="name the model, or start a run: edgekit distill",
+        )
+    log.info("no run in '%s/': compiling '%s', the student of %s", run.RUNS, student, ", ".join(named))
+    return student
 
 
 def _keep_student(opened: Run, network: Network) -> None:
