@@ -92,7 +92,9 @@ class Training:
     batch: Patches of one forward pass on one device. accumulate: Forward passes of one step.
     patch: Side of a patch in pixels; from `late_from` (a fraction of the run) on it is `late_patch`.
     peak_rate, final_rate: Learning rate after the warm-up and at the end of the cosine (AdamW).
-    mse_from: Fraction of the run from which the loss is the mean squared error instead of Charbonnier's.
+    loss: `charbonnier`, or `psnr`: the mean PSNR itself, for which a picture with little noise counts as much as one
+        with much. From `mse_from` on (a fraction of the run) Charbonnier's gives way to the mean squared error.
+    rounding: Round maps and weights to 8 bits in every step, so that the student loses less in INT8.
     ema: Decay of the moving average of the weights, which is what a run keeps.
     precision: `bf16` computes the forward and backward pass in bfloat16, `float32` does not.
     validate_every, checkpoint_seconds: How often the held-out PSNR is taken and the state is saved.
@@ -114,7 +116,9 @@ class Training:
     weight_decay: NotNegative = 0.0
     clip_norm: Positive = 1.0
     ema: Fraction = 0.999
+    loss: Literal["charbonnier", "psnr"] = "charbonnier"
     mse_from: Fraction = 0.9
+    rounding: bool = False
     precision: Literal["bf16", "float32"] = "bf16"
     validate_every: Count = 250
     checkpoint_seconds: Positive = 30.0

@@ -27,7 +27,7 @@ from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import networks
 from edgekit.recipe import Distillation, Model, Noise
 from edgekit.training import __main__ as command
-from edgekit.training import checkpoint, job_file, loop, losses, schedule
+from edgekit.training import checkpoint, job_file, loop, losses, rounding, schedule
 from edgekit.training.distill import Learner, Lesson
 from edgekit.training.loop import Job, Moment
 from edgekit.training.patches import PatchBank
@@ -188,6 +188,10 @@ def test_losses_are_what_their_papers_say():
     got, want = torch.tensor([0.0, 3.0]), torch.tensor([0.0, -1.0])
     assert losses.charbonnier(got, want).item() == pytest.approx((1e-3 + math.sqrt(16 + 1e-6)) / 2)
     assert losses.mean_squared(got, want).item() == pytest.approx(8)
+    clean, noisy, _ = draw(PICTURES, batch=4, patch=32, sigma=(5.0, 50.0))
+    psnr_db = [quality.psnr(a, b) for a, b in zip(noisy.numpy(), clean.numpy(), strict=True)]
+    per_db = losses.log_squared(noisy, clean).item() / -np.mean(psnr_db)
+    assert per_db == pytest.approx(0.01 * math.log(10) / 10, rel=0.01)
 
 
 def test_the_distance_of_feature_maps_ignores_their_scale_and_not_their_shape():
@@ -198,23 +202,104 @@ def test_the_distance_of_feature_maps_ignores_their_scale_and_not_their_shape():
     assert losses.feature_distance(one, finer).item() == pytest.approx(0, abs=1e-10)
 
 
-@pytest.mark.parametrize("squared", [False, True], ids=["charbonnier", "mean squared"])
-def test_a_lesson_shares_its_loss_between_the_clean_pictures_and_the_teacher(squared):
+@pytest.mark.parametrize("compare", [losses.charbonnier, losses.mean_squared, losses.log_squared])
+def test_a_lesson_shares_its_loss_between_the_clean_pictures_and_the_teacher(compare):
     teacher, net = tiny.network("nano", seed=1), tiny.network("small", seed=2)
     clean, noisy, sigma = draw(PICTURES, batch=2, patch=32, sigma=(5.0, 50.0))
     settings = Distillation(output_weight=0.25, feature_weight=0.1)
     learner = Learner(net, teacher, with_features=True)
     learned = learner(noisy, sigma)
     lesson = Lesson(teacher, settings)
-    got = lesson.loss(learned, clean, noisy, sigma, feature_weight=0.1, squared=squared).item()
-    compare = losses.mean_squared if squared else losses.charbonnier
+    got = lesson.loss(learned, clean, noisy, sigma, feature_weight=0.1, compare=compare).item()
     with torch.no_grad():
         wanted, maps = teacher.forward_with_features(noisy, sigma)
     features = sum(losses.feature_distance(mine, its) for mine, its in zip(learned[1], maps, strict=True))
     want = 0.75 * compare(learned[0], clean) + 0.25 * compare(learned[0], wanted) + 0.1 * features
     assert got == pytest.approx(want.item(), rel=1e-5)
-    alone = Lesson(None, settings).loss(learned, clean, noisy, sigma, feature_weight=0.1, squared=squared)
+    alone = Lesson(None, settings).loss(learned, clean, noisy, sigma, feature_weight=0.1, compare=compare)
     assert alone.item() == pytest.approx(compare(learned[0], clean).item())
+
+
+def test_the_loss_is_the_one_asked_for_and_charbonniers_ends_as_squared_error():
+    ordinary, psnr = tiny.training(mse_from=0.9), tiny.training(loss="psnr", mse_from=0.9)
+    assert [schedule.loss(ordinary, done) for done in (0.0, 0.89, 0.9, 1.0)] == ["charbonnier"] * 2 + ["mse"] * 2
+    assert {schedule.loss(psnr, done) for done in (0.0, 0.9, 1.0)} == {"psnr"}
+
+
+# Rounding
+
+
+def grids(net: Denoiser, noisy: torch.Tensor, sigma: torch.Tensor) -> dict[str, int]:
+    """Return how many values each map has that a module of the network gives."""
+    found: dict[str, int] = {}
+    for name, module in net.named_modules():
+        module.register_forward_hook(
+            lambda module, given, result, name=name: found.update({name: len(torch.unique(result))})
+        )
+    net(noisy, sigma)
+    return found
+
+
+ROUNDED = {
+    "nano": ["head", "level", "down.0", "up.1", "tail", "encoder.0.0.act2", "encoder.2.0.project", "decoder.1.0"],
+    "control": ["head", "level", "down", "up", "tail", "encoder.0.body.1", "bottleneck.4.body", "decoder.1"],
+}
+
+
+@pytest.mark.parametrize(("name", "rounded"), ROUNDED.items(), ids=ROUNDED)
+def test_maps_have_256_values_in_training_and_all_of_them_after_it(name, rounded):
+    net = tiny.network(name)
+    learner = Learner(net, None, with_features=False, with_rounding=True)
+    _, noisy, sigma = draw(PICTURES, batch=4, patch=32, sigma=(5.0, 50.0))
+    untouched = tiny.network(name)
+    assert torch.equal(learner.eval()(noisy, sigma)[0], untouched(noisy, sigma))
+    learner.train()
+    found = grids(net, noisy, sigma)
+    assert all(64 < found[part] <= 256 for part in rounded)
+    assert {name for name, _ in net.named_buffers()} == set()
+
+
+def test_rounded_weights_have_8_bits_for_each_channel_and_the_gradient_of_the_others():
+    net = tiny.network("nano")
+    weights_ = rounding.Rounding.weights(net)
+    assert weights_.keys() == {f"{name}.weight" for name, m in net.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    for name, rounded in weights_.items():
+        original = net.get_parameter(name)
+        step = original.abs().amax((1, 2, 3), keepdim=True) / 127
+        assert (rounded - original).abs().max() <= step.max() * 0.501
+        assert ((rounded / step) - (rounded / step).round()).abs().max() < 1e-3
+        (gradient,) = torch.autograd.grad((3 * rounded).sum(), original)
+        assert torch.equal(gradient, torch.full_like(original, 3))
+
+
+def test_a_range_follows_its_map_leaves_outliers_out_and_holds_zero():
+    values = torch.linspace(2, 4, 100_000)
+    values[7] = 1000.0
+    made = rounding.MapRounding()
+    made(values)
+    assert (made.low.item(), made.high.item()) == (0, pytest.approx(4, rel=1e-3))
+    made(2 * values)
+    assert made.high.item() == pytest.approx(4.4, rel=1e-3)
+    made.looks = False
+    made(100 * values)
+    assert made.high.item() == pytest.approx(4.4, rel=1e-3)
+
+
+def test_a_run_with_rounding_goes_on_where_it_was_cut_off(tmp_path):
+    settings = tiny.training(steps=40, rounding=True, loss="psnr", checkpoint_seconds=1e-9)
+    whole, _ = loop.train(job(training=settings), tmp_path / "whole", silent)
+    _, outcome = loop.train(job(training=settings), tmp_path / "parts", silent, pause_after_seconds=1e-9)
+    assert (outcome.ended_by, outcome.steps) == ("pause", 10)
+    resumed, _ = loop.train(job(training=settings), tmp_path / "parts", silent)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    plain, _ = loop.train(job(training=dataclasses.replace(settings, rounding=False)), tmp_path / "plain", silent)
+    assert (plain["tail.weight"] - whole["tail.weight"]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("name", ["teacher", "dncnn"])
+def test_a_network_without_an_int8_form_is_not_trained_for_it(tmp_path, name):
+    with pytest.raises(InputError, match=r"training\.rounding: .* has no INT8 form to be trained for"):
+        loop.train(job(tiny.network(name), training=tiny.training(rounding=True)), tmp_path, silent)
 
 
 # The loop

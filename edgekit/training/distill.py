@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from edgekit.models.denoiser import Denoiser
 from edgekit.recipe import Distillation
-from edgekit.training.losses import charbonnier, feature_distance, mean_squared
+from edgekit.training.losses import feature_distance
+from edgekit.training.rounding import Rounding
 
 
 class Learner(nn.Module):
-    """A network, and the 1x1 adapters that bring its two feature maps to the teacher's channels."""
+    """A network, the 1x1 adapters that bring its two feature maps to the teacher's channels, and INT8's rounding."""
 
-    def __init__(self, net: Denoiser, teacher: Denoiser | None, *, with_features: bool) -> None:
+    def __init__(
+        self, net: Denoiser, teacher: Denoiser | None, *, with_features: bool, with_rounding: bool = False
+    ) -> None:
         super().__init__()
         self.net = net
+        self.rounding = Rounding(net) if with_rounding else None
         self.adapters: nn.ModuleList | None = None
         if with_features and teacher is not None and net.feature_channels and teacher.feature_channels:
             pairs = zip(net.feature_channels, teacher.feature_channels, strict=True)
@@ -24,10 +31,23 @@ class Learner(nn.Module):
     def forward(self, noisy: Tensor, sigma: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the denoised pictures and the adapted feature maps; none without adapters."""
         level = sigma if self.net.takes_sigma else None
-        if self.adapters is None:
-            return self.net(noisy, level), []
-        denoised, features = self.net.forward_with_features(noisy, level)
-        return denoised, [adapt(f) for adapt, f in zip(self.adapters, features, strict=True)]
+        run = _Whole(self.net, with_features=self.adapters is not None)
+        weights = self.rounding.weights(run) if self.rounding is not None and self.training else {}
+        denoised, features = functional_call(run, weights, (noisy, level))
+        return denoised, [adapt(f) for adapt, f in zip(self.adapters or (), features, strict=True)]
+
+
+class _Whole(nn.Module):
+    """A network with its features as one call, which can be made with other weights."""
+
+    def __init__(self, net: Denoiser, *, with_features: bool) -> None:
+        super().__init__()
+        self.net, self._with_features = net, with_features
+
+    def forward(self, noisy: Tensor, sigma: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if self._with_features:
+            return self.net.forward_with_features(noisy, sigma)
+        return self.net(noisy, sigma), ()
 
 
 class Lesson:
@@ -45,7 +65,7 @@ class Lesson:
         sigma: Tensor,
         *,
         feature_weight: float,
-        squared: bool,
+        compare: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         """Return the loss, a scalar.
 
@@ -55,10 +75,9 @@ class Lesson:
             noisy: The same noise draw that the learner saw.
             sigma: (n, 1, 1, 1).
             feature_weight: Weight of the feature loss now.
-            squared: Whether the pictures are compared by squared error.
+            compare: Of two batches of pictures, a scalar; one of `edgekit.training.losses`.
         """
         denoised, features = learned[0].float(), learned[1]
-        compare = mean_squared if squared else charbonnier
         against_clean = compare(denoised, clean)
         if self._teacher is None:
             return against_clean

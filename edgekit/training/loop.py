@@ -25,12 +25,14 @@ from edgekit.errors import EdgekitError, InputError
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
 from edgekit.recipe import Distillation, Training
-from edgekit.training import checkpoint, schedule
+from edgekit.training import checkpoint, losses, schedule
 from edgekit.training.distill import Learner, Lesson
 from edgekit.training.patches import PatchBank
+from edgekit.training.rounding import Rounding
 
 log = logging.getLogger(__name__)
 _LOOK_EVERY = 10
+_LOSSES = {"charbonnier": losses.charbonnier, "mse": losses.mean_squared, "psnr": losses.log_squared}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,12 @@ def train(
     bank = PatchBank(job.pictures, device)
     _check(job, bank.smallest_side)
     torch.manual_seed(settings.seed)
-    learner = Learner(job.net, job.teacher, with_features=job.distillation.feature_weight > 0)
+    learner = Learner(
+        job.net,
+        job.teacher,
+        with_features=job.distillation.feature_weight > 0,
+        with_rounding=settings.rounding,
+    )
     _channels_last(learner.to(device)).train()
     if job.teacher is not None:
         _channels_last(job.teacher.to(device)).eval().requires_grad_(False)
@@ -192,6 +199,7 @@ class _Run:
     ) -> None:
         self._job, self._accelerator, self._learner, self._optimizer = job, accelerator, learner, optimizer
         self._bank = bank
+        self._rounding: Rounding | None = accelerator.unwrap_model(learner).rounding
         self._lesson = Lesson(job.teacher, job.distillation)
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
@@ -205,6 +213,8 @@ class _Run:
     def step(self, step: int, done: float) -> None:
         """Make one optimizer step and move the average."""
         settings, accelerator = self._job.training, self._accelerator
+        if self._rounding is not None:
+            self._rounding.look(step)
         for group in self._optimizer.param_groups:
             group["lr"] = schedule.learning_rate(settings, step, done)
         for part in range(settings.accumulate):
@@ -243,7 +253,7 @@ class _Run:
         with torch.autocast(noisy.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             learned = self._learner(noisy, sigma)
             return self._lesson.loss(
-                learned, clean, noisy, sigma, feature_weight=weight, squared=done >= settings.mse_from
+                learned, clean, noisy, sigma, feature_weight=weight, compare=_LOSSES[schedule.loss(settings, done)]
             )
 
 

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 
 CHARBONNIER_EPSILON = 1e-3
+# Squared errors far below this, 50 dB, count alike: flat patches would else decide everything.
+_LEAST_SQUARED = 1e-5
+# Makes its gradient as long as that of the others, which the clipping of gradients is set for.
+_LOG_SQUARED_SCALE = 0.01
 
 
 def charbonnier(got: Tensor, want: Tensor) -> Tensor:
@@ -16,6 +20,16 @@ def charbonnier(got: Tensor, want: Tensor) -> Tensor:
 def mean_squared(got: Tensor, want: Tensor) -> Tensor:
     """Return the mean squared error, a scalar."""
     return (got - want).square().mean()
+
+
+def log_squared(got: Tensor, want: Tensor) -> Tensor:
+    """Return the mean over pictures (n, c, h, w) of the logarithm of the mean squared error, scaled, a scalar.
+
+    It is the mean PSNR with the sign changed (Chen et al., "Simple Baselines for Image Restoration", 2022), so that a
+    picture counts as much with little noise as with much, and a flat one as much as a rich one.
+    """
+    squared = (got - want).square().mean((1, 2, 3))
+    return _LOG_SQUARED_SCALE * torch.log(squared + _LEAST_SQUARED).mean()
 
 
 def feature_distance(student: Tensor, teacher: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 from edgekit.recipe import Training
 
@@ -32,6 +33,11 @@ def patch_side(settings: Training, done: float) -> int:
     if settings.late_patch is not None and done >= settings.late_from:
         return settings.late_patch
     return settings.patch
+
+
+def loss(settings: Training, done: float) -> Literal["charbonnier", "mse", "psnr"]:
+    """Return which loss compares pictures."""
+    return "mse" if settings.loss == "charbonnier" and done >= settings.mse_from else settings.loss
 
 
 def feature_weight(peak: float, until: float, done: float) -> float:
