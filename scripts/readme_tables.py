@@ -92,7 +92,7 @@ def int8_table() -> str:
                 cells.append(f"{max(loss['worst'] for loss in losses) / 1000:.2f}")
             cells.append(_in_float(row["quantization"]))
             cells.append(f"{row['integer_macs_permille'] / 10:.1f} %")
-            cells += [_ratio(row["against_fp32"][side]) for side in ("256", "512", "1024")]
+            cells += [_ratio(row["against_fp32"].get(side)) for side in ("256", "512", "1024")]
             cells.append(_ratio(row["against_teacher"]["256"]))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -103,7 +103,9 @@ def _in_float(facts: dict[str, list[str]]) -> str:
     return ", ".join([*(name.split("/")[1] for name in facts["float_nodes"]), *additions]) or "nothing"
 
 
-def _ratio(found: dict[str, float], digits: int = 2) -> str:
+def _ratio(found: dict[str, float] | None, digits: int = 2) -> str:
+    if found is None:
+        return "-"
     return f"{found['ratio']:.{digits}f} ({found['low']:.{digits}f} to {found['high']:.{digits}f})"
 
 
