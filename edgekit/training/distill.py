@@ -32,7 +32,8 @@ class Learner(nn.Module):
         """Return the denoised pictures and the adapted feature maps; none without adapters."""
         level = sigma if self.net.takes_sigma else None
         run = _Whole(self.net, with_features=self.adapters is not None)
-        weights = self.rounding.weights(run) if self.rounding is not None and self.training else {}
+        rounded = self.training and self.rounding is not None and self.rounding.rounds
+        weights = Rounding.weights(run) if rounded else {}
         denoised, features = functional_call(run, weights, (noisy, level))
         return denoised, [adapt(f) for adapt, f in zip(self.adapters or (), features, strict=True)]
 

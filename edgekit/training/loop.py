@@ -116,7 +116,7 @@ def train(
         job.net,
         job.teacher,
         with_features=job.distillation.feature_weight > 0,
-        with_rounding=settings.rounding,
+        with_rounding=settings.rounding_from < 1,
     )
     _channels_last(learner.to(device)).train()
     if job.teacher is not None:
@@ -149,7 +149,7 @@ def train(
     paused = False
     while not (over := schedule.is_over(settings, step, seconds)) and not paused:
         try:
-            run.step(step, schedule.progress(settings, step, seconds))
+            run.step(step, seconds)
         except (RuntimeError, MemoryError) as error:
             raise _explained(error, settings, device) from error
         step += 1
@@ -210,11 +210,14 @@ class _Run:
         self._values = [values[name] for name in floats]
         self._counters = [(ema[name], value) for name, value in values.items() if name not in set(floats)]
 
-    def step(self, step: int, done: float) -> None:
+    def step(self, step: int, seconds: float) -> None:
         """Make one optimizer step and move the average."""
         settings, accelerator = self._job.training, self._accelerator
+        done = schedule.progress(settings, step, seconds)
         if self._rounding is not None:
-            self._rounding.look(step)
+            self._rounding.begin(
+                step, rounds=lambda at: schedule.progress(settings, at, seconds) >= settings.rounding_from
+            )
         for group in self._optimizer.param_groups:
             group["lr"] = schedule.learning_rate(settings, step, done)
         for part in range(settings.accumulate):

@@ -19,8 +19,8 @@ from edgekit.models.mobile import MobileUnet
 from edgekit.models.plain import PlainUnet
 
 # Ranges change slowly, and finding one takes longer than rounding.
-_LOOK_EVERY, _LOOK_FIRST = 25, 5
-_KEPT = 0.9
+_LOOK_EVERY = 25
+_KEPT = 0.8
 # Of the values of a map, left out at either end; looked at are this many.
 _OUTSIDE = 1e-4
 _MOST_VALUES = 400_000
@@ -30,7 +30,9 @@ _LEAST = 1e-8
 
 
 class Rounding(nn.ModuleList):
-    """What rounds the maps and weights of a student wherever it is in training mode; one `MapRounding` for each map.
+    """What rounds the maps and weights of a student while it is in training mode; one `MapRounding` for each map.
+
+    It begins when `begin` says so.
 
     Raises:
         InputError: A network without an INT8 form of its own: a teacher, or DnCNN.
@@ -38,17 +40,19 @@ class Rounding(nn.ModuleList):
 
     def __init__(self, net: Denoiser) -> None:
         super().__init__()
+        self.rounds = False
         reads, gives = _places(net)
         for module in reads:
             module.register_forward_pre_hook(self._before())
         for module in gives:
             module.register_forward_hook(self._behind())
 
-    def look(self, step: int) -> None:
-        """Say which step comes, since the ranges follow the maps in some of them only."""
+    def begin(self, step: int, *, rounds: Callable[[int], bool]) -> None:
+        """Say which step comes. Whether it is rounded is asked of the last step in which the ranges follow the maps."""
+        self.rounds = rounds(step - step % _LOOK_EVERY)
         for rounding in self:
             assert isinstance(rounding, MapRounding)
-            rounding.looks = step < _LOOK_FIRST or step % _LOOK_EVERY == 0
+            rounding.looks = step % _LOOK_EVERY == 0
 
     @staticmethod
     def weights(net: nn.Module) -> dict[str, Tensor]:
@@ -66,11 +70,11 @@ class Rounding(nn.ModuleList):
 
     def _before(self) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
         rounding = self._new()
-        return lambda module, given: (rounding(given[0]), *given[1:]) if module.training else None
+        return lambda module, given: (rounding(given[0]), *given[1:]) if module.training and self.rounds else None
 
     def _behind(self) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         rounding = self._new()
-        return lambda module, given, result: rounding(result) if module.training else None
+        return lambda module, given, result: rounding(result) if module.training and self.rounds else None
 
 
 class MapRounding(nn.Module):
