@@ -26,7 +26,7 @@ from edgekit.files import write_json
 from edgekit.measure import host, latency, quality
 from edgekit.measure.quality import Denoise
 from edgekit.pipeline import compile as compiling
-from edgekit.pipeline import denoise
+from edgekit.pipeline import denoise, int8
 from edgekit.pipeline.compare import OnnxEngine
 from edgekit.pipeline.denoise import Opened
 from edgekit.target import Target
@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in given.models or [n for n in zoo.names() if n != "teacher"]:
             folder = (given.runs or Path(scratch)) / name
-            found = {t: measure(name, t, folder / t, pictures, given.seconds) for t in TARGETS}
+            found = {t: measure(name, t, folder, pictures, given.seconds) for t in TARGETS}
             record = {
                 "schema_version": 1,
                 "kind": "edgekit-int8",
@@ -80,42 +80,43 @@ def measure(
     chosen = config.checked(manifest.target, Target, path)
     float_engine: OnnxEngine = "onnxruntime" if chosen.engine == "onnxruntime" else "openvino"
     engine = backends.load_onnx(float_engine)
-    int8 = denoise.open_model(str(path), threads=1)
+    artifact = denoise.open_model(str(path), threads=1)
     fp32 = engine.open_onnx(path / "reference" / "student.fp32.onnx", threads=1)
     teacher = engine.open_onnx(path / "reference" / "teacher.fp32.onnx", threads=1)
-    loss = {f"{p.name} {sigma}": _loss(fp32, int8, p, sigma) for p in pictures for sigma in SIGMAS}
+    loss = {f"{p.name} {sigma}": _loss(fp32, artifact, p, sigma) for p in pictures for sigma in SIGMAS}
     sides = SIDES if chosen.input.height is None else TILES
     found: Figures = {
         "fp32_engine": float_engine,
         "against_fp32": {
-            str(side): _paired(fp32, _for_side(model, chosen, side, folder, int8), side, seconds) for side in sides
+            str(side): _paired(fp32, _for_side(model, chosen, side, folder, artifact), side, seconds) for side in sides
         },
-        "against_teacher": {str(SIDES[0]): _paired(teacher, int8, SIDES[0], seconds)},
+        "against_teacher": {str(SIDES[0]): _paired(teacher, artifact, SIDES[0], seconds)},
         "integer_macs_permille": audits.integer_macs_permille,
-        "quantization": _quantization(folder),
+        "quantization": _quantization(folder, chosen),
         "loss_mdb": loss,
     }
     print(model, chosen.engine, found, flush=True)
     return found
 
 
-def _for_side(model: str, chosen: Target, side: int, folder: Path, int8: Opened) -> Opened:
+def _for_side(model: str, chosen: Target, side: int, folder: Path, artifact: Opened) -> Opened:
     """Return the artifact for pictures of that size: itself, or compiled with a tile of it."""
     if chosen.input.height in (None, side):
-        return int8
-    made = compiling.compile_model(model, [chosen.with_tile(side)], folder=folder.parent / f"{chosen.name}-{side}")
+        return artifact
+    made = compiling.compile_model(model, [chosen.with_tile(side)], folder=folder.parent / f"{folder.name}-{side}")
     return denoise.open_model(str(made.bundles[chosen.name]), threads=1)
 
 
-def _quantization(folder: Path) -> Mapping[str, object]:
+def _quantization(folder: Path, chosen: Target) -> Mapping[str, object]:
     """Return what the INT8 graph lost on the held-out pictures, before and after, and what is in float for it."""
-    (stage,) = (s for s in run.read_stages(folder) if s.name.startswith("quantize/"))
+    name = f"quantize/{int8.PLACEMENTS[chosen.engine]}"
+    (stage,) = (s for s in run.read_stages(folder) if s.name == name)
     names = ("loss_before_mdb", "trained", "released", "float_nodes", "loss_mdb", "worst_loss_mdb")
     return {name: stage.facts[name] for name in names}
 
 
-def _loss(fp32: Session, int8: Opened, pictures: PictureSet, sigma: float) -> Mapping[str, object]:
-    before, after = (quality.evaluate(session, pictures, sigma255=sigma) for session in (fp32, int8))
+def _loss(fp32: Session, artifact: Opened, pictures: PictureSet, sigma: float) -> Mapping[str, object]:
+    before, after = (quality.evaluate(session, pictures, sigma255=sigma) for session in (fp32, artifact))
     drops = {b.name: b.psnr_mdb - a.psnr_mdb for b, a in zip(before.pictures, after.pictures, strict=True)}
     worst = max(drops, key=lambda name: drops[name])
     return {
