@@ -237,9 +237,10 @@ def _shell(phone: Phone, stream: _Stream, line: str) -> None:
     lock = threading.Lock()
 
     def pump(number: int, source: int) -> None:
-        while block := os.read(source, MOST_BYTES // 2):
-            with lock:
-                stream.write(PACKET.pack(number, len(block)) + block)
+        with suppress(OSError):  # a client that hangs up early
+            while block := os.read(source, MOST_BYTES // 2):
+                with lock:
+                    stream.write(PACKET.pack(number, len(block)) + block)
 
     def feed(target: int) -> None:
         with suppress(OSError, struct.error):
