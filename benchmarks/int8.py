@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from edgekit import backends, bundle, config, run, target, zoo
 from edgekit.backends import Session
@@ -26,7 +27,7 @@ from edgekit.files import write_json
 from edgekit.measure import host, latency, quality
 from edgekit.measure.quality import Denoise
 from edgekit.pipeline import compile as compiling
-from edgekit.pipeline import denoise, int8
+from edgekit.pipeline import denoise, int8, networks
 from edgekit.pipeline.compare import OnnxEngine
 from edgekit.pipeline.denoise import Opened
 from edgekit.target import Target
@@ -91,6 +92,7 @@ def measure(
             str(side): _paired(fp32, _for_side(model, chosen, side, folder, artifact), side, seconds) for side in sides
         },
         "against_teacher": {str(SIDES[0]): _paired(teacher, artifact, SIDES[0], seconds)},
+        "against_teacher_in_pytorch": {str(SIDES[0]): _paired_with_pytorch(artifact, SIDES[0], seconds)},
         "integer_macs_permille": audits.integer_macs_permille,
         "quantization": _quantization(folder, chosen),
         "loss_mdb": loss,
@@ -128,7 +130,16 @@ def _loss(fp32: Session, artifact: Opened, pictures: PictureSet, sigma: float) -
     }
 
 
-def _paired(slow: Session, fast: Denoise, side: int, seconds: float) -> Mapping[str, float]:
+def _paired_with_pytorch(artifact: Denoise, side: int, seconds: float) -> Mapping[str, float]:
+    teacher, threads = networks.as_function(networks.shipped("teacher").net.eval()), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _paired(teacher, artifact, side, seconds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _paired(slow: Denoise, fast: Denoise, side: int, seconds: float) -> Mapping[str, float]:
     """Return the medians of both, in ms, and their ratio, for a square picture."""
     noisy = np.random.default_rng(0).random((1, 1, side, side), dtype=np.float32)
     paired = latency.interleave(_once(slow, noisy), _once(fast, noisy), min_pairs=8, max_seconds=seconds)

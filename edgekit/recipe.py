@@ -159,7 +159,7 @@ class Qat:
     steps: Annotated[int, Bound(least=0)] = 300
     batch: Count = 4
     patch: Annotated[int, Bound(least=16)] = 96
-    rate: Positive = 5e-4
+    rate: Positive = 1e-4
     scale_rate: NotNegative = 2e-3
     teacher_share: Fraction = 0.8
     feature_weight: NotNegative = 0.0
