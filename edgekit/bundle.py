@@ -40,7 +40,7 @@ class Manifest:
     edgekit: str
     target: dict[str, object]
     model: dict[str, object]
-    budgets: dict[str, float]
+    budgets: dict[str, float | None]
     protocol: dict[str, object]
     built: dict[str, object]
     chain: tuple[Link, ...]

@@ -82,6 +82,7 @@ def print_report(report: Report) -> None:
             row.how,
             "" if row.psnr_mdb is None else f"{row.psnr_mdb / 1000:.3f}",
             "" if row.drop_mdb is None else f"{row.drop_mdb / 1000:+.3f}",
+            "" if row.worst_drop_mdb is None else f"{row.worst_drop_mdb / 1000:+.3f}",
             "" if row.ssim_e5 is None else f"{row.ssim_e5 / 1e5:.4f}",
             "" if row.latency_us is None else f"{row.latency_us / 1000:.2f}",
             "" if row.size_bytes is None else f"{row.size_bytes / 2**20:.2f}",
@@ -95,13 +96,14 @@ def print_report(report: Report) -> None:
             "",
             "",
             "",
+            "",
             f"{r.median_us / 1000:.2f}",
             "",
         )
         for r in report.baselines
         if r.arithmetic == "float32"
     ]
-    header = ("what", "how", "PSNR dB", "drop dB", "SSIM", "ms", "MiB")
+    header = ("what", "how", "PSNR dB", "drop dB", "worst", "SSIM", "ms", "MiB")
     print_table(f"{report.target}: {report.model}", header, rows)
     if timed := [row for device in report.devices for row in _device_rows(device)]:
         columns = ("device", "what", "threads", "p50 ms", "p10", "p90", "p99", "runs")

@@ -198,12 +198,14 @@ class Quantization:
 class Budgets:
     """Most dB that may be lost: from the teacher to the student, and from the student to the artifact.
 
-    int8_drop_db: None takes the model's own, see `int8_drop_db`.
+    int8_drop_db: In the mean over the pictures; None takes the model's own, see `int8_drop_db`.
+    int8_worst_db: On any one picture; None asks for nothing.
     """
 
     __pydantic_config__: ClassVar = STRICT
     student_drop_db: float = 1.0
     int8_drop_db: NotNegative | None = None
+    int8_worst_db: NotNegative | None = None
 
 
 # The smaller the network, the more of its precision its activations need.

@@ -28,7 +28,8 @@ class Limit:
 class Row:
     """One line of the ledger; each is measured from its own file. None where nothing was measured.
 
-    psnr_mdb: Thousandths of a dB. drop_mdb: PSNR lost since the row above that it was made from. ssim_e5: 1e-5.
+    psnr_mdb: Thousandths of a dB. drop_mdb: PSNR lost since the row above that it was made from, in the
+        mean; worst_drop_mdb: on the picture that loses most. ssim_e5: 1e-5.
     latency_us: Median, one picture of the stated shape, one thread. how: What ran it.
     """
 
@@ -37,6 +38,7 @@ class Row:
     sha256: str
     psnr_mdb: int | None = None
     drop_mdb: int | None = None
+    worst_drop_mdb: int | None = None
     ssim_e5: int | None = None
     latency_us: int | None = None
     size_bytes: int | None = None

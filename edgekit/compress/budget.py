@@ -37,11 +37,40 @@ class Loss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
-    """A convolution, or all additions of one resolution, with what it would bring to have it in float.
+class Budget:
+    """The most that may be lost on the held-out pictures, in dB.
 
-    The additions of a resolution make up its residual trunk: one of them alone in float would read what the others
-    rounded.
+    mean_db: In the mean over pictures and noise levels. worst_db: On any picture at any level; None asks for nothing.
+    """
+
+    mean_db: float
+    worst_db: float | None = None
+
+    def holds(self, loss: Loss) -> bool:
+        """Return whether a loss is within it."""
+        return not self.missed(loss)
+
+    def missed(self, loss: Loss) -> str:
+        """Return which limit a loss misses, and by what; empty where none."""
+        if loss.mean_mdb > round(1000 * self.mean_db):
+            return (
+                f"int8_drop_db: INT8 loses {loss.mean_mdb / 1000:.3f} dB on the held-out pictures, {self.mean_db:g} "
+                "may be lost"
+            )
+        if self.worst_db is not None and loss.worst_mdb > round(1000 * self.worst_db):
+            return (
+                f"int8_worst_db: INT8 loses {loss.worst_mdb / 1000:.3f} dB on the worst held-out picture, "
+                f"{self.worst_db:g} may be lost"
+            )
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One convolution or addition, or all additions of one resolution, with what it would bring to have it in float.
+
+    Where the results of convolutions are rounded too, only all the additions of a resolution bring anything, since the
+    operands of one of them are rounded by the others; elsewhere each goes back to float on its own.
 
     nodes: Names in the graph. integer_macs: That the graph would lose.
     harm_udb: Loss in millionths of a dB that its rounding adds to a graph that is else in INT8, estimated from how far
@@ -151,7 +180,8 @@ def layers(
             groups[node.name] = [node]
         elif node.op_type == "Add":
             height = shapes[node.output[0]][2]
-            groups.setdefault(f"additions at 1/{_SIDE // height}", []).append(node)
+            name = f"additions at 1/{_SIDE // height}" if placement.results else node.name
+            groups.setdefault(name, []).append(node)
     found = []
     for name, nodes in groups.items():
         names = tuple(str(node.name) for node in nodes)
@@ -186,7 +216,7 @@ def keep(
     floating: onnx.ModelProto,
     placement: Placement,
     judge: Judge,
-    budget_db: float,
+    budget: Budget,
     *,
     trained: bool = False,
     say: Callable[[str], None],
@@ -200,8 +230,8 @@ def keep(
         quantized: The graph.
         floating: The float graph that it was made from.
         placement: That of the graph.
-        judge: Decides on the mean loss.
-        budget_db: Most dB that may be lost.
+        judge: Measures.
+        budget: What may be lost.
         trained: As for `layers`.
         say: Told what is being done.
 
@@ -209,11 +239,11 @@ def keep(
         LimitError: The budget cannot be kept by a graph of which half is integers; says what was reached.
     """
     loss = judge.loss(quantized)
-    if loss.mean_mdb <= round(1000 * budget_db):
+    if budget.holds(loss):
         return Kept(model=quantized, loss=loss, released=())
     if not placement.floats:
-        raise _missed(loss, budget_db, quantized, "the engine computes no single layers in float")
-    say(f"INT8 loses {loss.mean_mdb / 1000:.3f} dB of {budget_db:g}: looking for the layers to leave in float")
+        raise _missed(loss, budget, quantized, "the engine computes no single layers in float")
+    say(f"{budget.missed(loss)}: looking for the layers to leave in float")
     found = layers(quantized, floating, placement, judge, trained=trained)
     losses: dict[frozenset[str], Loss] = {frozenset(): loss}
 
@@ -228,7 +258,7 @@ def keep(
         return losses[key]
 
     def fits(layers_: Sequence[Layer]) -> bool:
-        return loss_with(layers_).mean_mdb <= round(1000 * budget_db)
+        return budget.holds(loss_with(layers_))
 
     # Errors partly make up for each other: the layers that seem to do no harm alone are taken only if all must be.
     orders = [
@@ -240,7 +270,7 @@ def keep(
     if order is None:
         best = min(orders, key=lambda layers_: loss_with(layers_).mean_mdb)
         how = f"with {', '.join(layer.name for layer in best) or 'nothing'} in float"
-        raise _missed(loss_with(best), budget_db, released(best), how)
+        raise _missed(loss_with(best), budget, released(best), how)
     few, chosen = 0, order
     while len(chosen) - few > 1:
         middle = (few + len(chosen)) // 2
@@ -271,11 +301,13 @@ def _affordable(found: Sequence[Layer], floating: onnx.ModelProto, least_permill
     return chosen
 
 
-def _missed(loss: Loss, budget_db: float, model: onnx.ModelProto, how: str) -> LimitError:
+def _missed(loss: Loss, budget: Budget, model: onnx.ModelProto, how: str) -> LimitError:
+    missed = budget.missed(loss)
     return LimitError(
-        f"int8_drop_db: INT8 loses {loss.mean_mdb / 1000:.3f} dB on the held-out pictures, {budget_db:g} may be lost; "
-        f"that is the best reached, {how}, {integer_macs_permille(model) / 10:.1f} % of the arithmetic in integers",
-        remedy="train with its rounding (quantization.qat.steps), take a larger student, or raise budgets.int8_drop_db",
+        f"{missed}; that is the best reached, {how}, {integer_macs_permille(model) / 10:.1f} % of the arithmetic in "
+        "integers",
+        remedy="train with its rounding (quantization.qat.steps), take a larger student, or raise "
+        f"budgets.{missed.partition(':')[0]}",
     )
 
 

@@ -171,6 +171,11 @@ def evaluate(
     )
 
 
+def worst_drop_mdb(before: QualityReport, after: QualityReport) -> int:
+    """Return the PSNR that the picture loses that loses most, in thousandths of a dB, between reports on one set."""
+    return max(b.psnr_mdb - a.psnr_mdb for b, a in zip(before.pictures, after.pictures, strict=True))
+
+
 def psnr_drop(before: QualityReport, after: QualityReport, *, confidence: float = 0.95, seed: int = 0) -> Drop:
     """Return how much PSNR is lost from `before` to `after`, with the paired bootstrap interval over the pictures.
 

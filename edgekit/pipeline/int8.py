@@ -11,7 +11,7 @@ import onnx
 import torch
 
 from edgekit.compress import budget, export, placement, qat, quantize
-from edgekit.compress.budget import Judge, Kept
+from edgekit.compress.budget import Budget, Judge, Kept
 from edgekit.compress.placement import Placement
 from edgekit.compress.quantize import Prepared
 from edgekit.compress.ranges import Calibration
@@ -74,6 +74,7 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
         | {
             "noise": asdict(recipe.noise),
             "int8_drop_db": int8_drop_db(recipe.budgets, student.name),
+            "int8_worst_db": recipe.budgets.int8_worst_db,
             "threads": torch.get_num_threads() if settings.qat.steps else 0,
             "saturates": settings.reduce_range == "auto" and quantize.saturates(),
         },
@@ -108,12 +109,16 @@ def _static(opened: Run, recipe: Recipe, student: Student, where: Placement, out
     settings = recipe.quantization
     prepared = quantize.prepare(student.fp32, calibration(recipe, student.stride), settings)
     export.write(prepared.model, out / EQUALIZED)
-    judge, limit = judge_of(recipe, student.fp32, student.stride), int8_drop_db(recipe.budgets, student.name)
+    judge = judge_of(recipe, student.fp32, student.stride)
+    limit = Budget(
+        mean_db=int8_drop_db(recipe.budgets, student.name),
+        worst_db=recipe.budgets.int8_worst_db,
+    )
     graph = _placed(prepared, where, settings)
     before = judge.loss(graph)
-    trained = bool(settings.qat.steps) and before.mean_mdb > 1000 * limit
+    trained = bool(settings.qat.steps) and not limit.holds(before)
     if trained:
-        log.info("INT8 loses %.3f dB of %g: training it with its rounding", before.mean_mdb / 1000, limit)
+        log.info("%s: training it with its rounding", limit.missed(before))
         graph = _train(opened, recipe, _head_in_float(graph, prepared, where), out)
     kept = budget.keep(graph, prepared.model, where, judge, limit, trained=trained, say=log.info)
     report = quantize.written(kept.model, prepared, student.fp32, out / FILE)

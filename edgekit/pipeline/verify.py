@@ -133,7 +133,20 @@ def verify(
     counted = _audit(path, built, target)
     limits = [
         _student_limit(manifest, budgets, teacher, student, golden, baselines),
-        *_artifact_limits(int8_drop_db(budgets, str(manifest.model["name"])), student, artifacts, missing),
+        *_drop_limits(
+            "int8_drop_db",
+            int8_drop_db(budgets, str(manifest.model["name"])),
+            [(row.how, row.drop_mdb) for row in artifacts],
+            missing,
+            "its pictures are of one seed of several",
+        ),
+        *_drop_limits(
+            "int8_worst_db",
+            budgets.int8_worst_db,
+            [(row.how, row.worst_drop_mdb) for row in artifacts],
+            missing,
+            "its record has no figures of single pictures",
+        ),
         *_golden_limits(agreements, missing),
         *_deployment_limits(target, built, path, counted),
         *_speed_limits(target, timing, measured, [s.level for _, s in sessions], missing),
@@ -173,21 +186,26 @@ class _Judge:
     def __init__(self, path: Path, manifest: Manifest, golden: PictureSet) -> None:
         self._path, self._manifest, self._golden = path, manifest, golden
         self._seeds = tuple(int(s) for s in _strings(manifest.protocol["seeds"]))
+        self._found: dict[Row, QualityReport] = {}
 
     def row(
         self, name: str, how: str, denoise: Callable[[Array, float], Array], before: Row | None, files: Sequence[Path]
     ) -> Row:
         """Return the quality of one denoiser."""
         found = self._quality(denoise)
-        return Row(
+        reference = None if before is None else self._found[before]
+        row = Row(
             name=name,
             how=how,
             sha256=bundle.combined_sha256(files) if files else "",
             psnr_mdb=found.psnr_mdb,
-            drop_mdb=None if before is None or before.psnr_mdb is None else before.psnr_mdb - found.psnr_mdb,
+            drop_mdb=None if reference is None else reference.psnr_mdb - found.psnr_mdb,
+            worst_drop_mdb=None if reference is None else quality.worst_drop_mdb(reference, found),
             ssim_e5=found.ssim_e5,
             size_bytes=size_bytes(files) if files else None,
         )
+        self._found[row] = found
+        return row
 
     def row_of(self, device: OnDevice, before: Row | None, files: Sequence[Path]) -> Row:
         """Return what a device made of the golden pictures."""
@@ -413,22 +431,24 @@ def _student_limit(
     )
 
 
-def _artifact_limits(budget_db: float, student: Row | None, artifacts: Sequence[Row], missing: str) -> list[Limit]:
-    limit = f"at most {budget_db:.3f} dB"
-    found = [_not_run("int8_drop_db", limit, missing)] if missing or not artifacts else []
-    for row in artifacts:
-        if row.drop_mdb is None:
-            found.append(_not_run("int8_drop_db", limit, f"{row.how}: its pictures are of one seed of several"))
+def _drop_limits(
+    name: str, most_db: float | None, drops: Sequence[tuple[str, int | None]], missing: str, unknown: str
+) -> list[Limit]:
+    """Return the limit for each artifact; none where the budgets ask for nothing.
+
+    drops: How each was run, and what it loses in thousandths of a dB; None where a device's record does not say so.
+    missing: Why none was run. unknown: Why a record does not say so.
+    """
+    if most_db is None:
+        return []
+    limit = f"at most {most_db:.3f} dB"
+    found = [_not_run(name, limit, missing)] if missing or not drops else []
+    for how, drop_mdb in drops:
+        if drop_mdb is None:
+            found.append(_not_run(name, limit, f"{how}: {unknown}"))
             continue
-        found.append(
-            Limit(
-                name="int8_drop_db",
-                limit=limit,
-                measured=f"{row.drop_mdb / 1000:+.3f} dB",
-                verdict="pass" if row.drop_mdb <= 1000 * budget_db else "fail",
-                reason=row.how,
-            )
-        )
+        verdict: Verdict = "pass" if drop_mdb <= 1000 * most_db else "fail"
+        found.append(Limit(name=name, limit=limit, measured=f"{drop_mdb / 1000:+.3f} dB", verdict=verdict, reason=how))
     return found
 
 
