@@ -84,10 +84,20 @@ def exit_code(found: Report, **allow: bool) -> int:
 
 def test_a_bundle_that_keeps_every_limit_passes(copied):
     asked = limits(speedup_vs_fp32=0.01, size_mib=8.0, min_integer_macs=0.5)
-    found = judged(changed(copied, manifest=asked))
+    found = judged(changed(copied, manifest={**asked, "budgets": {"int8_worst_db": 9.0}}))
     assert {x.name: x.verdict for x in found.limits} == dict.fromkeys(
-        ("student_drop_db", "int8_drop_db", "golden_outputs", "size_mib", "min_integer_macs", "speedup_vs_fp32"), "pass"
+        (
+            "student_drop_db",
+            "int8_drop_db",
+            "int8_worst_db",
+            "golden_outputs",
+            "size_mib",
+            "min_integer_macs",
+            "speedup_vs_fp32",
+        ),
+        "pass",
     )
+    assert found.rows[-1].worst_drop_mdb >= found.rows[-1].drop_mdb
     assert (found.verdict, exit_code(found)) == ("pass", 0)
     assert found.speedup["shape"] == (1, 1, 256, 256)
     assert found.speedup["pairs"] >= 8
@@ -96,6 +106,7 @@ def test_a_bundle_that_keeps_every_limit_passes(copied):
 BROKEN = {
     "student_drop_db": {"budgets": {"student_drop_db": -40.0}},
     "int8_drop_db": {"budgets": {"int8_drop_db": 0.0}},
+    "int8_worst_db": {"budgets": {"int8_drop_db": 50.0, "int8_worst_db": 0.0}},
     "speedup_vs_fp32": limits(speedup_vs_fp32=1e6),
     "size_mib": limits(size_mib=1e-3),
     "min_integer_macs": limits(min_integer_macs=1.01),
@@ -105,7 +116,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_limit_that_is_broken_fails_the_bundle(copied, name):
-    if name == "int8_drop_db":
+    if name in ("int8_drop_db", "int8_worst_db"):
         _offset_artifact(copied, -0.5)
     found = judged(changed(copied, manifest=BROKEN[name]))
     limit = only(found, name)
