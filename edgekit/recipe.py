@@ -94,8 +94,8 @@ class Training:
     peak_rate, final_rate: Learning rate after the warm-up and at the end of the cosine (AdamW).
     loss: `charbonnier`, or `psnr`: the mean PSNR itself, for which a picture with little noise counts as much as one
         with much. From `mse_from` on (a fraction of the run) Charbonnier's gives way to the mean squared error.
-    rounding_from: Fraction of the run from which maps and weights are rounded to 8 bits, so that the student loses less
-        in INT8; 1 for never.
+    rounding_from: Fraction of the run from which maps and weights are rounded, so that the student loses less in INT8;
+        1 for never. rounding_bits: Of a map then; weights have 8.
     ema: Decay of the moving average of the weights, which is what a run keeps.
     precision: `bf16` computes the forward and backward pass in bfloat16, `float32` does not.
     validate_every, checkpoint_seconds: How often the held-out PSNR is taken and the state is saved.
@@ -120,6 +120,7 @@ class Training:
     loss: Literal["charbonnier", "psnr"] = "charbonnier"
     mse_from: Fraction = 0.9
     rounding_from: Fraction = 1.0
+    rounding_bits: Annotated[int, Bound(least=2, most=8)] = 8
     precision: Literal["bf16", "float32"] = "bf16"
     validate_every: Count = 250
     checkpoint_seconds: Positive = 30.0

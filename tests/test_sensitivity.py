@@ -92,13 +92,6 @@ def test_a_limit_for_the_worst_picture_holds_where_the_mean_did_long_before(prep
         keep(prepared, judge, graph, 50.0, 0.0)
 
 
-def test_additions_go_back_to_float_one_by_one_where_the_engine_rounds_their_sum_alone(prepared, judge, graph):
-    where, quantized = graph
-    additions = {n.name for n in prepared.model.graph.node if n.op_type == "Add"}
-    alone = {x.name for x in budget.layers(quantized, prepared.model, where, judge) if additions & set(x.nodes)}
-    assert (alone <= additions) == (where is not placement.PLACEMENTS["onnxruntime"])
-
-
 def test_a_budget_that_cannot_be_kept_exits_with_3_and_says_what_was_reached(prepared, judge, graph):
     with pytest.raises(LimitError, match=r"0 may be lost; that is the best reached, .* % of the arithmetic") as error:
         keep(prepared, judge, graph, 0.0)
@@ -117,7 +110,7 @@ def test_the_loss_is_that_of_the_pictures(prepared, judge):
     assert judge.distance_udb(prepared.model, 2) == 0
 
 
-def test_the_table_names_every_layer_and_the_trunk_loses_most(prepared, judge, tmp_path):
+def test_the_table_names_every_layer_and_the_trunk_leads_it(prepared, judge, tmp_path):
     where = placement.PLACEMENTS["openvino"]
     quantized = placement.place(prepared.model, prepared.ranges, where)
     times = {n.name: 100 for n in prepared.model.graph.node if n.op_type == "Conv"}
@@ -127,7 +120,7 @@ def test_the_table_names_every_layer_and_the_trunk_loses_most(prepared, judge, t
     assert sum(row.macs_permille for row in table.rows) == pytest.approx(1000, abs=20)
     assert {row.time_us for row in table.rows} == {100, None}
     assert all(row.alone_udb > 0 for row in table.rows if row.layer in convolutions)
-    assert sum(r.gain_udb for r in table.rows if r.layer not in convolutions) > table.rows[0].gain_udb
+    assert table.rows[0].layer == "additions at 1/2"
     pytest.importorskip("matplotlib")
     json_file, page, plot = sensitivity.write(table, tmp_path / "out", "nano")
     assert json.loads(json_file.read_text())["rows"][0]["layer"] == table.rows[0].layer

@@ -246,10 +246,11 @@ ROUNDED = {
 }
 
 
+@pytest.mark.parametrize("bits", [7, 8])
 @pytest.mark.parametrize(("name", "rounded"), ROUNDED.items(), ids=ROUNDED)
-def test_maps_have_256_values_in_training_and_all_of_them_after_it(name, rounded):
+def test_maps_have_few_values_in_training_and_all_of_them_after_it(name, rounded, bits):
     net = tiny.network(name)
-    learner = Learner(net, None, with_features=False, with_rounding=True)
+    learner = Learner(net, None, with_features=False, rounding_bits=bits)
     _, noisy, sigma = draw(PICTURES, batch=4, patch=32, sigma=(5.0, 50.0))
     untouched = tiny.network(name)
     assert torch.equal(learner.eval()(noisy, sigma)[0], untouched(noisy, sigma))
@@ -258,7 +259,7 @@ def test_maps_have_256_values_in_training_and_all_of_them_after_it(name, rounded
     assert grids(net, noisy, sigma)["head"] > 256
     learner.rounding.begin(0, rounds=lambda step: True)
     found = grids(net, noisy, sigma)
-    assert all(64 < found[part] <= 256 for part in rounded)
+    assert all(2**bits / 4 < found[part] <= 2**bits for part in rounded)
     assert {name for name, _ in net.named_buffers()} == set()
 
 
@@ -278,7 +279,7 @@ def test_rounded_weights_have_8_bits_for_each_channel_and_the_gradient_of_the_ot
 def test_a_range_follows_its_map_leaves_outliers_out_and_holds_zero():
     values = torch.linspace(2, 4, 100_000)
     values[7] = 1000.0
-    made = rounding.MapRounding()
+    made = rounding.MapRounding(8)
     made(values)
     assert (made.low.item(), made.high.item()) == (0, pytest.approx(4, rel=1e-3))
     made(2 * values)

@@ -67,10 +67,10 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One convolution or addition, or all additions of one resolution, with what it would bring to have it in float.
+    """A convolution, or all additions of one resolution, with what it would bring to have it in float.
 
-    Where the results of convolutions are rounded too, only all the additions of a resolution bring anything, since the
-    operands of one of them are rounded by the others; elsewhere each goes back to float on its own.
+    The additions of a resolution make up its residual trunk: one of them alone in float would read what the others
+    rounded.
 
     nodes: Names in the graph. integer_macs: That the graph would lose.
     harm_udb: Loss in millionths of a dB that its rounding adds to a graph that is else in INT8, estimated from how far
@@ -180,8 +180,7 @@ def layers(
             groups[node.name] = [node]
         elif node.op_type == "Add":
             height = shapes[node.output[0]][2]
-            name = f"additions at 1/{_SIDE // height}" if placement.results else node.name
-            groups.setdefault(name, []).append(node)
+            groups.setdefault(f"additions at 1/{_SIDE // height}", []).append(node)
     found = []
     for name, nodes in groups.items():
         names = tuple(str(node.name) for node in nodes)

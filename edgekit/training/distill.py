@@ -18,11 +18,11 @@ class Learner(nn.Module):
     """A network, the 1x1 adapters that bring its two feature maps to the teacher's channels, and INT8's rounding."""
 
     def __init__(
-        self, net: Denoiser, teacher: Denoiser | None, *, with_features: bool, with_rounding: bool = False
+        self, net: Denoiser, teacher: Denoiser | None, *, with_features: bool, rounding_bits: int | None = None
     ) -> None:
         super().__init__()
         self.net = net
-        self.rounding = Rounding(net) if with_rounding else None
+        self.rounding = Rounding(net, rounding_bits) if rounding_bits is not None else None
         self.adapters: nn.ModuleList | None = None
         if with_features and teacher is not None and net.feature_channels and teacher.feature_channels:
             pairs = zip(net.feature_channels, teacher.feature_channels, strict=True)

@@ -116,7 +116,7 @@ def train(
         job.net,
         job.teacher,
         with_features=job.distillation.feature_weight > 0,
-        with_rounding=settings.rounding_from < 1,
+        rounding_bits=settings.rounding_bits if settings.rounding_from < 1 else None,
     )
     _channels_last(learner.to(device)).train()
     if job.teacher is not None:

@@ -24,7 +24,6 @@ _KEPT = 0.8
 # Of the values of a map, left out at either end; looked at are this many.
 _OUTSIDE = 1e-4
 _MOST_VALUES = 400_000
-_STEPS = 255
 _MOST_WEIGHT = 127
 _LEAST = 1e-8
 
@@ -34,13 +33,16 @@ class Rounding(nn.ModuleList):
 
     It begins when `begin` says so.
 
+    Args:
+        net: The student. bits: Of a map; weights have 8.
+
     Raises:
         InputError: A network without an INT8 form of its own: a teacher, or DnCNN.
     """
 
-    def __init__(self, net: Denoiser) -> None:
+    def __init__(self, net: Denoiser, bits: int) -> None:
         super().__init__()
-        self.rounds = False
+        self.rounds, self._bits = False, bits
         reads, gives = _places(net)
         for module in reads:
             module.register_forward_pre_hook(self._before())
@@ -64,7 +66,7 @@ class Rounding(nn.ModuleList):
         }
 
     def _new(self) -> MapRounding:
-        rounding = MapRounding()
+        rounding = MapRounding(self._bits)
         self.append(rounding)
         return rounding
 
@@ -78,13 +80,14 @@ class Rounding(nn.ModuleList):
 
 
 class MapRounding(nn.Module):
-    """Rounds a map to 256 steps of a range that follows the map and holds zero; gradients pass as if it did not."""
+    """Rounds a map to 2 ** bits values of a range that follows it and holds zero; gradients pass as if it did not."""
 
     low: Tensor
     high: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, bits: int) -> None:
         super().__init__()
+        self._steps = 2**bits - 1
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
         self.looks = True
@@ -93,8 +96,8 @@ class MapRounding(nn.Module):
         """Return the rounded map, of the same type."""
         if self.looks:
             self._follow(x.detach())
-        scale = (self.high - self.low).clamp_min(_LEAST) / _STEPS
-        return _straight(x, scale, torch.round(-self.low / scale), _STEPS)
+        scale = (self.high - self.low).clamp_min(_LEAST) / self._steps
+        return _straight(x, scale, torch.round(-self.low / scale), self._steps)
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
