@@ -50,6 +50,11 @@ class Budget:
         """Return whether a loss is within it."""
         return not self.missed(loss)
 
+    def over_mdb(self, loss: Loss) -> float:
+        """Return by how much a loss misses the limit that it misses most, in thousandths of a dB; below 0 within it."""
+        worst = -math.inf if self.worst_db is None else loss.worst_mdb - 1000 * self.worst_db
+        return max(loss.mean_mdb - 1000 * self.mean_db, worst)
+
     def missed(self, loss: Loss) -> str:
         """Return which limit a loss misses, and by what; empty where none."""
         if loss.mean_mdb > round(1000 * self.mean_db):
@@ -267,7 +272,7 @@ def keep(
     ]
     order = next(filter(fits, orders), None)
     if order is None:
-        best = min(orders, key=lambda layers_: loss_with(layers_).mean_mdb)
+        best = min(orders, key=lambda layers_: budget.over_mdb(loss_with(layers_)))
         how = f"with {', '.join(layer.name for layer in best) or 'nothing'} in float"
         raise _missed(loss_with(best), budget, released(best), how)
     few, chosen = 0, order
