@@ -79,6 +79,16 @@ def _settings_option(command: Callable[P, R]) -> Callable[P, R]:
     )(command)
 
 
+def _model_settings_option(command: Callable[P, R]) -> Callable[P, R]:
+    return click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Setting of a MODEL, as a recipe has it: pictures, noise, budgets, quantization; dotted name.",
+    )(command)
+
+
 def _targets_option(command: Callable[P, R]) -> Callable[P, R]:
     return click.option(
         "-t",
@@ -185,6 +195,7 @@ def _distill(
     help="Side of the square tile, for targets that have a fixed one [default: the target's].",
 )
 @_output_option("Run folder of a MODEL [default: runs/<model>].")
+@_model_settings_option
 @_overwrite_option
 @_dry_run_option
 @_json_option
@@ -194,6 +205,7 @@ def compile_(
     weights: Path | None,
     tile: int | None,
     output: Path | None,
+    overrides: tuple[str, ...],
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -207,6 +219,7 @@ def compile_(
     edgekit compile nano -t linux-x86_64 -o runs/nano
     edgekit compile nano -t linux-arm64 --tile 256
     edgekit compile mynet.py_module:Net --weights net.safetensors -t onnx
+    edgekit compile mynet.onnx -t onnx --set data.calibration=photos --set budgets.int8_drop_db=0.03
     """
     from edgekit import target
 
@@ -216,7 +229,9 @@ def compile_(
         return
     from edgekit.pipeline import compile as compiling
 
-    result = compiling.compile_model(model, wanted, weights=weights, folder=output, overwrite=overwrite)
+    result = compiling.compile_model(
+        model, wanted, weights=weights, overrides=overrides, folder=output, overwrite=overwrite
+    )
     _emit(result, as_json, lambda: _print_compiled(result))
 
 
@@ -600,18 +615,22 @@ def lint(model: str, target_name: str | None, options: tuple[str, ...], weights:
 )
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights of a package.module:Class.")
 @_output_option("Folder of the table and the plot [default: sensitivity/<model>-<engine>].")
+@_model_settings_option
 @_json_option
-def sensitivity(model: str, engine: str, weights: Path | None, output: Path | None, as_json: bool) -> None:
+def sensitivity(
+    model: str, engine: str, weights: Path | None, output: Path | None, overrides: tuple[str, ...], as_json: bool
+) -> None:
     """Measure what each layer of a network costs in INT8: dB on held-out pictures, milliseconds on this machine.
 
     \b
     edgekit sensitivity nano --engine onnxruntime
+    edgekit sensitivity mynet.onnx --set data.calibration=photos
     """
     from edgekit.compress.sensitivity import markdown, write
     from edgekit.pipeline import sensitivity as measuring
 
     chosen: Literal["onnxruntime", "openvino"] = "onnxruntime" if engine == "onnxruntime" else "openvino"
-    name, found = measuring.of_model(model, chosen, weights=weights)
+    name, found = measuring.of_model(model, chosen, weights=weights, overrides=overrides)
     files = write(found, output or Path("sensitivity") / f"{name}-{engine}", name)
     _emit(
         {"table": asdict(found), "files": [str(f) for f in files]},

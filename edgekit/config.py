@@ -58,7 +58,20 @@ def load(path: Path, into: type[T], overrides: Sequence[str] = ()) -> T:
     Raises:
         InputError: A missing file, broken YAML, a duplicate or unknown key, a wrong type or value; the first one found.
     """
-    tree = _parse(path)
+    return _with(overrides, _parse(path), path, into)
+
+
+def changed(value: T, overrides: Sequence[str]) -> T:
+    """Return settings that came from no file with dotted overrides put in, checked as `load` checks them.
+
+    Raises:
+        InputError: An unknown key, a wrong type or value; the first one found.
+    """
+    tree = YAML(typ="rt").load(json.dumps(_adapter(type(value)).dump_python(value, mode="json")))
+    return _with(overrides, tree, Path("defaults"), type(value))
+
+
+def _with(overrides: Sequence[str], tree: CommentedMap, path: Path, into: type[T]) -> T:
     for override in overrides:
         _override(tree, override)
     try:

@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 from edgekit.target import STRICT
 
 Option = bool | int | str
+LEAST_CALIBRATION_PICTURES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class Data:
 
     train: Pictures to learn from; several folders may be named.
     evaluation: Pictures that nothing is learned or chosen from. One folder in both places is divided in three.
-    calibration: Pictures that ranges and the best weights are chosen on; None takes a part of `train`.
+    calibration: Pictures that ranges and the best weights are chosen on, at least 8; None takes a part of `train`.
     channels: 1 for gray, 3 for colour.
     evaluation_pictures: Most pictures that verification looks at.
     """
@@ -188,7 +189,7 @@ class Quantization:
     __pydantic_config__: ClassVar = STRICT
     mode: Literal["static", "dynamic"] = "static"
     method: Literal["minmax", "percentile"] = "percentile"
-    calibration_pictures: Annotated[int, Bound(least=8)] = 32
+    calibration_pictures: Annotated[int, Bound(least=LEAST_CALIBRATION_PICTURES)] = 32
     equalize: bool = True
     reduce_range: Literal["auto", "always", "never"] = "auto"
     keep_float: tuple[Literal["head", "tail", "skip"], ...] = ()

@@ -121,10 +121,10 @@ def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def leaves(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of ten pictures, of which every split gets some."""
+    """Return a folder of 70 pictures, of which calibration gets the 8 that it needs."""
     folder = tmp_path_factory.mktemp("pictures") / "leaves"
     folder.mkdir()
-    for seed in range(10):
+    for seed in range(70):
         Image.fromarray(dead_leaves(seed, 64, 64 + 8 * (seed % 5), 1)[0]).save(folder / f"leaves-{seed}.png")
     return folder
 

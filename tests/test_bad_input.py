@@ -128,6 +128,41 @@ def test_a_folder_without_pictures_is_named(call, cwd, tiny):
     call("-q", "distill", tiny, "--set", "data.train=[none]").refused(2, "none: no such folder; give a folder")
 
 
+def test_calibration_pictures_that_ranges_cannot_be_taken_from_are_named(call, cwd, tiny, leaves):
+    for number in range(7):
+        (cwd / "few").mkdir(exist_ok=True)
+        shutil.copyfile(leaves / f"leaves-{number}.png", cwd / f"few/{number}.png")
+    few = ("-q", "distill", tiny, "--set", "data.calibration=few")
+    call(*few).refused(2, "few: 7 pictures", "at least 8", "data.calibration=embedded")
+    Image.fromarray(np.full((64, 64), 7, np.uint8)).save(cwd / "few/flat.png")
+    call(*few).refused(2, "few: 'flat.png' has one value everywhere (1 such of 8)")
+    call("-q", "compile", "nano", "-t", "onnx", "--set", "data.calibration=few").refused(2, "few: 'flat.png'")
+    assert not Path("runs/nano").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("training.steps=4", "--set training.steps=4: a MODEL is compiled as it is; settings here: data, noise,"),
+        ("student.model=base", "--set student.model=base: a MODEL is compiled as it is"),
+        ("data.channels=3", "--set data.channels=3: a MODEL is compiled as it is"),
+        ("budgets.int8_drop=1", "unknown key 'budgets.int8_drop'; did you mean 'int8_drop_db'?"),
+        ("budgets.int8_drop_db=-1", "'budgets.int8_drop_db' is -1; expected greater than or equal to 0"),
+        ("quantization", "--set quantization: expected NAME=VALUE"),
+    ],
+)
+def test_a_setting_that_compiling_does_not_heed_is_refused(call, cwd, setting, told):
+    call("-q", "compile", "nano", "-t", "onnx", "--set", setting).refused(2, told)
+    assert not Path("runs").exists()
+
+
+def test_a_run_has_its_own_settings(call, cwd, finished):
+    told = call("-q", "compile", finished, "-t", "onnx", "--set", "budgets.int8_drop_db=1").refused(
+        2, "edgekit distill"
+    )
+    assert "has the settings of its recipe" in told
+
+
 def test_a_result_that_is_no_picture_format_is_refused(call, cwd, leaves):
     call("denoise", leaves / "leaves-1.png", "-o", "x.gif").refused(2, "x.gif: '.gif' is no picture format; use one of")
 

@@ -244,6 +244,19 @@ def test_compiling_prints_where_the_bundles_are(call, cwd, finished):
     assert "bundles/kept" in result["reused"]
 
 
+def test_a_model_is_compiled_with_the_settings_that_it_is_told(call, cwd, leaves):
+    """Its own pictures and budget: what the bundle records is what was told, and a looser budget trains nothing."""
+    told = ["data.calibration=" + str(leaves), "budgets.int8_drop_db=9.5", "quantization.keep_float=[head]"]
+    settings = [part for setting in [*told, "quantization.calibration_pictures=8"] for part in ("--set", setting)]
+    done = call("compile", "nano", "-t", "onnx", "-o", "mine", *settings)
+    assert done.code == 0, done.err
+    assert "training it with its rounding" not in done.err
+    kept = json.loads(Path("mine/run.json").read_text(encoding="utf-8"))["identity"]["recipe"]
+    assert (kept["data"]["calibration"], kept["budgets"]["int8_drop_db"]) == (str(leaves), 9.5)
+    audit = answer(call("compile", "mine", "-t", "onnx", "--json").out)["audits"]["onnx"]
+    assert 900 < audit["integer_macs_permille"] < 1000
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "code", "verdict"),
     [

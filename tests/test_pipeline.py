@@ -443,12 +443,12 @@ def test_a_model_that_is_not_there_is_refused_by_name(tmp_path, monkeypatch, wha
 def test_one_folder_in_all_places_is_divided_and_shares_no_picture(tmp_path):
     source = tmp_path / "many"
     source.mkdir()
-    for seed in range(20):
+    for seed in range(80):
         Image.fromarray(dead_leaves(seed, 32, 32)[0]).save(source / f"{seed}.png")
-    chosen = pictures.load(Data(train=(str(source),), evaluation=str(source), evaluation_pictures=20))
+    chosen = pictures.load(Data(train=(str(source),), evaluation=str(source), evaluation_pictures=80))
     hashes = [{p.sha256 for p in s} for s in (chosen.train, chosen.held_out, chosen.evaluation)]
     assert all(hashes)
-    assert sum(map(len, hashes)) == len(set.union(*hashes)) == 20
+    assert sum(map(len, hashes)) == len(set.union(*hashes)) == 80
 
 
 def test_a_picture_in_two_sets_is_refused(photos, tmp_path):

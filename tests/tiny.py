@@ -18,7 +18,7 @@ from edgekit.models.denoiser import Denoiser
 from edgekit.recipe import Budgets, Data, Model, Noise, Quantization, Recipe, Training
 
 SIDE = 64
-_SETS = {"train": 6, "held_out": 2, "evaluation": 2}
+_SETS = {"train": 6, "held_out": 8, "evaluation": 2}
 
 
 def write_pictures(folder: Path, *, channels: int = 1) -> Path:

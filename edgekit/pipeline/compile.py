@@ -34,6 +34,8 @@ from edgekit.target import Target
 
 log = logging.getLogger(__name__)
 GOLDEN_SIDE = 256
+_OF_COMPILING = ("data", "noise", "quantization", "budgets", "teacher")
+_OF_TRAINING = {f.name for f in dataclasses.fields(Recipe)} - set(_OF_COMPILING)
 _ENGINE_PACKAGES = {
     "onnxruntime": ("onnxruntime",),
     "openvino": ("openvino",),
@@ -83,6 +85,7 @@ def compile_model(
     targets: Sequence[Target],
     *,
     weights: Path | None = None,
+    overrides: Sequence[str] = (),
     folder: Path | None = None,
     overwrite: bool = False,
 ) -> Compiled:
@@ -92,6 +95,7 @@ def compile_model(
         what: A run folder, or a MODEL; the newest run unless told, and where there is none the targets' student.
         targets: What to compile for.
         weights: Weights of a `package.module:Class`.
+        overrides: Dotted settings of a MODEL's recipe, such as `budgets.int8_drop_db=0.03`; a run has its own.
         folder: Where a MODEL's run folder goes; `runs/<name>` unless told. A run folder's bundles go into it.
         overwrite: Replace another run that is in the folder.
 
@@ -105,12 +109,17 @@ def compile_model(
         what = str(run.newest()) if run.exists() else _student_of(targets)
     root = Path(what)
     if root.is_dir():
+        if overrides:
+            raise InputError(
+                f"--set {overrides[0]}: the run '{root}' has the settings of its recipe",
+                remedy="start a run with other settings: edgekit distill RECIPE --set NAME=VALUE -o FOLDER",
+            )
         with run.open_run(root, None) as opened:
             return compile_student(opened, _recipe_of(root), networks.from_run(root), targets)
     if what.endswith(".onnx"):
-        return _compile_onnx(Path(what), targets, folder, overwrite)
+        return _compile_onnx(Path(what), targets, overrides, folder, overwrite)
     network = networks.from_class(what, weights) if ":" in what else networks.shipped(what)
-    recipe = default_recipe(network.name, network.net.channels)
+    recipe = _told_recipe(network.name, network.net.channels, overrides)
     identity = {"recipe": asdict(recipe), "compiles": {"model": what, "sha256": network.sha256}}
     with run.open_run(folder or run.RUNS / network.name, identity, overwrite=overwrite) as opened:
         if network.model:
@@ -148,10 +157,12 @@ def compile_student(opened: Run, recipe: Recipe, network: Network, targets: Sequ
     return _compile_graph(opened, recipe, _to_graph(opened, network), targets)
 
 
-def _compile_onnx(path: Path, targets: Sequence[Target], folder: Path | None, overwrite: bool) -> Compiled:
+def _compile_onnx(
+    path: Path, targets: Sequence[Target], overrides: Sequence[str], folder: Path | None, overwrite: bool
+) -> Compiled:
     interface = checks.interface(checks.load_onnx(path), path)
     name = path.stem.replace(".", "_").replace("-", "_")
-    recipe = default_recipe(name, interface.channels)
+    recipe = _told_recipe(name, interface.channels, overrides)
     identity = {"recipe": asdict(recipe), "compiles": {"model": path.name, "sha256": sha256(path)}}
     with run.open_run(folder or run.RUNS / name, identity, overwrite=overwrite) as opened:
         first = Link(kind="onnx", sha256=sha256(path), made_from=None)
@@ -476,13 +487,23 @@ def float_graph(net: Denoiser, folder: Path) -> Path:
     return simplify.simplify(raw, folder / "float.onnx")
 
 
-def default_recipe(name: str, channels: int) -> Recipe:
-    """Return the settings for a MODEL that no recipe made."""
+def default_recipe(name: str, channels: int, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the settings for a MODEL that no recipe made, with dotted overrides put in.
+
+    Raises:
+        InputError: Another number of channels than 1 or 3; an override that is wrong, or that only training heeds.
+    """
     from edgekit.recipe import Data
 
     if channels not in (1, 3):
         raise InputError(f"'{name}' takes {channels} channels", remedy="edgekit compiles networks for 1 or 3")
-    return Recipe(
+    for override in overrides:
+        section = override.partition("=")[0].partition(".")[0]
+        if section in _OF_TRAINING or override.startswith("data.channels"):
+            raise InputError(
+                f"--set {override}: a MODEL is compiled as it is", remedy="settings here: " + ", ".join(_OF_COMPILING)
+            )
+    recipe = Recipe(
         schema_version=1,
         name=name,
         description=f"Compile '{name}' as it is.",
@@ -491,6 +512,15 @@ def default_recipe(name: str, channels: int) -> Recipe:
         data=Data(channels=1 if channels == 1 else 3),
         quantization=Quantization(),
     )
+    return config.changed(recipe, overrides) if overrides else recipe
+
+
+def _told_recipe(name: str, channels: int, overrides: Sequence[str]) -> Recipe:
+    """Return `default_recipe`, its pictures looked at before a run folder is made for it."""
+    recipe = default_recipe(name, channels, overrides)
+    if overrides:
+        pictures.load(recipe.data)
+    return recipe
 
 
 def _recipe_of(root: Path) -> Recipe:

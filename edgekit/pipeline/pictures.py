@@ -8,8 +8,9 @@ from pathlib import Path
 from edgekit.data import overlap, sets
 from edgekit.data.noise import add_gaussian
 from edgekit.data.sets import PictureSet, Shares, Split
+from edgekit.errors import InputError
 from edgekit.measure.quality import Array, pad_to_multiple
-from edgekit.recipe import Data, Noise
+from edgekit.recipe import LEAST_CALIBRATION_PICTURES, Data, Noise
 
 EMBEDDED = "embedded"
 _CALIBRATION_SIGMAS = (5.0, 15.0, 25.0, 40.0, 50.0)
@@ -32,7 +33,8 @@ def load(data: Data) -> Pictures:
     """Return the recipe's pictures; `refuse_leaks` looks further than for equal ones.
 
     Raises:
-        InputError: A folder is missing or empty, a picture cannot be read, or one picture is in two sets.
+        InputError: A folder is missing or empty, a picture cannot be read, or one picture is in two sets; fewer than 8
+            pictures are left to choose weights and ranges on, or one of those is constant.
     """
     chosen = Pictures(train=_train(data), held_out=held_out(data), evaluation=evaluation(data))
     sets.check_disjoint(chosen.train, chosen.held_out, chosen.evaluation)
@@ -47,9 +49,24 @@ def refuse_leaks(chosen: Pictures) -> None:
 
 def held_out(data: Data) -> PictureSet:
     """Return the pictures that weights and ranges are chosen on; raises as `load`."""
-    if data.calibration is not None:
-        return sets.folder(Path(data.calibration), channels=data.channels)
-    return _part(data, data.train[0], "calibration")
+    if data.calibration is None:
+        found = _part(data, data.train[0], "calibration")
+    elif data.calibration == EMBEDDED:
+        found = sets.embedded("calibration", channels=data.channels)
+    else:
+        found = sets.folder(Path(data.calibration), channels=data.channels)
+    if len(found) < LEAST_CALIBRATION_PICTURES:
+        raise InputError(
+            f"{found.name}: {len(found)} pictures to choose ranges and weights on; "
+            f"at least {LEAST_CALIBRATION_PICTURES} are needed",
+            remedy=f"name a folder of more with data.calibration, or data.calibration={EMBEDDED}",
+        )
+    if flat := [p.name for p in found if p.pixels.min() == p.pixels.max()]:
+        raise InputError(
+            f"{found.name}: '{flat[0]}' has one value everywhere ({len(flat)} such of {len(found)})",
+            remedy="take such pictures out; ranges and weights are chosen on photographs",
+        )
+    return found
 
 
 def evaluation(data: Data) -> PictureSet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,23 +23,35 @@ _RUNS = 10
 
 
 def of_model(
-    what: str, engine: Literal["onnxruntime", "openvino"], *, weights: Path | None = None
+    what: str,
+    engine: Literal["onnxruntime", "openvino"],
+    *,
+    weights: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[str, Table]:
-    """Return the name and the table of a shipped model, a run folder, an ONNX file or a torch class, with defaults.
+    """Return the name and the table of a shipped model, a run folder, an ONNX file or a torch class.
+
+    Args:
+        what: A MODEL or a run folder, whose own recipe is not looked at.
+        engine: As in `table`.
+        weights: Weights of a `package.module:Class`.
+        overrides: Dotted settings of the recipe, such as `data.calibration=photos`.
 
     Raises:
-        InputError: Nothing of that name. Else as `table`.
+        InputError: Nothing of that name, or a wrong setting. Else as `table`.
     """
     if what.endswith(".onnx"):
         channels = checks.interface(checks.load_onnx(Path(what)), Path(what)).channels
-        return Path(what).stem, table(Path(what), compiling.default_recipe(Path(what).stem, channels), engine)
+        return Path(what).stem, table(
+            Path(what), compiling.default_recipe(Path(what).stem, channels, overrides), engine
+        )
     if Path(what).is_dir():
         network = networks.from_run(Path(what))
     else:
         network = networks.from_class(what, weights) if ":" in what else networks.shipped(what)
     with tempfile.TemporaryDirectory() as folder:
         fp32 = compiling.float_graph(network.net, Path(folder))
-        recipe = compiling.default_recipe(network.name, network.net.channels)
+        recipe = compiling.default_recipe(network.name, network.net.channels, overrides)
         return network.name, table(fp32, recipe, engine, stride=network.net.stride)
 
 
