@@ -1,6 +1,7 @@
 """Measures what INT8 costs and brings: loss in dB, speed and integer share of each student, in each engine here.
 
     python benchmarks/int8.py --research-data ../shared/data      # writes results/int8/<model>.json, prints a table
+    python benchmarks/int8.py base --set budgets.int8_worst_db=0.1 --name worst      # results/int8/base-worst.json
 
 The artifacts are those of `edgekit compile`, opened as `edgekit verify` opens them. The last target has no float engine
 worth comparing with: its ratios are against OpenVINO's FP32, the fastest here. It takes tiles of one size, so it is
@@ -49,18 +50,25 @@ def main() -> None:
     parser.add_argument("--research-data", type=Path, help="folder with test/set12 and test/bsd68")
     parser.add_argument("--seconds", type=float, default=15.0, help="of interleaved runs for each ratio")
     parser.add_argument("--runs", type=Path, help="keep and re-use run folders here")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--set", action="append", default=[], dest="settings", help="setting of `edgekit compile`")
+    parser.add_argument("--name", default="", help="of this choice of settings, behind the model's in the file's name")
     given = parser.parse_args()
+    if bool(given.settings) != bool(given.name):
+        parser.error("--set and --name go together")
     pictures = [sets.embedded("evaluation")]
     if given.research_data:
         pictures += [sets.folder(given.research_data / "test" / name, channels=1) for name in ("set12", "bsd68")]
     with tempfile.TemporaryDirectory() as scratch:
         for name in given.models or [n for n in zoo.names() if n != "teacher"]:
-            folder = (given.runs or Path(scratch)) / name
-            found = {t: measure(name, t, folder, pictures, given.seconds) for t in TARGETS}
+            label = f"{name}-{given.name}" if given.name else name
+            folder = (given.runs or Path(scratch)) / label
+            found = {t: measure(name, t, given.settings, folder, pictures, given.seconds) for t in given.targets}
             record = {
                 "schema_version": 1,
                 "kind": "edgekit-int8",
                 "model": name,
+                "settings": given.settings,
                 "weights_sha256": zoo.card(name).sha256,
                 "protocol": f"PSNR: seed 0, docs/protocol.md; latency: one gray picture, one thread, by turns for "
                 f"{given.seconds:g} s, medians, 95 % bounds",
@@ -68,14 +76,14 @@ def main() -> None:
                 "host": asdict(host.describe()),
                 "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
-            write_json(RESULTS / f"{name}.json", record)
+            write_json(RESULTS / f"{label}.json", record)
 
 
 def measure(
-    model: str, target_name: str, folder: Path, pictures: list[PictureSet], seconds: float
+    model: str, target_name: str, settings: list[str], folder: Path, pictures: list[PictureSet], seconds: float
 ) -> Mapping[str, object]:
     """Return the figures of one student in one engine."""
-    made = compiling.compile_model(model, [target.load(target_name)], folder=folder)
+    made = compiling.compile_model(model, [target.load(target_name)], overrides=settings, folder=folder)
     path, audits = made.bundles[target_name], made.audits[target_name]
     manifest = bundle.read(path)
     chosen = config.checked(manifest.target, Target, path)
@@ -89,7 +97,8 @@ def measure(
     found: Figures = {
         "fp32_engine": float_engine,
         "against_fp32": {
-            str(side): _paired(fp32, _for_side(model, chosen, side, folder, artifact), side, seconds) for side in sides
+            str(side): _paired(fp32, _for_side(model, chosen, settings, side, folder, artifact), side, seconds)
+            for side in sides
         },
         "against_teacher": {str(SIDES[0]): _paired(teacher, artifact, SIDES[0], seconds)},
         "against_teacher_in_pytorch": {str(SIDES[0]): _paired_with_pytorch(artifact, SIDES[0], seconds)},
@@ -101,11 +110,13 @@ def measure(
     return found
 
 
-def _for_side(model: str, chosen: Target, side: int, folder: Path, artifact: Opened) -> Opened:
+def _for_side(model: str, chosen: Target, settings: list[str], side: int, folder: Path, artifact: Opened) -> Opened:
     """Return the artifact for pictures of that size: itself, or compiled with a tile of it."""
     if chosen.input.height in (None, side):
         return artifact
-    made = compiling.compile_model(model, [chosen.with_tile(side)], folder=folder.parent / f"{folder.name}-{side}")
+    made = compiling.compile_model(
+        model, [chosen.with_tile(side)], overrides=settings, folder=folder.parent / f"{folder.name}-{side}"
+    )
     return denoise.open_model(str(made.bundles[chosen.name]), threads=1)
 
 

@@ -67,6 +67,8 @@ def latency_table() -> str:
     ]
     for path in sorted(INT8.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
+        if record["settings"]:
+            continue
         for name, row in record["engines"].items():
             teacher = row["against_teacher"]["256"]
             times = f"{teacher['slow_ms']:.0f} | {teacher['int8_ms']:.1f} | {_ratio(teacher, 1)}"
@@ -87,7 +89,7 @@ def int8_table() -> str:
     for path in sorted(INT8.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for name, row in record["engines"].items():
-            cells = [f"`{record['model']}`, `{name}`"]
+            cells = [", ".join(f"`{part}`" for part in (record["model"], name, *record["settings"]))]
             for pictures in ("set12", "bsd68"):
                 losses = [row["loss_mdb"][f"{pictures} {sigma}"] for sigma in (15, 25, 50)]
                 cells.append(" / ".join(f"{loss['mean'] / 1000:.3f}" for loss in losses))
@@ -101,8 +103,11 @@ def int8_table() -> str:
 
 
 def _in_float(facts: dict[str, list[str]]) -> str:
-    additions = [name for name in facts["released"] if name.startswith("additions")]
-    return ", ".join([*(name.split("/")[1] for name in facts["float_nodes"]), *additions]) or "nothing"
+    """Return what the search and the ends left in float: convolutions by their part, additions together or counted."""
+    others = [name for name in facts["released"] if name not in facts["float_nodes"]]
+    together = [name for name in others if name.startswith("additions")]
+    single = [f"{count} additions"] if (count := len(others) - len(together)) else []
+    return ", ".join([*(name.split("/")[1] for name in facts["float_nodes"]), *together, *single]) or "nothing"
 
 
 def _ratio(found: dict[str, float] | None, digits: int = 2) -> str:

@@ -120,7 +120,18 @@ def test_the_loss_is_that_of_the_pictures(prepared, judge):
     assert judge.distance_udb(prepared.model, 2) == 0
 
 
-def test_the_table_names_every_layer_and_the_trunk_leads_it(prepared, judge, tmp_path):
+def test_additions_are_one_by_one_where_the_engine_adds_before_it_rounds(prepared, judge):
+    found = {}
+    for name in ("onnxruntime", "openvino"):
+        where = placement.PLACEMENTS[name]
+        quantized = placement.place(prepared.model, prepared.ranges, where)
+        names = [layer.name for layer in budget.layers(quantized, prepared.model, where, judge, pictures=1)]
+        found[name] = {layer for layer in names if "Conv" not in layer}
+    assert {"additions at 1/2", "additions at 1/4"} <= found["onnxruntime"]
+    assert {"/encoder.0/encoder.0.1/Add", "/decoder.1/decoder.1.0/Add"} <= found["openvino"]
+
+
+def test_the_table_names_every_layer_and_its_additions_lead_it(prepared, judge, tmp_path):
     where = placement.PLACEMENTS["openvino"]
     quantized = placement.place(prepared.model, prepared.ranges, where)
     times = {n.name: 100 for n in prepared.model.graph.node if n.op_type == "Conv"}
@@ -130,7 +141,9 @@ def test_the_table_names_every_layer_and_the_trunk_leads_it(prepared, judge, tmp
     assert sum(row.macs_permille for row in table.rows) == pytest.approx(1000, abs=20)
     assert {row.time_us for row in table.rows} == {100, None}
     assert all(row.alone_udb > 0 for row in table.rows if row.layer in convolutions)
-    assert table.rows[0].layer == "additions at 1/2"
+    trunk = [row for row in table.rows if "Conv" not in row.layer]
+    assert sum(row.gain_udb for row in trunk) > max(row.gain_udb for row in table.rows)
+    assert table.rows == tuple(sorted(table.rows, key=lambda row: -row.gain_udb))
     pytest.importorskip("matplotlib")
     json_file, page, plot = sensitivity.write(table, tmp_path / "out", "nano")
     assert json.loads(json_file.read_text())["rows"][0]["layer"] == table.rows[0].layer

@@ -72,10 +72,10 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A convolution, or all additions of one resolution, with what it would bring to have it in float.
+    """A convolution or an addition, with what it would bring to have it in float.
 
-    The additions of a resolution make up its residual trunk: one of them alone in float would read what the others
-    rounded.
+    Where the engine rounds what integer nodes give, as ONNX Runtime does, one addition alone in float would read what
+    the others of its residual trunk rounded: there all additions of one resolution are one layer.
 
     nodes: Names in the graph. integer_macs: That the graph would lose.
     harm_udb: Loss in millionths of a dB that its rounding adds to a graph that is else in INT8, estimated from how far
@@ -184,8 +184,8 @@ def layers(
         if node.op_type == "Conv":
             groups[node.name] = [node]
         elif node.op_type == "Add":
-            height = shapes[node.output[0]][2]
-            groups.setdefault(f"additions at 1/{_SIDE // height}", []).append(node)
+            trunk = f"additions at 1/{_SIDE // shapes[node.output[0]][2]}"
+            groups.setdefault(trunk if placement.results else node.name, []).append(node)
     found = []
     for name, nodes in groups.items():
         names = tuple(str(node.name) for node in nodes)

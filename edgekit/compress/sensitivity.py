@@ -20,7 +20,7 @@ _SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """One convolution, or all additions of one resolution.
+    """One convolution or addition, or all additions of one resolution, as in `budget.Layer`.
 
     alone_udb: Loss in millionths of a dB when nothing else is rounded.
     gain_udb: How much less the whole INT8 graph loses when this is in float; below nothing where its error makes up for

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ _COLOURS: dict[Arithmetic, str] = {"": "tab:gray", "float32": "tab:blue", "int8"
 _LEGEND: dict[Arithmetic, str] = {"float32": "FP32", "int8": "INT8", "": "no network"}
 _ARITHMETIC: dict[Arithmetic, str] = {"": "", "float32": "FP32", "int8": "INT8"}
 _NO_PLOT = "matplotlib is not installed; run: pip install 'edgekit[plot]'"
+_MARKERS = {"onnxruntime": "o", "openvino": "s"}
 # Area in square points of the largest file on the plot; the others are in proportion.
 _LARGEST_AREA = 2500.0
 
@@ -207,7 +207,8 @@ def shown_arithmetic(row: Row) -> str:
 def draw(comparison: Comparison, path: Path) -> None:
     """Draw PSNR against latency, one panel for each set of pictures and noise level, as a PNG.
 
-    The area of a disc is in proportion to the files' size; methods without files are crosses.
+    The area of a disc is in proportion to the files' size, the marker in it is the engine's; methods without files are
+    crosses.
     """
     from matplotlib.figure import Figure as Canvas
 
@@ -226,32 +227,41 @@ def _panel(axes: Axes, comparison: Comparison, pictures: Pictures, sigma255: flo
     axes.set_xlabel(f"ms for 256x256 here: {comparison.reference} ({_reference_ms(comparison):.0f} ms) / speed", size=8)
     timed = [(row, ms, figure) for row in rows if (ms := _ms(row, comparison)) and (figure := row.figure(sigma255))]
     largest = max((row.size_bytes or 0 for row in comparison.rows), default=0)
-    middle = math.sqrt(min(ms for _, ms, _ in timed) * max(ms for _, ms, _ in timed)) if timed else 0.0
-    for row, ms, figure in timed:
-        place, colour = (ms, figure.psnr_mdb / 1000), _COLOURS[row.arithmetic]
+    points = [(row, (ms, figure.psnr_mdb / 1000)) for row, ms, figure in timed]
+    for row, place in points:
+        colour, engine = _COLOURS[row.arithmetic], row.engine.split(" ")[0]
         if row.size_bytes is not None:
             axes.scatter(*place, s=_LARGEST_AREA * row.size_bytes / largest, color=colour, alpha=0.35, linewidths=0)
-        axes.scatter(*place, s=12, marker="x" if row.size_bytes is None else ".", color=colour)
-        _label(axes, row, place, left=ms > middle)
+        axes.scatter(*place, s=12, marker="x" if row.size_bytes is None else _MARKERS.get(engine, "D"), color=colour)
+    _join_and_name(axes, points)
     for arithmetic, text in _LEGEND.items():
         axes.scatter([], [], color=_COLOURS[arithmetic], label=text, s=30)
-    axes.margins(0.12)
+    for engine in sorted({row.engine.split(" ")[0] for row, _ in points if row.size_bytes is not None}):
+        axes.scatter([], [], color="black", marker=_MARKERS.get(engine, "D"), label=engine, s=12)
+    axes.margins(0.12, 0.2)
     axes.grid(visible=True, which="both", alpha=0.2)
-    axes.legend(title="area: bytes of the files", title_fontsize=7, fontsize=7)
+    axes.legend(title="area: bytes of the files", title_fontsize=7, fontsize=7, loc="lower right")
 
 
-def _label(axes: Axes, row: Row, place: tuple[float, float], *, left: bool) -> None:
-    """Name a point, away from the panel's edge, one engine above it and the other below."""
-    engine = row.engine.split(" ")[0]
-    axes.annotate(
-        f"{row.name} {engine}" if row.arithmetic else row.name,
-        place,
-        xytext=(-4 if left else 4, -4 if engine == "openvino" else 4),
-        textcoords="offset points",
-        ha="right" if left else "left",
-        va="top" if engine == "openvino" else "bottom",
-        fontsize=7,
-    )
+def _join_and_name(axes: Axes, points: Sequence[tuple[Row, tuple[float, float]]]) -> None:
+    """Join the points of each method, which differ in arithmetic and engine, and name it at its fastest one."""
+    methods: dict[str, list[tuple[float, float]]] = {}
+    for row, place in points:
+        methods.setdefault(row.name, []).append(place)
+    by_time = sorted(methods.items(), key=lambda method: min(method[1]))
+    for number, (name, places) in enumerate(by_time):
+        fastest, *_ = ordered = sorted(places)
+        axes.plot(*zip(*ordered, strict=True), color="black", alpha=0.25, linewidth=0.6)
+        axes.annotate(
+            name,
+            fastest,
+            # Neighbours in time get different heights.
+            xytext=(-6, 12 + 13 * (number % 3)),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "alpha": 0.5},
+        )
 
 
 def _reference_ms(comparison: Comparison) -> float:
