@@ -224,11 +224,12 @@ def compile_(
     from edgekit import target
 
     wanted = [target.load(t) if tile is None else target.load(t).with_tile(tile) for t in targets]
-    if dry_run:
-        _emit([asdict(t) for t in wanted], as_json, lambda: _say_targets(model, [t.name for t in wanted]))
-        return
     from edgekit.pipeline import compile as compiling
 
+    if dry_run:
+        compiling.default_recipe(model or "the student", 1, overrides)
+        _emit([asdict(t) for t in wanted], as_json, lambda: _say_targets(model, [t.name for t in wanted]))
+        return
     result = compiling.compile_model(
         model, wanted, weights=weights, overrides=overrides, folder=output, overwrite=overwrite
     )

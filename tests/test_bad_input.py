@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from edgekit import backends, models, run, zoo
+from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, IntegrityError
 from edgekit.models import weights
 
@@ -145,7 +146,7 @@ def test_calibration_pictures_that_ranges_cannot_be_taken_from_are_named(call, c
     [
         ("training.steps=4", "--set training.steps=4: a MODEL is compiled as it is; settings here: data, noise,"),
         ("student.model=base", "--set student.model=base: a MODEL is compiled as it is"),
-        ("data.channels=3", "--set data.channels=3: a MODEL is compiled as it is"),
+        ("data.channels=3", "--set data.channels=3: 'nano' takes 1; leave it out"),
         ("budgets.int8_drop=1", "unknown key 'budgets.int8_drop'; did you mean 'int8_drop_db'?"),
         ("budgets.int8_drop_db=-1", "'budgets.int8_drop_db' is -1; expected greater than or equal to 0"),
         ("quantization", "--set quantization: expected NAME=VALUE"),
@@ -153,6 +154,22 @@ def test_calibration_pictures_that_ranges_cannot_be_taken_from_are_named(call, c
 )
 def test_a_setting_that_compiling_does_not_heed_is_refused(call, cwd, setting, told):
     call("-q", "compile", "nano", "-t", "onnx", "--set", setting).refused(2, told)
+    assert not Path("runs").exists()
+
+
+def test_a_dry_run_refuses_a_wrong_setting(call, cwd):
+    told = "unknown key 'budgets.int8_drop'"
+    call("compile", "nano", "-t", "onnx", "--dry-run", "--set", "budgets.int8_drop=1").refused(2, told)
+
+
+def test_a_model_is_not_trained_on_what_it_is_judged_on(call, cwd, leaves):
+    for name, sizes in (("train", (0, 0)), ("judged", (8, 8))):
+        (cwd / name).mkdir()
+        picture = dead_leaves(900, 256, 256, 1)[0][sizes[0] :, sizes[1] :]
+        Image.fromarray(np.ascontiguousarray(picture)).save(cwd / name / f"{name}.png")
+    pictures = [f"data.calibration={leaves}", "data.train=[train]", "data.evaluation=judged"]
+    told = call("-q", "compile", "nano", "-t", "onnx", *(x for p in pictures for x in ("--set", p)))
+    told.refused(2, "train.png", "judged.png")
     assert not Path("runs").exists()
 
 

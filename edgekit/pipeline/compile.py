@@ -497,12 +497,10 @@ def default_recipe(name: str, channels: int, overrides: Sequence[str] = ()) -> R
 
     if channels not in (1, 3):
         raise InputError(f"'{name}' takes {channels} channels", remedy="edgekit compiles networks for 1 or 3")
+    allowed = "settings here: " + ", ".join(_OF_COMPILING)
     for override in overrides:
-        section = override.partition("=")[0].partition(".")[0]
-        if section in _OF_TRAINING or override.startswith("data.channels"):
-            raise InputError(
-                f"--set {override}: a MODEL is compiled as it is", remedy="settings here: " + ", ".join(_OF_COMPILING)
-            )
+        if override.partition("=")[0].partition(".")[0] in _OF_TRAINING:
+            raise InputError(f"--set {override}: a MODEL is compiled as it is", remedy=allowed)
     recipe = Recipe(
         schema_version=1,
         name=name,
@@ -512,14 +510,17 @@ def default_recipe(name: str, channels: int, overrides: Sequence[str] = ()) -> R
         data=Data(channels=1 if channels == 1 else 3),
         quantization=Quantization(),
     )
-    return config.changed(recipe, overrides) if overrides else recipe
+    told = config.changed(recipe, overrides) if overrides else recipe
+    if told.data.channels != channels:
+        raise InputError(f"--set data.channels={told.data.channels}: '{name}' takes {channels}", remedy="leave it out")
+    return told
 
 
 def _told_recipe(name: str, channels: int, overrides: Sequence[str]) -> Recipe:
-    """Return `default_recipe`, its pictures looked at before a run folder is made for it."""
+    """Return `default_recipe`; the user's pictures are looked at, and for leaks, before a run folder is made."""
     recipe = default_recipe(name, channels, overrides)
-    if overrides:
-        pictures.load(recipe.data)
+    if any(override.startswith("data") for override in overrides):
+        pictures.refuse_leaks(pictures.load(recipe.data))
     return recipe
 
 
