@@ -49,7 +49,7 @@ def losses_mdb(model: str, where: str, folder: Path) -> list[int]:
             count=settings.calibration_pictures,
             stride=net.stride,
         )
-        prepared = quantize.prepare(fp32, samples, settings)
+        prepared = quantize.prepare(fp32, samples, settings, placement.PLACEMENTS[where])
         graph = placement.place(prepared.model, prepared.ranges, placement.PLACEMENTS[where])
         found.append(judge.loss(graph).mean_mdb)
     return found

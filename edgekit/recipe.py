@@ -179,6 +179,8 @@ class Quantization:
     method: Where the ranges end: at the outermost values of the calibration pictures, or so that 0.01 % of each picture
         lies outside at either end.
     equalize: Make the channels of a tensor alike in range first; the network's function stays the same.
+    change_basis: Mix the channels of residual trunks so that rounding harms the output least; the network's function
+        stays the same. A trunk of 16 bits, as our own kernels have it, needs none.
     reduce_range: Weights of 7 bits. Intel and AMD processors without VNNI need them, for their sums of two products
         saturate; `auto` asks the processor at hand.
     keep_float: Parts that stay in float whatever the budget: `head` and `tail` are the first and the last convolution,
@@ -191,6 +193,7 @@ class Quantization:
     method: Literal["minmax", "percentile"] = "percentile"
     calibration_pictures: Annotated[int, Bound(least=LEAST_CALIBRATION_PICTURES)] = 32
     equalize: bool = True
+    change_basis: bool = True
     reduce_range: Literal["auto", "always", "never"] = "auto"
     keep_float: tuple[Literal["head", "tail", "skip"], ...] = ()
     qat: Qat = field(default_factory=Qat)

@@ -118,7 +118,8 @@ def test_the_bias_of_a_channel_without_weights_survives(tmp_path):
     with torch.no_grad():
         net.encoder[0][0].project[0].weight[0] = 0
         net.encoder[0][0].project[0].bias[0] = 0.3
-    made = quantize.prepare(exported(net, tmp_path), PICTURES, dataclasses.replace(SETTINGS, equalize=False))
+    settings = dataclasses.replace(SETTINGS, equalize=False)
+    made = quantize.prepare(exported(net, tmp_path), PICTURES, settings, PLACEMENTS["arm"])
     model = placed(made, "arm")
     stored = walk.initializers(model)
     bias, scale = (
@@ -127,10 +128,47 @@ def test_the_bias_of_a_channel_without_weights_survives(tmp_path):
     assert bias[0] * float(scale[0]) == pytest.approx(0.3, rel=1e-5)
 
 
-def test_openvino_rounds_only_what_convolutions_read(prepared):
+def test_openvino_rounds_only_what_convolutions_read_and_the_picture(prepared):
     model = placed(prepared, "openvino")
     read = {n.input[0] for n in prepared.model.graph.node if n.op_type == "Conv"}
-    assert rounded(model) == read
+    assert rounded(model) == read | {checks.NOISY}
+
+
+def read_by(model: onnx.ModelProto, operator: str) -> str:
+    """Return the tensor that the only node of a type reads first, through a pair if there is one."""
+    (node,) = (n for n in model.graph.node if n.op_type == operator)
+    return str(node.input[0])
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "tensorrt"])
+def test_what_the_noise_is_taken_from_is_the_picture_that_the_network_saw(prepared, name):
+    model = placed(prepared, name)
+    assert read_by(model, "Sub") == read_by(model, "SpaceToDepth") == f"{checks.NOISY}_dequantized"
+    pairs = [n for n in model.graph.node if n.op_type == "QuantizeLinear"][:2]
+    assert [n.input[0] for n in pairs] == [checks.NOISY, "/SpaceToDepth_output_0"]
+    assert pairs[0].input[1:] == pairs[1].input[1:]
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_first_convolution_in_float_leaves_the_picture_as_it_is(prepared, name):
+    model = release(placed(prepared, name), quantize.kept_float(prepared.model, frozenset({"head"})), PLACEMENTS[name])
+    assert read_by(model, "Sub") == read_by(model, "SpaceToDepth") == checks.NOISY
+
+
+def test_our_own_kernels_take_the_noise_from_the_picture_itself(prepared):
+    assert read_by(placed(prepared, "arm"), "Sub") == checks.NOISY
+
+
+def test_the_rounding_of_the_picture_is_noise_that_the_network_takes_away(nano):
+    settings = dataclasses.replace(SETTINGS, change_basis=False)
+    made = quantize.prepare(nano, PICTURES, settings, PLACEMENTS["openvino"])
+    seen = placed(made, "openvino")
+    unseen = onnx.ModelProto()
+    unseen.CopyFrom(seen)
+    next(n for n in unseen.graph.node if n.op_type == "Sub").input[0] = checks.NOISY
+    before = Reference(made.model)
+    far, near = (np.mean([agreement_db(Reference(m)(n, s), before(n, s)) for n, s in PICTURES]) for m in (unseen, seen))
+    assert near > far + 0.3
 
 
 def test_onnxruntime_leaves_no_pair_between_its_integer_operators(prepared, tmp_path):
@@ -139,11 +177,11 @@ def test_onnxruntime_leaves_no_pair_between_its_integer_operators(prepared, tmp_
     convolutions = sum(n.op_type == "Conv" for n in prepared.model.graph.node)
     additions = sum(n.op_type == "Add" for n in prepared.model.graph.node)
     assert sum(n.op_type == "QLinearConv" for n in model.graph.node) == convolutions
-    # All additions but that of the noise level; the picture, the head's and the tail's output are where floats begin
-    # and end.
+    # All additions but that of the noise level; the picture (read twice), its planes, the head's and the tail's output
+    # are where floats begin and end.
     assert counts["com.microsoft::QLinearAdd"] == additions - 1
-    assert counts["QuantizeLinear"] == 2
-    assert counts["DequantizeLinear"] == 2
+    assert counts["QuantizeLinear"] == 3
+    assert counts["DequantizeLinear"] == 4
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
@@ -235,7 +273,8 @@ def test_onnxruntime_computes_a_unet_in_integers_from_end_to_end(unet, tmp_path)
     model = optimized(placed(unet, "onnxruntime"), tmp_path / "optimized.onnx")
     counts = Counter(n.op_type for n in model.graph.node)
     assert (counts["QLinearConv"], counts["QLinearConcat"], counts["Resize"], counts["Concat"]) == (6, 2, 2, 0)
-    assert counts["QuantizeLinear"] == counts["DequantizeLinear"] == 2
+    # The picture is read as floats by the first convolution's pair and by the last subtraction.
+    assert (counts["QuantizeLinear"], counts["DequantizeLinear"]) == (2, 3)
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])

@@ -17,6 +17,10 @@ on results too  x ─ [] ┬ conv ─ relu ─ [] ─ conv ─ [] ─ + ─ [] �
 maps             x ─ [] ─ resize ─ [] ┬ concat ─ [] ─ conv                ARM, ONNX Runtime
                  y ─ [] ──────────────┘     one grid where the ranges are alike
 ```
+What is subtracted from the picture, or added to it, at the end meets the same integers as the first convolution reads,
+where they are of 8 bits: their rounding is then a little more noise in the input, which the network takes away too. If
+the network saw it and the picture did not have it, it would reach the output whole.
+
 OpenVINO and our ARM kernels add the residual inside the convolution before they round, so a pair between the two would
 only lose precision. ONNX Runtime has no such kernel: without the second pair its convolution falls back to float.
 """
@@ -197,11 +201,18 @@ def release(
 
     moves = _MOVES | _BETWEEN_MAPS
     for node in model.graph.node:
-        if node.op_type not in (*_PAIR, *moves) and (node.op_type not in ("Conv", "Add") or node.name in names):
+        if node.op_type in (*_PAIR, *moves) or (node.op_type in ("Conv", "Add") and node.name not in names):
+            continue
+        if node.output[0] != DENOISED or not _reads_picture(node, made_by):
             read_unrounded(node)
     drop_unread(model)
     # One behind the other, the last one first.
     while any(read_unrounded(n) for n in model.graph.node if n.op_type in moves and not _is_rounded(n, model)):
+        drop_unread(model)
+    seeing = [node for node in model.graph.node if _reads_picture(node, made_by)]
+    if all(node.output[0] == DENOISED for node in seeing):
+        for node in seeing:
+            read_unrounded(node)
         drop_unread(model)
     return model
 
@@ -307,6 +318,8 @@ class _Writer:
             if self._placement.results:
                 rounded.add(self._result(node))
         rounded.discard(DENOISED)
+        if self._placement.trunk == "int8" and rounded & _moved(self._model, NOISY):
+            rounded.add(NOISY)
         return frozenset(rounded - self._stored.keys())
 
     def _added_from_memory(self, addition: onnx.NodeProto) -> list[str]:
@@ -367,6 +380,8 @@ class _Writer:
     def _reads_rounded(self, node: onnx.NodeProto, name: str) -> bool:
         if node.name in self._integer or node.output[0] in self._between or name in self._between:
             return True
+        if name == NOISY and node.output[0] == DENOISED:
+            return self._placement.trunk == "int8"
         if node.op_type in _MOVES and node.output[0] in self._rounded:
             return True
         return self._placement.results and name in self._only_integers
@@ -374,18 +389,31 @@ class _Writer:
     def _write_pair(self, name: str) -> None:
         scale, zero = _grid(self._ranges[name], self._placement)
         self._scales[name] = scale
+        if (origin := self._origin(name)) != name:
+            self._add_pair(name, name, f"{origin}_scale", f"{origin}_zero_point")
+            return
         kind = np.uint8 if self._placement.activations == "uint8" else np.int8
-        self._add_pair(name, name, np.array(scale, np.float32), np.array(zero, kind))
+        self._store_pair(name, name, np.array(scale, np.float32), np.array(zero, kind))
         if name in self._fine:
             # Not one behind the other: ONNX Runtime makes one pair of two in a row, and a wrong one of different types.
             scale, zero = np.float32(scale / _FINER), zero * _FINER
-            self._add_pair(name, f"{name}_fine", np.array(scale, np.float32), np.array(zero, np.int16))
+            self._store_pair(name, f"{name}_fine", np.array(scale, np.float32), np.array(zero, np.int16))
 
-    def _add_pair(self, read: str, name: str, scale: NDArray[np.generic], zero: NDArray[np.generic]) -> None:
+    def _origin(self, name: str) -> str:
+        """Return the rounded tensor whose values this one has in other places: both keep one scale, in training too."""
+        node = self._made_by.get(name)
+        if self._placement.trunk == "int16" or node is None or node.op_type not in _MOVES or name in self._between:
+            return name
+        return self._origin(node.input[0]) if node.input[0] in self._rounded else name
+
+    def _store_pair(self, read: str, name: str, scale: NDArray[np.generic], zero: NDArray[np.generic]) -> None:
+        """Write a pair of that name behind the tensor `read`, and its scale and zero point."""
+        self._store(f"{name}_scale", scale)
+        self._store(f"{name}_zero_point", zero)
+        self._add_pair(read, name, f"{name}_scale", f"{name}_zero_point")
+
+    def _add_pair(self, read: str, name: str, *parameters: str) -> None:
         """Write a pair of that name behind the tensor `read`."""
-        parameters = [f"{name}_scale", f"{name}_zero_point"]
-        self._store(parameters[0], scale)
-        self._store(parameters[1], zero)
         self._nodes += [
             helper.make_node(_PAIR[0], [read, *parameters], [f"{name}_quantized"], f"{name}_Q"),
             helper.make_node(_PAIR[1], [f"{name}_quantized", *parameters], [f"{name}_dequantized"], f"{name}_DQ"),
@@ -434,6 +462,15 @@ class _Writer:
 
     def _store(self, name: str, values: NDArray[np.generic]) -> None:
         self._tensors.append(numpy_helper.from_array(values, name))
+
+
+def _moved(model: onnx.ModelProto, tensor: str) -> set[str]:
+    """Return a tensor and those that have nothing but its values, in other places."""
+    found = {tensor}
+    for node in model.graph.node:
+        if node.op_type in _MOVES and node.input[0] in found:
+            found.add(node.output[0])
+    return found
 
 
 def _width(values: Range) -> float:
@@ -516,6 +553,11 @@ def _before_pair(name: str, made_by: Mapping[str, onnx.NodeProto]) -> str | None
         return None
     quantize = made_by.get(dequantize.input[0])
     return quantize.input[0] if quantize is not None and quantize.op_type == _PAIR[0] else None
+
+
+def _reads_picture(node: onnx.NodeProto, made_by: Mapping[str, onnx.NodeProto]) -> bool:
+    """Return whether a node reads the rounded input of the graph."""
+    return any(_before_pair(name, made_by) == NOISY for name in node.input)
 
 
 def _is_integer(node: onnx.NodeProto | None, integer: frozenset[str], made_by: Mapping[str, onnx.NodeProto]) -> bool:

@@ -16,6 +16,7 @@ from onnxruntime.quantization import QuantType
 from onnxruntime.quantization import quantize_dynamic as ort_quantize_dynamic
 
 from edgekit.compress import placement as placements
+from edgekit.compress.basis import change_basis
 from edgekit.compress.equalize import equalize
 from edgekit.compress.export import strip, write
 from edgekit.compress.placement import Placement, Range
@@ -38,9 +39,9 @@ _WIDE_SUMS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What all placements are written from.
+    """What a placement is written from.
 
-    model: The float graph, its channels equalized where that was asked for.
+    model: The float graph, its channels equalized and its residual trunks in another basis where that was asked for.
     ranges: Tensor -> lowest and highest value.
     weight_limit: Largest magnitude of a quantized weight.
     pictures: The calibration pictures with their sigma.
@@ -99,19 +100,26 @@ def quantize_static(
             calibration pictures, or one is constant, not finite or of the wrong shape.
         IntegrityError: The quantized graph's output is further than 25 dB from the float graph's.
     """
-    prepared = prepare(fp32, calibration, settings)
+    prepared = prepare(fp32, calibration, settings, placement)
     quantized = placements.place(prepared.model, prepared.ranges, placement, weight_limit=prepared.weight_limit)
     kept = kept_float(prepared.model, frozenset[str](settings.keep_float))
     return written(placements.release(quantized, kept, placement, prepared.model), prepared, fp32, out)
 
 
-def prepare(fp32: Path, calibration: Calibration, settings: Quantization) -> Prepared:
-    """Return what placements are written from; raises as `quantize_static`."""
+def prepare(
+    fp32: Path,
+    calibration: Calibration,
+    settings: Quantization,
+    placement: Placement = placements.PLACEMENTS["onnxruntime"],
+) -> Prepared:
+    """Return what a placement is written from; raises as `quantize_static`."""
     model = load_onnx(fp32)
     _check_graph(model, fp32)
     pictures = _check_calibration(calibration, settings.calibration_pictures, interface(model, fp32))
     if settings.equalize:
         model = equalize(model, observe(model, pictures, "minmax").peaks)
+    if settings.change_basis and placement.trunk == "int8":
+        model = change_basis(model, pictures)
     reduced = settings.reduce_range == "always" or (settings.reduce_range == "auto" and saturates())
     return Prepared(
         model=model,

@@ -75,11 +75,11 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
             "noise": asdict(recipe.noise),
             "int8_drop_db": int8_drop_db(recipe.budgets, student.name),
             "int8_worst_db": recipe.budgets.int8_worst_db,
-            "threads": torch.get_num_threads() if settings.qat.steps else 0,
+            "threads": torch.get_num_threads() if settings.qat.steps or settings.change_basis else 0,
             "saturates": settings.reduce_range == "auto" and quantize.saturates(),
         },
         code=("compress", "data", "graph", "measure/quality", "pipeline/pictures", "pipeline/int8"),
-        packages=("onnxruntime", "onnx", "numpy", *(("torch",) if settings.qat.steps else ())),
+        packages=("onnxruntime", "onnx", "numpy", "torch"),
         work=work,
     )
     return opened.file(stage, FILE)
@@ -107,7 +107,7 @@ def calibration(recipe: Recipe, stride: int) -> Calibration:
 
 def _static(opened: Run, recipe: Recipe, student: Student, where: Placement, out: Path) -> Mapping[str, object]:
     settings = recipe.quantization
-    prepared = quantize.prepare(student.fp32, calibration(recipe, student.stride), settings)
+    prepared = quantize.prepare(student.fp32, calibration(recipe, student.stride), settings, where)
     export.write(prepared.model, out / EQUALIZED)
     judge = judge_of(recipe, student.fp32, student.stride)
     limit = Budget(
@@ -119,7 +119,7 @@ def _static(opened: Run, recipe: Recipe, student: Student, where: Placement, out
     trained = bool(settings.qat.steps) and not limit.holds(before)
     if trained:
         log.info("%s: training it with its rounding", limit.missed(before))
-        graph = _train(opened, recipe, _head_in_float(graph, prepared, where), out)
+        graph = _train(opened, recipe, _tail_in_float(graph, prepared, where), out)
     kept = budget.keep(graph, prepared.model, where, judge, limit, trained=trained, say=log.info)
     report = quantize.written(kept.model, prepared, student.fp32, out / FILE)
     return _facts(before, kept, trained) | {
@@ -137,14 +137,14 @@ def _placed(prepared: Prepared, where: Placement, settings: Quantization) -> onn
     return placement.release(whole, kept, where, prepared.model) if kept else whole
 
 
-def _head_in_float(graph: onnx.ModelProto, prepared: Prepared, where: Placement) -> onnx.ModelProto:
-    """Return the graph with its first convolution in float where that is a small part of the arithmetic.
+def _tail_in_float(graph: onnx.ModelProto, prepared: Prepared, where: Placement) -> onnx.ModelProto:
+    """Return the graph with its last convolution in float where the engine would round its result to 8 bits.
 
-    Of all layers it brings most dB for its time (docs/int8.md), and what it rounds no training brings back.
+    That error would reach the picture whole, and no training brings it back; in float it costs no time (docs/int8.md).
     """
-    head = quantize.kept_float(prepared.model, frozenset({"head"}))
-    released = placement.release(graph, head, where, prepared.model)
-    enough = where.floats and budget.integer_macs_permille(released) >= budget.MOSTLY_INTEGER_PERMILLE
+    tail = quantize.kept_float(prepared.model, frozenset({"tail"}))
+    released = placement.release(graph, tail, where, prepared.model)
+    enough = where.results and budget.integer_macs_permille(released) >= budget.MOSTLY_INTEGER_PERMILLE
     return released if enough else graph
 
 

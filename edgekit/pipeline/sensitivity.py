@@ -72,10 +72,8 @@ def table(
     """
     load(engine)
     name = int8.PLACEMENTS[engine]
-    where, prepared = (
-        placement.PLACEMENTS[name],
-        quantize.prepare(fp32, int8.calibration(recipe, stride), recipe.quantization),
-    )
+    where = placement.PLACEMENTS[name]
+    prepared = quantize.prepare(fp32, int8.calibration(recipe, stride), recipe.quantization, where)
     quantized = placement.place(prepared.model, prepared.ranges, where, weight_limit=prepared.weight_limit)
     channels = checks.interface(prepared.model, fp32).channels
     noisy = np.random.default_rng(0).random((1, channels, _SIDE, _SIDE), dtype=np.float32)

@@ -1,0 +1,307 @@
+"""Residual trunks in the basis in which rounding them to 8 bits harms the output least.
+
+```
+conv(V, b) ─ + ─ + ─ conv(W)     ->   conv(R V, R b) ─ + ─ + ─ conv(W R^-1)       R invertible, one for a trunk
+```
+What flows through additions, from convolutions to convolutions, may be mixed by any invertible matrix: the graph
+computes the same. One scale for all channels fits better then: no channel has outliers alone, and what the output
+depends on most gets the most steps.
+
+Language models are rotated so (QuaRot, Ashkboos et al., 2024; SpinQuant, Liu et al., 2024). Here R is any matrix, found
+by gradient descent on an estimate of how far rounding moves the output: for each tensor of the trunk, squared step
+times how the output's error grows with it; the same for what the rounding of their weights does to what convolutions
+give. Factors of channels that pass a ReLU are `equalize`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from torch import Tensor
+
+from edgekit.compress.ranges import Calibration
+from edgekit.compress.torch_graph import TorchGraph
+from edgekit.errors import IntegrityError, UnsupportedError
+from edgekit.graph.checks import DENOISED, SIGMA
+from edgekit.graph.cost import infer_shapes
+from edgekit.graph.reference import Reference, probe, relative_change
+from edgekit.graph.walk import consumers, initializers, producers
+
+log = logging.getLogger(__name__)
+
+Shapes = Mapping[str, tuple[int, ...]]
+Stored = Mapping[str, onnx.TensorProto]
+
+MOST_CHANGE = 1e-3
+_SIDE = 256
+# Of each picture one pixel in so many is looked at, and of those the outermost are kept.
+_STRIDE, _KEPT = 7, 64
+_STEPS, _RATE = 200, 0.01
+# The exponent of the norm that stands for the largest of all channels and has a gradient for each.
+_NORM = 30.0
+_LEAST_SIGMA = 1 / 255
+_ACTIVATION_STEPS, _WEIGHT_STEPS = 255, 127
+_TINY = 1e-12
+# How much more the rounding of weights counts than noise would: what it does is alike at all pixels. The best of 1, 3
+# and 10 for base, by the loss of the whole graph.
+_COHERENT = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trunk:
+    """Tensors that share a basis.
+
+    channels: Of the basis.
+    planes: Tensor -> planes for each channel: 1, or as many as DepthToSpace makes one plane of.
+    """
+
+    channels: int
+    planes: Mapping[str, int]
+
+
+def change_basis(model: onnx.ModelProto, pictures: Calibration) -> onnx.ModelProto:
+    """Return a graph that computes the same, its residual trunks in other bases.
+
+    A graph with an operator that training does not follow stays as it is, and the log says so.
+
+    Args:
+        model: A checked float graph. It is not changed.
+        pictures: Noisy pictures (1, c, h, w) with their sigma on the scale [0, 1].
+
+    Raises:
+        IntegrityError: The output moved by more than 1e-3 of its largest value.
+    """
+    found = trunks(model)
+    if not found:
+        return model
+    try:
+        graph = TorchGraph(model)
+    except UnsupportedError as error:
+        log.info("residual trunks keep their basis: %s", error)
+        return model
+    changed = _written(model, _learned(model, graph, found, pictures))
+    noisy = probe(64, 96, pictures[0][0].shape[1], seed=0)
+    change = relative_change(Reference(changed)(noisy, 25 / 255), Reference(model)(noisy, 25 / 255))
+    if not change <= MOST_CHANGE:
+        raise IntegrityError(
+            f"another basis moved the output by {change:.2g} of its largest value; at most {MOST_CHANGE:g} is right",
+            remedy="set quantization.change_basis=false",
+        )
+    return changed
+
+
+def trunks(model: onnx.ModelProto) -> tuple[Trunk, ...]:
+    """Return what can have another basis: maps made and read by convolutions over all channels, added and moved."""
+    shapes, stored = infer_shapes(model, _SIDE, _SIDE), initializers(model)
+    made_by, readers = producers(model), consumers(model)
+    passed = {node.output[0]: _passed(node, shapes, stored) for node in model.graph.node}
+    ways: dict[str, set[str]] = {name: set() for name in (*passed, *(n for maps in passed.values() for n in maps))}
+    for result, maps in passed.items():
+        for name in maps:
+            ways[result].add(name)
+            ways[name].add(result)
+
+    def may_change(name: str) -> bool:
+        made = made_by.get(name)
+        return (
+            made is not None
+            and name != DENOISED
+            and (bool(passed[name]) or _is_noise_level(made, stored) or _is_dense(made))
+            and all(name in passed[n.output[0]] or (_is_dense(n) and name == n.input[0]) for n in readers[name])
+        )
+
+    found, left = list[Trunk](), dict.fromkeys(passed)
+    while left:
+        names = _reached(next(iter(left)), ways)
+        left = dict.fromkeys(name for name in left if name not in names)
+        if not all(may_change(name) for name in names):
+            continue
+        channels = min(shapes[name][1] for name in names)
+        if channels > 1 and not any(shapes[name][1] % channels for name in names):
+            found.append(Trunk(channels=channels, planes={name: shapes[name][1] // channels for name in names}))
+    return tuple(found)
+
+
+def _passed(node: onnx.NodeProto, shapes: Shapes, stored: Stored) -> tuple[str, ...]:
+    """Return the maps that a node adds or moves, all channels alike; none where it does anything else."""
+    if node.op_type == "Add" and stored.keys().isdisjoint(node.input):
+        maps = tuple(node.input)
+    elif node.op_type == "Resize" or _is_shuffle(node):
+        maps = tuple(node.input[:1])
+    else:
+        return ()
+    return maps if {len(shapes.get(name, ())) for name in (*maps, node.output[0])} == {4} else ()
+
+
+def _reached(start: str, ways: Mapping[str, set[str]]) -> dict[str, None]:
+    found, left = {start: None}, [start]
+    while left:
+        new = sorted(ways[left.pop()] - found.keys())
+        found.update(dict.fromkeys(new))
+        left += new
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What was seen of a tensor of c channels.
+
+    values: Outlying pixels (c, n).
+    power: Mean square of all its values together, times c.
+    harm: How the output's squared error grows with the products of the channels' errors (c, c).
+    """
+
+    values: Tensor
+    power: float
+    harm: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Maker:
+    """A convolution that makes a tensor of a trunk: its result, its weights (o, n), and the power of what it reads."""
+
+    result: str
+    weights: Tensor
+    power: float
+
+
+def _learned(
+    model: onnx.ModelProto, graph: TorchGraph, found: Sequence[Trunk], pictures: Calibration
+) -> dict[str, Tensor]:
+    """Return the matrix of each tensor that gets another basis."""
+    made_by, readers, stored = producers(model), consumers(model), initializers(model)
+    names = {name for trunk in found for name in trunk.planes}
+    made = {name: made_by[name] for name in names if made_by[name].op_type == "Conv"}
+    seen = _look(graph, pictures, sorted({*names, *(node.input[0] for node in made.values())}))
+
+    def maker(result: str) -> _Maker:
+        weights = torch.from_numpy(numpy_helper.to_array(stored[made[result].input[1]]).copy())
+        taps = weights.shape[2] * weights.shape[3]
+        return _Maker(result=result, weights=weights.flatten(1), power=taps * seen[made[result].input[0]].power)
+
+    learned = dict[str, Tensor]()
+    for trunk in found:
+        rounded = [n for n in trunk.planes if any(r.op_type in ("Conv", "Add") for r in readers[n])]
+        basis = _basis(trunk, seen, rounded, [maker(name) for name in trunk.planes if name in made])
+        learned |= {name: _for_planes(basis, planes) for name, planes in trunk.planes.items()}
+    return learned
+
+
+def _basis(trunk: Trunk, seen: Mapping[str, _Seen], rounded: Sequence[str], makers: Sequence[_Maker]) -> Tensor:
+    """Return the matrix (c, c) with which rounding moves the output least, by descent from the identity."""
+    basis = torch.eye(trunk.channels, requires_grad=True)
+    optimizer = torch.optim.Adam([basis], lr=_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
+    for _ in range(_STEPS):
+        back = torch.linalg.inv(basis)
+        parts = []
+        for name in rounded:
+            values = basis @ seen[name].values
+            width = _largest(values.amax(1)) + _largest(-values.amin(1))
+            parts.append((width / _ACTIVATION_STEPS).square() * _harm(seen[name], back).sum())
+        for maker in makers:
+            planes = trunk.planes[maker.result]
+            steps = _largest((_for_planes(basis, planes) @ maker.weights).abs().T) / _WEIGHT_STEPS
+            harm = _harm(seen[maker.result], _for_planes(back, planes))
+            parts.append(_COHERENT * maker.power * (steps.square() * harm).sum())
+        optimizer.zero_grad()
+        torch.autograd.backward(torch.stack(parts).sum().log())
+        optimizer.step()
+        schedule.step()
+    return basis.detach()
+
+
+def _look(graph: TorchGraph, pictures: Calibration, names: Sequence[str]) -> dict[str, _Seen]:
+    """Return what the tensors hold and how the output depends on them.
+
+    Random signs at the output's pixels, passed back, have the wanted products of derivatives for their mean products.
+    """
+    random = torch.Generator().manual_seed(0)
+    found: dict[str, list[_Seen]] = {name: [] for name in names}
+    for noisy, sigma in pictures:
+        given = torch.from_numpy(noisy).requires_grad_()
+        tensors = graph.tensors(given, torch.full((1, 1, 1, 1), sigma), (*names, DENOISED))
+        denoised = tensors[DENOISED]
+        signs = torch.randint(0, 2, denoised.shape, generator=random) * 2.0 - 1.0
+        slopes = torch.autograd.grad(denoised, [tensors[name] for name in names], signs)
+        # An error counts for more where the noise, and with it the denoiser's own error, is small.
+        weight = 1 / ((sigma + _LEAST_SIGMA) * denoised.numel())
+        for name, slope in zip(names, slopes, strict=True):
+            found[name].append(_of_picture(tensors[name].detach()[0].flatten(1), slope[0].flatten(1), weight))
+    return {
+        name: _Seen(
+            values=torch.cat([s.values for s in seen], 1),
+            power=sum(s.power for s in seen) / len(seen),
+            harm=torch.stack([s.harm for s in seen]).sum(0),
+        )
+        for name, seen in found.items()
+    }
+
+
+def _of_picture(pixels: Tensor, slope: Tensor, weight: float) -> _Seen:
+    """Return what was seen of one picture's pixels (c, n) and of the output's slope against them (c, n)."""
+    some = pixels[:, ::_STRIDE]
+    squares = some.square().mean(1, keepdim=True)
+    outermost = (some / squares.sqrt().clamp(min=_TINY)).norm(dim=0).topk(min(_KEPT, some.shape[1])).indices
+    return _Seen(values=some[:, outermost], power=float(squares.sum()), harm=weight * (slope @ slope.T))
+
+
+def _for_planes(basis: Tensor, planes: int) -> Tensor:
+    """Return the basis of a tensor in which each channel lies in so many planes, one after the other."""
+    return basis if planes == 1 else torch.kron(basis.contiguous(), torch.eye(planes, dtype=basis.dtype))
+
+
+def _harm(seen: _Seen, back: Tensor) -> Tensor:
+    """Return how the output's squared error grows with that of each channel (c,) of the new basis."""
+    return ((seen.harm @ back) * back).sum(0)
+
+
+def _largest(ends: Tensor) -> Tensor:
+    """Return the largest along the first axis, 0 if none is above, smoothly in all of them."""
+    positive = ends.clamp(min=0)
+    scale = positive.detach().amax(0, keepdim=True).clamp(min=_TINY)
+    return scale[0] * ((positive / scale) ** _NORM).sum(0).clamp(min=_TINY) ** (1 / _NORM)
+
+
+def _written(model: onnx.ModelProto, bases: Mapping[str, Tensor]) -> onnx.ModelProto:
+    """Return the graph whose tensors are in these bases."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    stored = initializers(changed)
+
+    def change(name: str, how: str, matrix: NDArray[np.float64]) -> None:
+        values = np.einsum(how, numpy_helper.to_array(stored[name]).astype(np.float64), matrix)
+        stored[name].CopyFrom(numpy_helper.from_array(values.astype(np.float32), name))
+
+    matrices = {name: basis.double().numpy() for name, basis in bases.items()}
+    for node in changed.graph.node:
+        made, reads = node.output[0] in matrices, node.input[0] in matrices
+        if node.op_type == "Conv" and reads:
+            change(node.input[1], "oihw,ij->ojhw", np.linalg.inv(matrices[node.input[0]]))
+        if node.op_type == "Conv" and made:
+            change(node.input[1], "oihw,po->pihw", matrices[node.output[0]])
+            if len(node.input) > 2:
+                change(node.input[2], "o,po->p", matrices[node.output[0]])
+        elif made and _is_noise_level(node, stored):
+            change(node.input[1], "nohw,po->nphw", matrices[node.output[0]])
+    return changed
+
+
+def _is_dense(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Conv" and next((a.i for a in node.attribute if a.name == "group"), 1) == 1
+
+
+def _is_noise_level(node: onnx.NodeProto, stored: Stored) -> bool:
+    return node.op_type == "Mul" and node.input[0] == SIGMA and node.input[1] in stored
+
+
+def _is_shuffle(node: onnx.NodeProto) -> bool:
+    """Return whether a node is a DepthToSpace that takes each channel's planes one after the other."""
+    return node.op_type == "DepthToSpace" and any(a.name == "mode" and a.s == b"CRD" for a in node.attribute)

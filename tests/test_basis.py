@@ -1,0 +1,168 @@
+"""Residual trunks in another basis: the same function, fewer dB lost in INT8."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from edgekit import models
+from edgekit.compress import basis, quantize
+from edgekit.compress.basis import change_basis, trunks
+from edgekit.compress.export import export_onnx
+from edgekit.compress.placement import PLACEMENTS
+from edgekit.compress.simplify import simplify
+from edgekit.errors import IntegrityError
+from edgekit.graph import checks, walk
+from edgekit.graph.reference import Reference, probe, relative_change
+from edgekit.pipeline import networks
+from edgekit.recipe import Quantization
+from tests import tiny
+
+SIGMA = 25 / 255
+PICTURES = [(probe(48, 64, 1, seed=i), SIGMA) for i in range(8)]
+SETTINGS = Quantization(calibration_pictures=8)
+
+
+def exported(net, folder):
+    planes = getattr(net, "channels", 1)
+    path = export_onnx(
+        net.eval(), channels=planes, takes_sigma=net.takes_sigma, stride=net.stride, out=folder / "a.onnx"
+    )
+    return simplify(path, folder / "simple.onnx")
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    return exported(networks.shipped("nano").net, tmp_path_factory.mktemp("nano"))
+
+
+def moved(model: onnx.ModelProto, changed: onnx.ModelProto, channels: int = 1) -> float:
+    """Return by how much the output of a picture that nothing was learned from differs."""
+    noisy = probe(64, 48, channels, seed=30)
+    return relative_change(Reference(changed)(noisy, 40 / 255), Reference(model)(noisy, 40 / 255))
+
+
+def weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {name: numpy_helper.to_array(tensor) for name, tensor in walk.initializers(model).items()}
+
+
+def test_a_student_has_one_trunk_for_each_level(nano):
+    found = trunks(checks.load_onnx(nano))
+    assert sorted(trunk.channels for trunk in found) == [16, 32, 48]
+    top = next(trunk for trunk in found if trunk.channels == 16)
+    # What becomes the top level's planes when it is moved has four for each channel.
+    assert sorted(set(top.planes.values())) == [1, 4]
+    assert {"/level/Add_output_0", "/level/Mul_output_0", "/Add_1_output_0"} <= top.planes.keys()
+    # What passes a ReLU is in none, nor is the picture or what is taken from it.
+    assert not any("act" in name or "expand" in name or "tail" in name for trunk in found for name in trunk.planes)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("nano", {}),
+        ("nano", {"channels": 3}),
+        ("nano", {"noise_level": False}),
+        ("base", {"activation": "hardswish", "se": True}),
+        ("small", {"batchnorm": True}),
+        ("control", {}),
+        ("dncnn", {}),
+    ],
+    ids=["nano", "colour", "blind", "h-swish and SE", "BatchNorm", "plain", "dncnn"],
+)
+def test_the_function_stays_the_same(name, options, tmp_path, monkeypatch):
+    monkeypatch.setattr(basis, "_STEPS", 20)
+    torch.manual_seed(0)
+    net = models.create(name, options)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model = checks.load_onnx(exported(net, tmp_path))
+    pictures = [(probe(48, 64, net.channels, seed=i), SIGMA) for i in range(2)]
+    before = model.SerializeToString(deterministic=True)
+    changed = change_basis(model, pictures)
+    assert model.SerializeToString(deterministic=True) == before
+    assert moved(model, changed, net.channels) < 1e-4
+    changes = any(not np.array_equal(a, weights(changed)[n]) for n, a in weights(model).items())
+    assert changes == bool(trunks(model))
+
+
+def test_a_unet_whose_maps_all_pass_a_relu_stays_as_it_is(tmp_path):
+    model = checks.load_onnx(exported(tiny.unet(), tmp_path))
+    assert change_basis(model, PICTURES) is model
+
+
+def test_a_trunk_that_something_else_reads_keeps_its_basis(nano):
+    model = checks.load_onnx(nano)
+    addition = next(n for n in model.graph.node if n.name == "/encoder.1/encoder.1.0/Add")
+    model.graph.node.append(onnx.helper.make_node("Sigmoid", [addition.output[0]], ["gate"], "gate"))
+    assert sorted(trunk.channels for trunk in trunks(model)) == [16, 48]
+
+
+def test_a_graph_that_cannot_be_followed_stays_as_it_is_and_says_so(nano, caplog):
+    model = checks.load_onnx(nano)
+    relu = next(n for n in model.graph.node if n.op_type == "Relu")
+    relu.op_type = "Softplus"
+    with caplog.at_level("INFO", logger="edgekit"):
+        assert change_basis(model, PICTURES) is model
+    assert "residual trunks keep their basis: node" in caplog.text
+    assert "Softplus" in caplog.text
+
+
+def test_equal_inputs_give_equal_bytes(nano, monkeypatch):
+    monkeypatch.setattr(basis, "_STEPS", 10)
+    model = checks.load_onnx(nano)
+    one, other = (change_basis(model, PICTURES).SerializeToString(deterministic=True) for _ in range(2))
+    assert one == other
+
+
+def test_a_channel_of_zeros_does_no_harm(tmp_path):
+    net = networks.shipped("nano").net
+    with torch.no_grad():
+        for part in (net.head[0], net.up[1][0], *(b.project[0] for s in (net.encoder[0], net.decoder[1]) for b in s)):
+            part.weight[:1] = 0
+            part.bias[:1] = 0
+        net.up[1][0].weight[:4] = 0
+        net.up[1][0].bias[:4] = 0
+        net.level.weight[:, 0] = 0
+    model = checks.load_onnx(exported(net, tmp_path))
+    changed = change_basis(model, PICTURES)
+    assert all(np.isfinite(values).all() for values in weights(changed).values())
+    assert moved(model, changed) < 1e-4
+
+
+def test_a_basis_that_changes_the_function_is_refused(nano, monkeypatch):
+    monkeypatch.setattr(basis, "_STEPS", 1)
+    monkeypatch.setattr(basis, "MOST_CHANGE", 1e-12)
+    with pytest.raises(
+        IntegrityError, match=r"another basis moved the output by .* set quantization\.change_basis=false"
+    ):
+        change_basis(checks.load_onnx(nano), PICTURES)
+
+
+@pytest.mark.parametrize("where", ["onnxruntime", "openvino"])
+def test_it_brings_int8_closer_to_the_float_graph(nano, tmp_path, where):
+    agreements = [
+        quantize.quantize_static(
+            nano,
+            PICTURES,
+            tmp_path / "int8.onnx",
+            dataclasses.replace(SETTINGS, change_basis=change),
+            placement=PLACEMENTS[where],
+        ).agreement_millidb
+        for change in (False, True)
+    ]
+    assert agreements[1] > agreements[0] + 1000
+
+
+def test_a_trunk_of_16_bits_keeps_its_basis(nano):
+    plain, changed = (
+        quantize.prepare(nano, PICTURES, dataclasses.replace(SETTINGS, change_basis=change), PLACEMENTS["arm"])
+        for change in (False, True)
+    )
+    assert plain.model == changed.model
