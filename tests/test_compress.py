@@ -346,10 +346,12 @@ def test_skips_in_float_read_what_was_not_rounded_and_lose_less(tmp_path, nano_o
     assert agreements["head", "tail", "skip"] > agreements["head", "tail"] + 500
 
 
-def test_the_picture_itself_is_never_rounded_on_its_way_to_the_output(tmp_path, nano_onnx):
-    model = checks.load_onnx(quantize_static(nano_onnx, PICTURES, tmp_path / "int8.onnx", EVERYTHING).onnx)
-    last = walk.producers(model)["denoised"]
-    assert (last.op_type, last.input[0]) == ("Sub", "noisy")
+def test_the_noise_is_taken_from_the_picture_that_the_network_saw(tmp_path, nano_onnx):
+    for settings, seen in ((EVERYTHING, "noisy_dequantized"), (FLOAT_ENDS, "noisy")):
+        model = checks.load_onnx(quantize_static(nano_onnx, PICTURES, tmp_path / "int8.onnx", settings).onnx)
+        made_by = walk.producers(model)
+        assert (made_by["denoised"].op_type, made_by["denoised"].input[0]) == ("Sub", seen)
+        assert made_by["/SpaceToDepth_output_0"].input[0] == seen
 
 
 def constant(value: float) -> tuple[np.ndarray, float]:

@@ -45,7 +45,7 @@ def exported(name: str, folder: Path, options: dict[str, object] | None = None) 
 
 
 def quantized(fp32: Path, *, keep_float: tuple[str, ...] = ()) -> Path:
-    settings = Quantization(calibration_pictures=8, keep_float=keep_float)
+    settings = Quantization(calibration_pictures=8, keep_float=keep_float, change_basis=False)
     return quantize_static(fp32, CALIBRATION, fp32.with_name("int8.onnx"), settings).onnx
 
 
@@ -216,7 +216,8 @@ def test_a_quantized_graph_is_as_near_to_onnx_runtime_as_onnx_runtime_to_itself(
     session = onnxruntime.InferenceSession(model.SerializeToString(), plain)
     (unfused,) = session.run(None, feeds(noisy, SIGMA, takes_sigma=True))
     got, fused = in_torch(TorchGraph(model), noisy), Reference(model)(noisy, SIGMA)
-    assert agreement_db(got, fused) > agreement_db(unfused, fused) - 3
+    # One value that rounds the other way is enough for about 57 dB.
+    assert agreement_db(got, fused) > min(agreement_db(unfused, fused), 58) - 3
     float_graph = in_torch(TorchGraph(onnx.load(nano[0])), noisy)
     assert agreement_db(got, fused) > agreement_db(got, float_graph) + 3
 

@@ -73,7 +73,7 @@ def test_what_is_rolled_back_is_float_in_the_graph_and_the_budget_holds(prepared
 
 def test_no_layer_is_in_float_that_the_budget_does_not_need(prepared, judge, graph):
     where, quantized = graph
-    limit = judge.loss(quantized).mean_mdb / 2000
+    limit = judge.loss(quantized).mean_mdb / 1500
     kept = keep(prepared, judge, graph, limit)
     nodes = {layer.name: layer.nodes for layer in budget.layers(quantized, prepared.model, where, judge)}
     for name in kept.released:
@@ -131,7 +131,7 @@ def test_additions_are_one_by_one_where_the_engine_adds_before_it_rounds(prepare
     assert {"/encoder.0/encoder.0.1/Add", "/decoder.1/decoder.1.0/Add"} <= found["openvino"]
 
 
-def test_the_table_names_every_layer_and_its_additions_lead_it(prepared, judge, tmp_path):
+def test_the_table_names_every_layer_and_every_addition(prepared, judge, tmp_path):
     where = placement.PLACEMENTS["openvino"]
     quantized = placement.place(prepared.model, prepared.ranges, where)
     times = {n.name: 100 for n in prepared.model.graph.node if n.op_type == "Conv"}
@@ -141,8 +141,9 @@ def test_the_table_names_every_layer_and_its_additions_lead_it(prepared, judge, 
     assert sum(row.macs_permille for row in table.rows) == pytest.approx(1000, abs=20)
     assert {row.time_us for row in table.rows} == {100, None}
     assert all(row.alone_udb > 0 for row in table.rows if row.layer in convolutions)
-    trunk = [row for row in table.rows if "Conv" not in row.layer]
-    assert sum(row.gain_udb for row in trunk) > max(row.gain_udb for row in table.rows)
+    additions = [row for row in table.rows if "Conv" not in row.layer]
+    assert len(additions) == sum(n.op_type == "Add" for n in prepared.model.graph.node) - 1
+    assert sum(row.gain_udb for row in additions) > 0
     assert table.rows == tuple(sorted(table.rows, key=lambda row: -row.gain_udb))
     pytest.importorskip("matplotlib")
     json_file, page, plot = sensitivity.write(table, tmp_path / "out", "nano")
