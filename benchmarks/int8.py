@@ -5,15 +5,16 @@
 
 The artifacts are those of `edgekit compile`, opened as `edgekit verify` opens them. The last target has no float engine
 worth comparing with: its ratios are against OpenVINO's FP32, the fastest here. It takes tiles of one size, so it is
-compiled anew for each size.
+compiled anew for each size. With --targets, a record keeps what it has of other targets for the same weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def main() -> None:
             label = f"{name}-{given.name}" if given.name else name
             folder = (given.runs or Path(scratch)) / label
             found = {t: measure(name, t, given.settings, folder, pictures, given.seconds) for t in given.targets}
+            found = kept(RESULTS / f"{label}.json", name, given.targets) | found
             record = {
                 "schema_version": 1,
                 "kind": "edgekit-int8",
@@ -77,6 +79,15 @@ def main() -> None:
                 "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
             write_json(RESULTS / f"{label}.json", record)
+
+
+def kept(record: Path, name: str, measured: Sequence[str]) -> dict[str, object]:
+    """Return what a record has of the targets that are not measured now, if it is of the same weights."""
+    if not record.is_file():
+        return {}
+    before = json.loads(record.read_text(encoding="utf-8"))
+    same = before["weights_sha256"] == zoo.card(name).sha256
+    return {t: row for t, row in before["engines"].items() if same and t not in measured}
 
 
 def measure(
@@ -105,6 +116,7 @@ def measure(
         "integer_macs_permille": audits.integer_macs_permille,
         "quantization": _quantization(folder, chosen),
         "loss_mdb": loss,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     print(model, chosen.engine, found, flush=True)
     return found

@@ -716,13 +716,14 @@ def models(as_json: bool) -> None:
 
     cards = {name: zoo.card(name) for name in zoo.names()}
     rows = []
-    for name in networks.names():
+    variants = {name: [n for n, card in cards.items() if card.model == name != n] for name in networks.names()}
+    for name in [each for name in networks.names() for each in (name, *variants[name])]:
         figures = (
             [f"{m.psnr_mdb / 1000:.2f} dB on {m.pictures}" for m in cards[name].measured if m.sigma == 25]
             if name in cards
             else []
         )
-        count = networks.parameter_count(networks.create(name))
+        count = cards[name].parameters if name in cards else networks.parameter_count(networks.create(name))
         rows.append((name, f"{count:,}", "yes" if name in cards else "no", "; ".join(figures)))
     named = [dict(zip(("name", "parameters", "shipped", "sigma_25"), row, strict=True)) for row in rows]
     _emit(named, as_json, lambda: _table("", ("model", "parameters", "weights shipped", "PSNR at sigma 25"), rows))

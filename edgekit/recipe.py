@@ -146,7 +146,7 @@ class Distillation:
 
 @dataclass(frozen=True, kw_only=True)
 class Qat:
-    """Quantization-aware training, for a graph that loses more than its budget.
+    """Quantization-aware training, for a graph that loses more than half of its budget.
 
     steps: Optimizer steps; 0 never trains. batch, patch: Patches of a step, and their side in pixels.
     rate, scale_rate: Peak learning rate (Adam) of weights and biases, and of the logarithms of scales; both fall by a
@@ -158,7 +158,7 @@ class Qat:
     """
 
     __pydantic_config__: ClassVar = STRICT
-    steps: Annotated[int, Bound(least=0)] = 300
+    steps: Annotated[int, Bound(least=0)] = 600
     batch: Count = 4
     patch: Annotated[int, Bound(least=16)] = 96
     rate: Positive = 1e-4
@@ -185,7 +185,7 @@ class Quantization:
         saturate; `auto` asks the processor at hand.
     keep_float: Parts that stay in float whatever the budget: `head` and `tail` are the first and the last convolution,
         `skip` the additions of residuals and skips, which then read the unrounded tensors.
-    qat: Training of the graph with its rounding, for when it loses more than the budget; takes a minute or two.
+    qat: Training of the graph with its rounding, for when it loses more than half of the budget; takes some minutes.
     """
 
     __pydantic_config__: ClassVar = STRICT

@@ -15,7 +15,7 @@ import torch
 
 from edgekit import models, zoo
 from edgekit.data import sets
-from edgekit.data.sets import PictureSet
+from edgekit.data.sets import Channels, PictureSet
 from edgekit.files import sha256, write_json
 from edgekit.measure import quality
 from edgekit.models import weights
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--trained", type=Path, required=True)
     parser.add_argument("--half", action="store_true", help="store float16; the figures are measured after rounding")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--research-data", type=Path, help="folder with test/set12 and test/bsd68")
+    parser.add_argument("--research-data", type=Path, help="folder with test/set12, test/bsd68, test/cbsd68")
     given = parser.parse_args()
 
     net = models.create(given.model or given.name, given.options)
@@ -51,7 +51,7 @@ def main() -> None:
     weights.load_into(net, path)
     measured = [
         measure(net.eval(), pictures, sigma, given.seeds)
-        for pictures in evaluation_sets(given.research_data)
+        for pictures in evaluation_sets(given.research_data, 3 if net.channels == 3 else 1)
         for sigma in SIGMAS
     ]
     for entry in measured:
@@ -71,11 +71,12 @@ def main() -> None:
     )
 
 
-def evaluation_sets(research: Path | None) -> list[PictureSet]:
-    """Return the embedded evaluation pictures, and Set12 and BSD68 where their folder is given."""
-    found = [sets.embedded("evaluation")]
+def evaluation_sets(research: Path | None, channels: Channels) -> list[PictureSet]:
+    """Return the embedded evaluation pictures, and Set12 and BSD68, or CBSD68, where their folder is given."""
+    found = [sets.embedded("evaluation", channels=channels)]
     if research:
-        found += [sets.folder(research / "test" / name, channels=1) for name in ("set12", "bsd68")]
+        names = ("set12", "bsd68") if channels == 1 else ("cbsd68",)
+        found += [sets.folder(research / "test" / name, channels=channels) for name in names]
     return found
 
 

@@ -10,7 +10,7 @@ import click
 import pytest
 from conftest import LIMITS, command, tree, write_target
 
-from edgekit import __version__, models, recipe, target
+from edgekit import __version__, models, recipe, target, zoo
 from edgekit.cli import cli
 
 COMMANDS = list(cli.commands)
@@ -111,7 +111,11 @@ def test_what_is_shipped_is_listed(command_name, call):
     assert (shown.code, shown.err) == (0, "")
     for name in names:
         assert re.search(rf"^ {re.escape(name)} ", shown.out, re.MULTILINE)
-    assert [item["name"] for item in answer(call(command_name, "--json").out)["items"]] == names
+    listed = [item["name"] for item in answer(call(command_name, "--json").out)["items"]]
+    assert [name for name in listed if name in names] == names
+    # Weights of variants stand behind their network.
+    variants = set(zoo.names()) - set(names) if command_name == "models" else set()
+    assert set(listed) - set(names) == variants
 
 
 def test_models_tell_what_the_shipped_weights_reach(call):
@@ -255,6 +259,27 @@ def test_a_model_is_compiled_with_the_settings_that_it_is_told(call, cwd, leaves
     assert (kept["data"]["calibration"], kept["budgets"]["int8_drop_db"]) == (str(leaves), 9.5)
     audit = answer(call("compile", "mine", "-t", "onnx", "--json").out)["audits"]["onnx"]
     assert 900 < audit["integer_macs_permille"] < 1000
+
+
+def quantization(folder: Path) -> dict[str, object]:
+    """Return what a run says about its INT8 graph for ONNX Runtime."""
+    stages = json.loads((folder / "run.json").read_text(encoding="utf-8"))["stages"]
+    return next(stage["facts"] for stage in stages if stage["name"] == "quantize/onnxruntime")
+
+
+def test_int8_is_trained_from_half_of_its_budget_on(call, cwd, leaves):
+    """What just holds on the held-out pictures is missed on others."""
+    told = ["data.calibration=" + str(leaves), "quantization.calibration_pictures=8", "quantization.qat.steps=2"]
+    settings = [part for setting in told for part in ("--set", setting)]
+    assert call("compile", "nano", "-t", "onnx", "-o", "loose", *settings, "--set", "budgets.int8_drop_db=9").code == 0
+    loss_mdb = quantization(Path("loose"))["loss_before_mdb"]
+    assert loss_mdb > 10
+    assert quantization(Path("loose"))["trained"] is False
+    budget = f"budgets.int8_drop_db={1.5 * loss_mdb / 1000}"
+    done = call("compile", "nano", "-t", "onnx", "-o", "tight", *settings, "--set", budget)
+    assert done.code == 0, done.err
+    assert f"INT8 loses {loss_mdb / 1000:.3f} dB before any training: training it with its rounding" in done.err
+    assert quantization(Path("tight"))["trained"] is True
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ SIGMA = 25.0
 
 def pictures(name: str) -> PictureSet:
     """Return the embedded evaluation set, or the middle of its first picture for a heavy network."""
-    whole = sets.embedded("evaluation")
+    whole = sets.embedded("evaluation", channels=3 if zoo.card(name).options.get("channels") == 3 else 1)
     if zoo.card(name).parameters < HEAVY:
         return whole
     return sets.centred(PictureSet(name="first", pictures=whole.pictures[:1]), 128, 128)

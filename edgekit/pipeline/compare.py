@@ -255,8 +255,9 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _shipped() -> list[str]:
-    """Return the names of all shipped weights, the largest first."""
-    return sorted(zoo.names(), key=lambda name: -zoo.card(name).parameters)
+    """Return the names of the shipped networks as they are by default, the largest first; variants are to be named."""
+    cards = [zoo.card(name) for name in zoo.names()]
+    return [card.name for card in sorted(cards, key=lambda card: -card.parameters) if not card.options]
 
 
 def _model(what: str) -> _Model:
