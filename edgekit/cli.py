@@ -717,7 +717,7 @@ def models(as_json: bool) -> None:
     cards = {name: zoo.card(name) for name in zoo.names()}
     rows = []
     variants = {name: [n for n, card in cards.items() if card.model == name != n] for name in networks.names()}
-    for name in [each for name in networks.names() for each in (name, *variants[name])]:
+    for name in [each for network in networks.names() for each in (network, *variants[network])]:
         figures = (
             [f"{m.psnr_mdb / 1000:.2f} dB on {m.pictures}" for m in cards[name].measured if m.sigma == 25]
             if name in cards

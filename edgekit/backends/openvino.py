@@ -54,7 +54,7 @@ def build(source: Source, target: Target, out: Path) -> Built:
     """Write `model.xml` and `model.bin` into the folder `out`; equal sources give equal bytes.
 
     INT8 is the QDQ graph, whose pairs OpenVINO fuses into integer kernels; in the placement for OpenVINO that is as
-    fast as what NNCF makes of the float graph, and loses less (docs/int8.md).
+    fast as what NNCF makes of the float graph, and loses less (docs/int8-tried.md).
 
     Raises:
         InputError: INT8 without a QDQ graph, or a file that is not ONNX.

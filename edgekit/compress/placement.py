@@ -86,7 +86,7 @@ class FloatCosts:
     channels: int
 
 
-# Fitted to base with single layers in float, 256x256, one core with VNNI (docs/int8.md). An engine that was
+# Fitted to base with single layers in float, 256x256, one core with VNNI (docs/int8-tried.md). An engine that was
 # not measured gets OpenVINO's.
 _OPENVINO_COSTS = FloatCosts(mac=10.0, added=360.0, passed=50.0, channels=16)
 _ONNXRUNTIME_COSTS = FloatCosts(mac=9.0, added=1350.0, passed=800.0, channels=1)
