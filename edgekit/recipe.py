@@ -204,7 +204,7 @@ class Budgets:
     """Most dB that may be lost: from the teacher to the student, and from the student to the artifact.
 
     int8_drop_db: In the mean over the pictures; None takes the model's own, see `int8_drop_db`.
-    int8_worst_db: On any one picture; None asks for nothing.
+    int8_worst_db: On any one picture; None takes the model's own, see `int8_worst_db`.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -215,11 +215,20 @@ class Budgets:
 
 # The smaller the network, the more of its precision its activations need.
 _INT8_DROP_DB = {"nano": 0.08, "small": 0.08}
+_INT8_WORST_DB = {"base": 0.15, "large": 0.15, "control": 0.15}
 
 
 def int8_drop_db(budgets: Budgets, model: str) -> float:
     """Return the most dB that INT8 may cost a model: the recipe's, else 0.08 for nano and small and 0.05 for others."""
     return _INT8_DROP_DB.get(model, 0.05) if budgets.int8_drop_db is None else budgets.int8_drop_db
+
+
+def int8_worst_db(budgets: Budgets, model: str) -> float | None:
+    """Return the most dB that INT8 may cost on one picture: the recipe's, else 0.15 for base, large and control.
+
+    None for any other network: the flattest picture decides it, and whether such pictures matter its owner knows.
+    """
+    return _INT8_WORST_DB.get(model) if budgets.int8_worst_db is None else budgets.int8_worst_db
 
 
 @dataclass(frozen=True, kw_only=True)

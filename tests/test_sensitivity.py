@@ -10,7 +10,7 @@ from edgekit.errors import EdgekitError, LimitError
 from edgekit.graph import checks, walk
 from edgekit.graph.reference import probe
 from edgekit.pipeline import networks
-from edgekit.recipe import Budgets, Quantization, int8_drop_db
+from edgekit.recipe import Budgets, Quantization, int8_drop_db, int8_worst_db
 
 SIGMA = 25 / 255
 SETTINGS = Quantization(calibration_pictures=8)
@@ -162,3 +162,11 @@ def test_the_table_names_every_layer_and_every_addition(prepared, judge, tmp_pat
 )
 def test_the_budget_is_the_models_own_unless_the_recipe_has_one(model, given, limit):
     assert int8_drop_db(Budgets(int8_drop_db=given), model) == limit
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "limit"),
+    [("base", None, 0.15), ("large", None, 0.15), ("control", None, 0.15), ("base", 0.4, 0.4), ("nano", None, None)],
+)
+def test_the_worst_picture_of_the_larger_students_has_a_budget_too(model, given, limit):
+    assert int8_worst_db(Budgets(int8_worst_db=given), model) == limit

@@ -27,7 +27,7 @@ from edgekit.graph.receptive_field import receptive_field
 from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import int8, networks, pages, pictures
 from edgekit.pipeline.networks import Network
-from edgekit.recipe import Model, Quantization, Recipe, int8_drop_db
+from edgekit.recipe import Model, Quantization, Recipe, int8_drop_db, int8_worst_db
 from edgekit.report import Audit
 from edgekit.run import Run, Stage
 from edgekit.target import Target
@@ -456,7 +456,11 @@ def _manifest(
             "halo_px": field.halo_px,
             "global_ops": list(field.global_nodes),
         },
-        budgets=asdict(recipe.budgets) | {"int8_drop_db": int8_drop_db(recipe.budgets, graph.model)},
+        budgets=asdict(recipe.budgets)
+        | {
+            "int8_drop_db": int8_drop_db(recipe.budgets, graph.model),
+            "int8_worst_db": int8_worst_db(recipe.budgets, graph.model),
+        },
         protocol={
             "noise": "gaussian",
             "sigma255": recipe.noise.evaluate,

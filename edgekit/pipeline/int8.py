@@ -20,7 +20,7 @@ from edgekit.errors import UnsupportedError
 from edgekit.files import sha256
 from edgekit.graph import checks
 from edgekit.pipeline import pictures
-from edgekit.recipe import Noise, Quantization, Recipe, int8_drop_db
+from edgekit.recipe import Noise, Quantization, Recipe, int8_drop_db, int8_worst_db
 from edgekit.run import Run
 from edgekit.target import Engine
 from edgekit.training.loop import Moment
@@ -74,7 +74,7 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
         | {
             "noise": asdict(recipe.noise),
             "int8_drop_db": int8_drop_db(recipe.budgets, student.name),
-            "int8_worst_db": recipe.budgets.int8_worst_db,
+            "int8_worst_db": int8_worst_db(recipe.budgets, student.name),
             "threads": torch.get_num_threads() if settings.qat.steps or settings.change_basis else 0,
             "saturates": settings.reduce_range == "auto" and quantize.saturates(),
         },
@@ -112,7 +112,7 @@ def _static(opened: Run, recipe: Recipe, student: Student, where: Placement, out
     judge = judge_of(recipe, student.fp32, student.stride)
     limit = Budget(
         mean_db=int8_drop_db(recipe.budgets, student.name),
-        worst_db=recipe.budgets.int8_worst_db,
+        worst_db=int8_worst_db(recipe.budgets, student.name),
     )
     graph = _placed(prepared, where, settings)
     before = judge.loss(graph)

@@ -27,7 +27,7 @@ from edgekit.pipeline import baseline, measurement, worth
 from edgekit.pipeline.baseline import Baseline
 from edgekit.pipeline.compile import GOLDEN_SIDE, read_golden
 from edgekit.pipeline.measurement import Measurement
-from edgekit.recipe import Budgets, int8_drop_db
+from edgekit.recipe import Budgets, int8_drop_db, int8_worst_db
 from edgekit.report import Audit, Limit, OnDevice, Recorded, Report, Row, Verdict, overall
 from edgekit.target import Target
 
@@ -141,7 +141,7 @@ def verify(
         ),
         *_drop_limits(
             "int8_worst_db",
-            budgets.int8_worst_db,
+            int8_worst_db(budgets, str(manifest.model["name"])),
             # Records of devices have no figures of single pictures.
             [(row.how, row.worst_drop_mdb) for row in artifacts if row.worst_drop_mdb is not None],
             missing,
