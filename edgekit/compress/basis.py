@@ -43,15 +43,28 @@ MOST_CHANGE = 1e-3
 _SIDE = 256
 # Of each picture one pixel in so many is looked at, and of those the outermost are kept.
 _STRIDE, _KEPT = 7, 64
-_STEPS, _RATE = 200, 0.01
+_RATE = 0.01
 # The exponent of the norm that stands for the largest of all channels and has a gradient for each.
 _NORM = 30.0
 _LEAST_SIGMA = 1 / 255
 _ACTIVATION_STEPS, _WEIGHT_STEPS = 255, 127
 _TINY = 1e-12
-# How much more the rounding of weights counts than noise would: what it does is alike at all pixels. The best of 1, 3
-# and 10 for base, by the loss of the whole graph.
-_COHERENT = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent:
+    """steps: Of a descent. coherent: How much more the rounding of weights counts than noise would.
+
+    What the rounding of a weight does is alike at all pixels.
+    """
+
+    steps: int
+    coherent: float
+
+
+# What the estimate leaves out is worth as much as what it tells apart, and differs from network to network: the first
+# is better for base, the second for nano (docs/int8.md).
+DESCENTS = (Descent(steps=200, coherent=3.0), Descent(steps=400, coherent=1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +79,12 @@ class Trunk:
     planes: Mapping[str, int]
 
 
-def change_basis(model: onnx.ModelProto, pictures: Calibration) -> onnx.ModelProto:
-    """Return a graph that computes the same, its residual trunks in other bases.
+def other_bases(model: onnx.ModelProto, pictures: Calibration) -> tuple[onnx.ModelProto, ...]:
+    """Return graphs that compute the same, their residual trunks in other bases; none where there is nothing to change.
 
-    A graph with an operator that training does not follow, or whose output another basis moves by more than 1e-3 of its
-    largest value, stays as it is, and the log says so.
+    Which of them loses least in INT8, by how much, and whether less than in the basis that it was, rounding shows. Left
+    out are bases in which the output moves by more than 1e-3 of its largest value; the log says so, as it does of an
+    operator that training does not follow.
 
     Args:
         model: A checked float graph. It is not changed.
@@ -78,19 +92,22 @@ def change_basis(model: onnx.ModelProto, pictures: Calibration) -> onnx.ModelPro
     """
     found = trunks(model)
     if not found:
-        return model
+        return ()
     try:
         graph = TorchGraph(model)
     except UnsupportedError as error:
         log.info("residual trunks keep their basis: %s", error)
-        return model
-    changed = _written(model, _learned(model, graph, found, pictures))
+        return ()
     noisy = probe(64, 96, pictures[0][0].shape[1], seed=0)
-    change = relative_change(Reference(changed)(noisy, 25 / 255), Reference(model)(noisy, 25 / 255))
-    if change <= MOST_CHANGE:
-        return changed
-    log.info("residual trunks keep their basis: another moved the output by %.2g of its largest value", change)
-    return model
+    before, changed = Reference(model)(noisy, 25 / 255), list[onnx.ModelProto]()
+    for bases in _learned(model, graph, found, pictures):
+        other = _written(model, bases)
+        change = relative_change(Reference(other)(noisy, 25 / 255), before)
+        if change <= MOST_CHANGE:
+            changed.append(other)
+        else:
+            log.info("a basis of residual trunks moved the output by %.2g of its largest value: left out", change)
+    return tuple(changed)
 
 
 def trunks(model: onnx.ModelProto) -> tuple[Trunk, ...]:
@@ -170,8 +187,8 @@ class _Maker:
 
 def _learned(
     model: onnx.ModelProto, graph: TorchGraph, found: Sequence[Trunk], pictures: Calibration
-) -> dict[str, Tensor]:
-    """Return the matrix of each tensor that gets another basis."""
+) -> list[dict[str, Tensor]]:
+    """Return, for each descent, the matrix of each tensor that gets another basis."""
     made_by, readers, stored = producers(model), consumers(model), initializers(model)
     names = {name for trunk in found for name in trunk.planes}
     made = {name: made_by[name] for name in names if made_by[name].op_type == "Conv"}
@@ -182,20 +199,24 @@ def _learned(
         taps = weights.shape[2] * weights.shape[3]
         return _Maker(result=result, weights=weights.flatten(1), power=taps * seen[made[result].input[0]].power)
 
-    learned = dict[str, Tensor]()
+    learned = [dict[str, Tensor]() for _ in DESCENTS]
     for trunk in found:
         rounded = [n for n in trunk.planes if any(r.op_type in ("Conv", "Add") for r in readers[n])]
-        basis = _basis(trunk, seen, rounded, [maker(name) for name in trunk.planes if name in made])
-        learned |= {name: _for_planes(basis, planes) for name, planes in trunk.planes.items()}
+        makers = [maker(name) for name in trunk.planes if name in made]
+        for descent, bases in zip(DESCENTS, learned, strict=True):
+            basis = _basis(trunk, seen, rounded, makers, descent)
+            bases |= {name: _for_planes(basis, planes) for name, planes in trunk.planes.items()}
     return learned
 
 
-def _basis(trunk: Trunk, seen: Mapping[str, _Seen], rounded: Sequence[str], makers: Sequence[_Maker]) -> Tensor:
+def _basis(
+    trunk: Trunk, seen: Mapping[str, _Seen], rounded: Sequence[str], makers: Sequence[_Maker], descent: Descent
+) -> Tensor:
     """Return the matrix (c, c) with which rounding moves the output least, by descent from the identity."""
     basis = torch.eye(trunk.channels, requires_grad=True)
     optimizer = torch.optim.Adam([basis], lr=_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
-    for _ in range(_STEPS):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, descent.steps)
+    for _ in range(descent.steps):
         back = torch.linalg.inv(basis)
         parts = []
         for name in rounded:
@@ -206,7 +227,7 @@ def _basis(trunk: Trunk, seen: Mapping[str, _Seen], rounded: Sequence[str], make
             planes = trunk.planes[maker.result]
             steps = _largest((_for_planes(basis, planes) @ maker.weights).abs().T) / _WEIGHT_STEPS
             harm = _harm(seen[maker.result], _for_planes(back, planes))
-            parts.append(_COHERENT * maker.power * (steps.square() * harm).sum())
+            parts.append(descent.coherent * maker.power * (steps.square() * harm).sum())
         optimizer.zero_grad()
         torch.autograd.backward(torch.stack(parts).sum().log())
         optimizer.step()

@@ -188,7 +188,7 @@ def release(
             source = made_by.get(name)
             if source is not None and source.op_type == "DequantizeLinear" and source.input[0] in stored:
                 node.input[index] = _float_constant(model, source, originals)
-    integer = _integer_nodes(model, made_by) - frozenset(names)
+    integer = _integer_nodes(model, made_by, placement) - frozenset(names)
 
     def read_unrounded(node: onnx.NodeProto) -> bool:
         """Return whether that changed what a node reads."""
@@ -201,7 +201,7 @@ def release(
 
     moves = _MOVES | _BETWEEN_MAPS
     for node in model.graph.node:
-        if node.op_type in (*_PAIR, *moves) or (node.op_type in ("Conv", "Add") and node.name not in names):
+        if node.op_type in (*_PAIR, *moves) or node.name in integer:
             continue
         if node.output[0] != DENOISED or not _reads_picture(node, made_by):
             read_unrounded(node)
@@ -536,13 +536,27 @@ def _float_constant(
     return name
 
 
-def _integer_nodes(model: onnx.ModelProto, made_by: Mapping[str, onnx.NodeProto]) -> frozenset[str]:
-    """Return the convolutions and additions all of whose operands are dequantized integers."""
+def _integer_nodes(
+    model: onnx.ModelProto, made_by: Mapping[str, onnx.NodeProto], placement: Placement
+) -> frozenset[str]:
+    """Return the convolutions and additions that engines compute in integers.
+
+    All of their operands are dequantized, and what they give is rounded where the placement rounds results.
+    """
+    readers = consumers(model)
+
+    def gives_integers(name: str) -> bool:
+        reads = {reader.op_type for reader in readers[name]}
+        if reads == {"Relu"}:
+            return gives_integers(readers[name][0].output[0])
+        return reads == {_PAIR[0]}
+
     return frozenset(
         n.name
         for n in model.graph.node
         if n.op_type in ("Conv", "Add")
         and all(name in made_by and made_by[name].op_type == _PAIR[1] for name in n.input[:2])
+        and (not placement.results or gives_integers(n.output[0]))
     )
 
 

@@ -16,7 +16,7 @@ from onnxruntime.quantization import QuantType
 from onnxruntime.quantization import quantize_dynamic as ort_quantize_dynamic
 
 from edgekit.compress import placement as placements
-from edgekit.compress.basis import change_basis
+from edgekit.compress.basis import other_bases
 from edgekit.compress.equalize import equalize
 from edgekit.compress.export import strip, write
 from edgekit.compress.placement import Placement, Range
@@ -112,21 +112,29 @@ def prepare(
     settings: Quantization,
     placement: Placement = placements.PLACEMENTS["onnxruntime"],
 ) -> Prepared:
-    """Return what a placement is written from; raises as `quantize_static`."""
+    """Return what a placement is written from, in the basis that loses least there; raises as `quantize_static`."""
     model = load_onnx(fp32)
     _check_graph(model, fp32)
     pictures = _check_calibration(calibration, settings.calibration_pictures, interface(model, fp32))
     if settings.equalize:
         model = equalize(model, observe(model, pictures, "minmax").peaks)
-    if settings.change_basis and placement.trunk == "int8":
-        model = change_basis(model, pictures)
     reduced = settings.reduce_range == "always" or (settings.reduce_range == "auto" and saturates())
-    return Prepared(
-        model=model,
-        ranges=observe(model, pictures, settings.method).ranges,
-        weight_limit=_REDUCED if reduced else _FULL,
-        pictures=pictures,
-    )
+    others = other_bases(model, pictures) if settings.change_basis and placement.trunk == "int8" else ()
+    prepared = [
+        Prepared(
+            model=basis,
+            ranges=observe(basis, pictures, settings.method).ranges,
+            weight_limit=_REDUCED if reduced else _FULL,
+            pictures=pictures,
+        )
+        for basis in (model, *others)
+    ]
+
+    def agreement(one: Prepared) -> float:
+        placed = placements.place(one.model, one.ranges, placement, weight_limit=one.weight_limit)
+        return _agreement(model, placed, pictures)
+
+    return max(prepared, key=agreement) if others else prepared[0]
 
 
 def written(quantized: onnx.ModelProto, prepared: Prepared, fp32: Path, out: Path) -> QuantizationReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from edgekit.compress.ranges import Calibration
 from edgekit.data.sets import PictureSet
 from edgekit.errors import UnsupportedError
 from edgekit.files import sha256
-from edgekit.graph import checks
+from edgekit.graph import checks, walk
 from edgekit.pipeline import pictures
 from edgekit.recipe import Noise, Quantization, Recipe, int8_drop_db, int8_worst_db
 from edgekit.run import Run
@@ -120,7 +120,7 @@ def _static(opened: Run, recipe: Recipe, student: Student, where: Placement, out
     trained = bool(settings.qat.steps) and not limit.half().holds(before)
     if trained:
         log.info("INT8 loses %.3f dB before any training: training it with its rounding", before.mean_mdb / 1000)
-        graph = _train(opened, recipe, _tail_in_float(graph, prepared, where), out)
+        graph = _train(opened, recipe, _ends_in_float(graph, prepared, where), out)
     kept = budget.keep(graph, prepared.model, where, judge, limit, trained=trained, say=log.info)
     report = quantize.written(kept.model, prepared, student.fp32, out / FILE)
     return _facts(before, kept, trained) | {
@@ -138,15 +138,32 @@ def _placed(prepared: Prepared, where: Placement, settings: Quantization) -> onn
     return placement.release(whole, kept, where, prepared.model) if kept else whole
 
 
-def _tail_in_float(graph: onnx.ModelProto, prepared: Prepared, where: Placement) -> onnx.ModelProto:
-    """Return the graph with its last convolution in float where the engine would round its result to 8 bits.
+def _ends_in_float(graph: onnx.ModelProto, prepared: Prepared, where: Placement) -> onnx.ModelProto:
+    """Return the graph with its ends in float where the engine would round what they give, as far as they are small.
 
-    That error would reach the picture whole, and no training brings it back; in float it costs no time (docs/int8.md).
+    The error of the last convolution, and of the addition before it, would reach the picture whole; what the first one
+    gives would be rounded before the noise level is added to it and again after that. No training brings that back, and
+    in float it costs next to no time (docs/int8.md).
     """
-    tail = quantize.kept_float(prepared.model, frozenset({"tail"}))
-    released = placement.release(graph, tail, where, prepared.model)
-    enough = where.results and budget.integer_macs_permille(released) >= budget.MOSTLY_INTEGER_PERMILLE
-    return released if enough else graph
+    if not where.results:
+        return graph
+    model = prepared.model
+    tail = quantize.kept_float(model, frozenset({"tail"}))
+    for part in ((*tail, *_added_for(model, tail)), quantize.kept_float(model, frozenset({"head"}))):
+        released = placement.release(graph, part, where, model)
+        if budget.integer_macs_permille(released) >= budget.MOSTLY_INTEGER_PERMILLE:
+            graph = released
+    return graph
+
+
+def _added_for(model: onnx.ModelProto, convolutions: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the additions that only these convolutions read."""
+    readers = walk.consumers(model)
+    return tuple(
+        node.name
+        for node in model.graph.node
+        if node.op_type == "Add" and {r.name for r in readers.get(node.output[0], [])}.issubset(convolutions)
+    )
 
 
 def _facts(before: budget.Loss, kept: Kept, trained: bool) -> dict[str, object]:
