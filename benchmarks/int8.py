@@ -5,7 +5,7 @@
 
 The artifacts are those of `edgekit compile`, opened as `edgekit verify` opens them. The last target has no float engine
 worth comparing with: its ratios are against OpenVINO's FP32, the fastest here. It takes tiles of one size, so it is
-compiled anew for each size. With --targets, a record keeps what it has of other targets for the same weights.
+compiled anew for each size. With --targets, a record keeps what it has of other targets for the same weights and processor.
 """
 
 from __future__ import annotations
@@ -82,11 +82,12 @@ def main() -> None:
 
 
 def kept(record: Path, name: str, measured: Sequence[str]) -> dict[str, object]:
-    """Return what a record has of the targets that are not measured now, if it is of the same weights."""
+    """Return what a record has of the targets that are not measured now, if it is of the same weights and processor."""
     if not record.is_file():
         return {}
     before = json.loads(record.read_text(encoding="utf-8"))
-    same = before["weights_sha256"] == zoo.card(name).sha256
+    here = asdict(host.describe())["cpu"]["model"]
+    same = before["weights_sha256"] == zoo.card(name).sha256 and before["host"]["cpu"]["model"] == here
     return {t: row for t, row in before["engines"].items() if same and t not in measured}
 
 

@@ -185,6 +185,28 @@ def test_onnxruntime_leaves_no_pair_between_its_integer_operators(prepared, tmp_
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_the_noise_level_is_added_to_what_a_float_convolution_gives(prepared, name):
+    head = quantize.kept_float(prepared.model, frozenset({"head"}))
+    model = release(placed(prepared, name), head, PLACEMENTS[name])
+    (first,) = (n for n in model.graph.node if n.name in head)
+    assert first.output[0] in next(n for n in model.graph.node if n.name == "/level/Add").input
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_layers_go_to_float_one_after_the_other_as_they_do_together(prepared, name):
+    def nodes(model):
+        return [(n.name, *n.input) for n in model.graph.node]
+
+    names = ["/tail/Conv", "/decoder.1/decoder.1.1/Add", "/decoder.1/decoder.1.0/Add", "/head/head.0/Conv"]
+    assert {n.name for n in prepared.model.graph.node}.issuperset(names)
+    one_by_one = placed(prepared, name)
+    for released in names:
+        one_by_one = release(one_by_one, [released], PLACEMENTS[name], prepared.model)
+    together = release(placed(prepared, name), names, PLACEMENTS[name], prepared.model)
+    assert nodes(one_by_one) == nodes(together)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_everything_released_is_the_float_graph(prepared, name):
     names = [n.name for n in prepared.model.graph.node]
     model = release(placed(prepared, name), names, PLACEMENTS[name], prepared.model)

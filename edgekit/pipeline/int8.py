@@ -120,7 +120,7 @@ def _static(opened: Run, recipe: Recipe, student: Student, where: Placement, out
     trained = bool(settings.qat.steps) and not limit.half().holds(before)
     if trained:
         log.info("INT8 loses %.3f dB before any training: training it with its rounding", before.mean_mdb / 1000)
-        graph = _train(opened, recipe, _ends_in_float(graph, prepared, where), out)
+        graph = _train(opened, recipe, ends_in_float(graph, prepared, where), out)
     kept = budget.keep(graph, prepared.model, where, judge, limit, trained=trained, say=log.info)
     report = quantize.written(kept.model, prepared, student.fp32, out / FILE)
     return _facts(before, kept, trained) | {
@@ -138,7 +138,7 @@ def _placed(prepared: Prepared, where: Placement, settings: Quantization) -> onn
     return placement.release(whole, kept, where, prepared.model) if kept else whole
 
 
-def _ends_in_float(graph: onnx.ModelProto, prepared: Prepared, where: Placement) -> onnx.ModelProto:
+def ends_in_float(graph: onnx.ModelProto, prepared: Prepared, where: Placement) -> onnx.ModelProto:
     """Return the graph with its ends in float where the engine would round what they give, as far as they are small.
 
     The error of the last convolution, and of the addition before it, would reach the picture whole; what the first one
