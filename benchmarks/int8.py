@@ -5,7 +5,8 @@
 
 The artifacts are those of `edgekit compile`, opened as `edgekit verify` opens them. The last target has no float engine
 worth comparing with: its ratios are against OpenVINO's FP32, the fastest here. It takes tiles of one size, so it is
-compiled anew for each size. With --targets, a record keeps what it has of other targets for the same weights and processor.
+compiled anew for each size. With --targets, a record keeps what it has of other targets for the same weights and
+processor.
 """
 
 from __future__ import annotations
