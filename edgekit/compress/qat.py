@@ -44,6 +44,7 @@ _FINAL_RATE = 0.01
 _SIGMAS = (15.0, 25.0, 50.0)
 # Below this the error of a denoiser hardly falls with the noise.
 _LEAST_SIGMA = 5 / 255
+_NOISE_EXPONENT = 1.5
 # Neither the draw that figures are measured with nor the one of the calibration.
 _SEED = 2
 _CHECKED = 2
@@ -176,8 +177,13 @@ def _fit_ranges(student: TorchGraph, bank: PatchBank, sigma: Range, settings: Qa
 
 
 def _weight(sigma: Tensor) -> Tensor:
-    """Return how much squared errors count: that of a denoiser grows about as sigma does, so this is about dB."""
-    return 1 / (sigma + _LEAST_SIGMA)
+    """Return how much squared errors count.
+
+    That of a denoiser grows about as sigma does, so that an exponent of 1 would make this about dB. INT8's own error
+    hardly grows at all and takes most from the least noisy pictures: more than 1 wins there what others can spare
+    (docs/qat.md).
+    """
+    return (sigma + _LEAST_SIGMA) ** -_NOISE_EXPONENT
 
 
 class _Lesson:
