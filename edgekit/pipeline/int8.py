@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -193,6 +194,7 @@ def _train(opened: Run, recipe: Recipe, graph: onnx.ModelProto, out: Path) -> on
         folder=checkpoints,
         report=_log_every(100),
     )
+    shutil.rmtree(checkpoints)
     return checks.load_onnx(out / "trained.int8.onnx")
 
 
