@@ -541,9 +541,11 @@ def _integer_nodes(
 ) -> frozenset[str]:
     """Return the convolutions and additions that engines compute in integers.
 
-    All of their operands are dequantized, and what they give is rounded where the placement rounds results.
+    All of their operands are dequantized and what they give is rounded where the placement rounds results; elsewhere
+    one operand of an addition may be what a convolution gives, since both are computed in one.
     """
     readers = consumers(model)
+    operands = all if placement.results else any
 
     def gives_integers(name: str) -> bool:
         reads = {reader.op_type for reader in readers[name]}
@@ -555,7 +557,7 @@ def _integer_nodes(
         n.name
         for n in model.graph.node
         if n.op_type in ("Conv", "Add")
-        and all(name in made_by and made_by[name].op_type == _PAIR[1] for name in n.input[:2])
+        and operands(name in made_by and made_by[name].op_type == _PAIR[1] for name in n.input[:2])
         and (not placement.results or gives_integers(n.output[0]))
     )
 
