@@ -12,7 +12,7 @@ import onnx
 import torch
 
 from edgekit.compress import budget, export, placement, qat, quantize
-from edgekit.compress.budget import Budget, Judge, Kept
+from edgekit.compress.budget import Budget, Judge, Kept, Loss
 from edgekit.compress.placement import Placement
 from edgekit.compress.quantize import Prepared
 from edgekit.compress.ranges import Calibration
@@ -40,6 +40,20 @@ class Student:
     name: str
     fp32: Path
     stride: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reached:
+    """What an INT8 graph loses on the held-out pictures.
+
+    before: All in INT8, before anything was trained or rolled back.
+    kept: The graph within its budget.
+    trained: Whether it was trained with its rounding.
+    """
+
+    before: Loss
+    kept: Kept
+    trained: bool
 
 
 def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> Path:
@@ -107,30 +121,54 @@ def calibration(recipe: Recipe, stride: int) -> Calibration:
 
 
 def _static(opened: Run, recipe: Recipe, student: Student, where: Placement, out: Path) -> Mapping[str, object]:
-    settings = recipe.quantization
-    prepared = quantize.prepare(student.fp32, calibration(recipe, student.stride), settings, where)
-    export.write(prepared.model, out / EQUALIZED)
-    judge = judge_of(recipe, student.fp32, student.stride)
-    limit = Budget(
-        mean_db=int8_drop_db(recipe.budgets, student.name),
-        worst_db=int8_worst_db(recipe.budgets, student.name),
-    )
-    graph = _placed(prepared, where, settings)
-    before = judge.loss(graph)
-    # What just holds on these pictures is missed on others, and training wins most of it back.
-    trained = bool(settings.qat.steps) and not limit.half().holds(before)
-    if trained:
-        log.info("INT8 loses %.3f dB before any training: training it with its rounding", before.mean_mdb / 1000)
-        graph = _train(opened, recipe, ends_in_float(graph, prepared, where), out)
-    kept = budget.keep(graph, prepared.model, where, judge, limit, trained=trained, say=log.info)
-    report = quantize.written(kept.model, prepared, student.fp32, out / FILE)
-    return _facts(before, kept, trained) | {
+    prepared = quantize.prepare(student.fp32, calibration(recipe, student.stride), recipe.quantization, where)
+    reached = within_budget(prepared, recipe, student, where, out, checkpoints=opened.root)
+    report = quantize.written(reached.kept.model, prepared, student.fp32, out / FILE)
+    return {
+        "loss_before_mdb": reached.before.mean_mdb,
+        "loss_mdb": reached.kept.loss.mean_mdb,
+        "worst_loss_mdb": reached.kept.loss.worst_mdb,
+        "trained": reached.trained,
+        "released": reached.kept.released,
         "integer_nodes": report.integer_nodes,
         "float_nodes": report.float_nodes,
         "integer_macs_permille": report.integer_macs_permille,
         "agreement_millidb": report.agreement_millidb,
         "weight_bits": prepared.weight_limit.bit_length() + 1,
     }
+
+
+def within_budget(
+    prepared: Prepared, recipe: Recipe, student: Student, where: Placement, out: Path, *, checkpoints: Path
+) -> Reached:
+    """Return the INT8 graph that keeps the recipe's budget: placed, trained if need be, layers rolled back if need be.
+
+    Args:
+        prepared: The student's graph, ranges and calibration pictures.
+        recipe: Its data, noise, budgets and settings.
+        student: What was prepared.
+        where: The engine's placement.
+        out: Folder that gets the graphs on the way.
+        checkpoints: Folder of what an interrupted training goes on from.
+
+    Raises:
+        LimitError: The budget cannot be kept.
+    """
+    export.write(prepared.model, out / EQUALIZED)
+    judge = judge_of(recipe, student.fp32, student.stride)
+    limit = Budget(
+        mean_db=int8_drop_db(recipe.budgets, student.name),
+        worst_db=int8_worst_db(recipe.budgets, student.name),
+    )
+    graph = _placed(prepared, where, recipe.quantization)
+    before = judge.loss(graph)
+    # What just holds on these pictures is missed on others, and training wins most of it back.
+    trained = bool(recipe.quantization.qat.steps) and not limit.half().holds(before)
+    if trained:
+        log.info("INT8 loses %.3f dB before any training: training it with its rounding", before.mean_mdb / 1000)
+        graph = _train(recipe, ends_in_float(graph, prepared, where), out, checkpoints)
+    kept = budget.keep(graph, prepared.model, where, judge, limit, trained=trained, say=log.info)
+    return Reached(before=before, kept=kept, trained=trained)
 
 
 def _placed(prepared: Prepared, where: Placement, settings: Quantization) -> onnx.ModelProto:
@@ -167,21 +205,11 @@ def _added_for(model: onnx.ModelProto, convolutions: Collection[str]) -> tuple[s
     )
 
 
-def _facts(before: budget.Loss, kept: Kept, trained: bool) -> dict[str, object]:
-    return {
-        "loss_before_mdb": before.mean_mdb,
-        "loss_mdb": kept.loss.mean_mdb,
-        "worst_loss_mdb": kept.loss.worst_mdb,
-        "trained": trained,
-        "released": kept.released,
-    }
-
-
-def _train(opened: Run, recipe: Recipe, graph: onnx.ModelProto, out: Path) -> onnx.ModelProto:
+def _train(recipe: Recipe, graph: onnx.ModelProto, out: Path, checkpoints: Path) -> onnx.ModelProto:
     """Return the graph after training with its rounding; an interrupted training goes on from its checkpoint."""
     export.write(graph, out / "untrained.int8.onnx")
-    checkpoints = opened.root / f"qat-{sha256(out / 'untrained.int8.onnx')[:12]}"
-    checkpoints.mkdir(exist_ok=True)
+    folder = checkpoints / f"qat-{sha256(out / 'untrained.int8.onnx')[:12]}"
+    folder.mkdir(exist_ok=True)
     shown = pictures.load(recipe.data)
     qat.finetune(
         qdq=out / "untrained.int8.onnx",
@@ -191,10 +219,10 @@ def _train(opened: Run, recipe: Recipe, graph: onnx.ModelProto, out: Path) -> on
         sigma=recipe.noise.train,
         settings=recipe.quantization.qat,
         out=out / "trained.int8.onnx",
-        folder=checkpoints,
+        folder=folder,
         report=_log_every(100),
     )
-    shutil.rmtree(checkpoints)
+    shutil.rmtree(folder)
     return checks.load_onnx(out / "trained.int8.onnx")
 
 
