@@ -146,7 +146,7 @@ class Distillation:
 
 @dataclass(frozen=True, kw_only=True)
 class Qat:
-    """Quantization-aware training, for a graph that loses more than half of its budget.
+    """Quantization-aware training, for a graph that loses a good part of its budget.
 
     steps: Optimizer steps; 0 never trains. batch, patch: Patches of a step, and their side in pixels.
     rate, scale_rate: Peak learning rate (Adam) of weights and biases, and of the logarithms of scales; both fall by a
@@ -185,7 +185,8 @@ class Quantization:
         saturate; `auto` asks the processor at hand.
     keep_float: Parts that stay in float whatever the budget: `head` and `tail` are the first and the last convolution,
         `skip` the additions of residuals and skips, which then read the unrounded tensors.
-    qat: Training of the graph with its rounding, for when it loses more than half of the budget; takes some minutes.
+    qat: Training of the graph with its rounding, for when it loses more than a quarter of the budget (half of it where
+        the trunk has 16 bits); takes some minutes.
     """
 
     __pydantic_config__: ClassVar = STRICT

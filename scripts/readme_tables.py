@@ -112,7 +112,8 @@ def _in_float(facts: dict[str, list[str]]) -> str:
     others = [name for name in facts["released"] if name not in facts["float_nodes"]]
     together = [name for name in others if name.startswith("additions")]
     single = [f"{count} additions"] if (count := len(others) - len(together)) else []
-    return ", ".join([*(name.split("/")[1] for name in facts["float_nodes"]), *together, *single]) or "nothing"
+    parts = dict.fromkeys("attention" if "/attention/" in name else name.split("/")[1] for name in facts["float_nodes"])
+    return ", ".join([*parts, *together, *single]) or "nothing"
 
 
 def _ratio(found: dict[str, float] | None, digits: int = 2) -> str:

@@ -102,9 +102,9 @@ def test_a_budget_says_by_how_much_it_is_missed(mean, worst, limit, over):
     assert allowed.holds(loss) == (over <= 0)
 
 
-def test_half_of_a_budget_is_half_of_both_limits():
-    assert budget.Budget(mean_db=0.06, worst_db=0.2).half() == budget.Budget(mean_db=0.03, worst_db=0.1)
-    assert budget.Budget(mean_db=0.06).half() == budget.Budget(mean_db=0.03)
+def test_a_part_of_a_budget_is_that_part_of_both_limits():
+    assert budget.Budget(mean_db=0.06, worst_db=0.2).part(0.5) == budget.Budget(mean_db=0.03, worst_db=0.1)
+    assert budget.Budget(mean_db=0.06).part(0.5) == budget.Budget(mean_db=0.03)
 
 
 def test_a_budget_that_cannot_be_kept_exits_with_3_and_says_what_was_reached(prepared, judge, graph):

@@ -50,9 +50,9 @@ class Budget:
         """Return whether a loss is within it."""
         return not self.missed(loss)
 
-    def half(self) -> Budget:
-        """Return the budget of half as much."""
-        return Budget(mean_db=self.mean_db / 2, worst_db=None if self.worst_db is None else self.worst_db / 2)
+    def part(self, share: float) -> Budget:
+        """Return the budget of that share of it."""
+        return Budget(mean_db=self.mean_db * share, worst_db=None if self.worst_db is None else self.worst_db * share)
 
     def over_mdb(self, loss: Loss) -> float:
         """Return by how much a loss misses the limit that it misses most, in thousandths of a dB; below 0 within it."""
