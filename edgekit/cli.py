@@ -21,6 +21,7 @@ from edgekit.errors import INTERRUPTED, EdgekitError, InputError
 
 if TYPE_CHECKING:
     from edgekit.pipeline.comparison import Comparison, Written
+    from edgekit.pipeline.plan import Step
     from edgekit.pipeline.compile import Compiled
     from edgekit.pipeline.distill import Distilled
     from edgekit.pipeline.measurement import Measurement
@@ -175,7 +176,9 @@ def _distill(
 
     loaded = recipe.load(name, overrides)
     if dry_run:
-        _show_plan(name, overrides, (), output, as_json)
+        from edgekit.pipeline import plan as planning
+
+        _print_steps(planning.plan_training(loaded, output, alone=alone), as_json)
         return
     from edgekit.pipeline import distill as distilling
 
@@ -499,6 +502,9 @@ def bench(
 @click.option(
     "--without", multiple=True, type=click.Choice(["nlm", "bm3d"]), help="Leave out a slow method; BM3D takes seconds."
 )
+@click.option(
+    "--dynamic", is_flag=True, help="A row of dynamic INT8 for each student: slower than float, and less exact."
+)
 @_output_option("Folder of table.md, comparison.json and plot.png [default: comparison].")
 @_dry_run_option
 @_json_option
@@ -511,6 +517,7 @@ def compare(
     seconds: float,
     threads: int,
     without: tuple[str, ...],
+    dynamic: bool,
     output: Path | None,
     dry_run: bool,
     as_json: bool,
@@ -526,7 +533,9 @@ def compare(
     """
     from edgekit.pipeline import compare as comparing
 
-    settings = comparing.Settings(sigmas=sigmas, seeds=seeds, seconds=seconds, threads=threads, without=without)
+    settings = comparing.Settings(
+        sigmas=sigmas, seeds=seeds, seconds=seconds, threads=threads, without=without, dynamic=dynamic
+    )
     planned = comparing.plan(
         models,
         peers=[comparing.parse_peer(peer) for peer in peers],
@@ -832,7 +841,10 @@ def _show_plan(
     from edgekit import recipe, target
     from edgekit.pipeline import plan as planning
 
-    steps = planning.plan(recipe.load(name, overrides), [target.load(t) for t in targets], output)
+    _print_steps(planning.plan(recipe.load(name, overrides), [target.load(t) for t in targets], output), as_json)
+
+
+def _print_steps(steps: Sequence[Step], as_json: bool) -> None:
     _emit(steps, as_json, lambda: _table("", ("step", "what", "state"), [(s.name, s.what, s.state) for s in steps]))
 
 

@@ -141,6 +141,13 @@ def test_a_plan_says_what_is_made_and_what_is_to_do(call, tiny, finished):
     assert "from shipped weights, 3 steps, taught by 'nano'" in steps["student"]["what"]
 
 
+@pytest.mark.parametrize("command", ["distill", "train"])
+def test_a_dry_run_of_training_ends_at_the_student_and_names_the_teacher_only_where_one_teaches(call, tiny, command):
+    steps = {s["name"]: s["what"] for s in answer(call(command, tiny, "--dry-run", "--json").out)["items"]}
+    assert list(steps) == ["pictures", "student"]
+    assert ("taught by" in steps["student"]) == (command == "distill")
+
+
 def test_a_plan_says_which_target_is_blocked_by_a_missing_engine(call, tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "tvm", None)
     text = (Path(__file__).parent.parent / "targets/android-arm64.yaml").read_text(encoding="utf-8")

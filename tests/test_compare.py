@@ -24,7 +24,7 @@ from edgekit.pipeline import compare, comparison, networks
 from edgekit.pipeline.compare import Peer, Plan, Settings
 from edgekit.pipeline.comparison import Comparison
 
-SETTINGS = Settings(sigmas=(25.0, 15.0), seconds=0.1, without=("bm3d",))
+SETTINGS = Settings(sigmas=(25.0, 15.0), seconds=0.1, without=("bm3d",), dynamic=True)
 
 
 def write_folder(folder: Path, *, channels: int = 1, seed: int = 1000, side: int = 64) -> Path:
@@ -82,7 +82,7 @@ def test_every_planned_row_is_in_the_table_and_all_but_the_one_left_out_were_run
         (e.name, e.arithmetic, e.engine) for e in planned.entries
     ]
     assert [(r.name, r.reason) for r in compared.unfinished()] == [("BM3D", "left out on request")]
-    assert len([r for r in compared.rows if r.name == "tiny-run"]) == 4
+    assert len([r for r in compared.rows if r.name == "tiny-run"]) == 5
 
 
 def test_the_noisy_row_has_the_psnr_of_its_noise_and_no_latency(compared):
@@ -112,6 +112,18 @@ def test_an_int8_row_has_the_figures_of_the_bundles_artifact(compared, run_folde
     assert (found.sha256, found.size_bytes) == (sha256(artifact), artifact.stat().st_size)
     assert found.integer_macs_permille > 500
     assert found.figure(25).psnr_mdb != row(compared, "tiny-run", "float32", "onnxruntime").figure(25).psnr_mdb
+
+
+def test_a_row_of_dynamic_int8_is_measured_on_request_in_integers_and_says_what_it_is(compared, run_folder, tmp_path):
+    found = row(compared, "tiny-run", "int8-dynamic", "onnxruntime")
+    assert found.integer_macs_permille == 1000
+    assert found.figure(25).psnr_mdb != row(compared, "tiny-run", "int8", "onnxruntime").figure(25).psnr_mdb
+    assert found.figure(25).psnr_mdb == pytest.approx(
+        row(compared, "tiny-run", "float32", "onnxruntime").figure(25).psnr_mdb, abs=1000
+    )
+    assert "| dynamic INT8 (100.0 % of MACs) |" in comparison.markdown(compared)
+    unasked = compare.plan([str(run_folder)], settings=Settings(), folder=tmp_path / "out")
+    assert "int8-dynamic" not in {e.arithmetic for e in unasked.entries}
 
 
 @pytest.mark.backend

@@ -58,6 +58,7 @@ class Settings:
 
     sigmas: Noise levels on the scale 0 to 255. seeds: Draws of noise for each picture. without: Of `CLASSICS`.
     seconds: For each row's runs by turns with the reference. threads: Of every method that can be told.
+    dynamic: Whether each student has a row of dynamic INT8 too.
     """
 
     sigmas: tuple[float, ...] = (25.0,)
@@ -65,6 +66,7 @@ class Settings:
     seconds: float = 5.0
     threads: int = 1
     without: tuple[str, ...] = ()
+    dynamic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,14 +386,19 @@ def _peer(peer: Peer, pictures: PictureSet, settings: Settings) -> Entry:
 
 
 def _networks(model: _Model, pictures: PictureSet, settings: Settings, folder: Path) -> list[Entry]:
-    """Return the rows of one network: FP32 and INT8 in each engine; FP32 alone for a teacher."""
+    """Return the rows of one network: FP32 and INT8 in each engine, dynamic INT8 on request; FP32 alone for a teacher."""
     root = folder / "models" / model.name
     # One file serves both engines' rows and the reference.
     float_graph = functools.cache(lambda: _float_graph(model, root))
 
     def entry(kind: Arithmetic, engine: OnnxEngine) -> Entry:
-        def open_float() -> Program:
+        def open_() -> Program:
+            if kind == "int8":
+                return _open_int8(model.what, engine, settings.threads, root)
             path = float_graph()
+            if kind == "int8-dynamic":
+                where = root.with_name(f"{model.name}-dynamic")
+                return _open_int8(str(path), engine, settings.threads, where, "quantization.mode=dynamic")
             denoise = backends.load_onnx(engine).open_onnx(path, threads=settings.threads)
             return Program(denoise=denoise, files=(path,), graph=path)
 
@@ -402,13 +409,16 @@ def _networks(model: _Model, pictures: PictureSet, settings: Settings, folder: P
             pictures=pictures,
             sigmas=settings.sigmas,
             stride=model.stride,
-            open=open_float if kind == "float32" else lambda: _open_int8(model, engine, settings.threads, root),
+            open=open_,
             reason=_missing(lambda: backends.load(engine)),
             rank=(0 if model.alone else 1) if (kind, engine) == ("float32", "onnxruntime") else None,
         )
 
     kinds: tuple[Arithmetic, ...] = ("float32",) if model.alone else ("float32", "int8")
-    return [entry(kind, engine) for kind in kinds for engine in INT8_TARGETS]
+    entries = [entry(kind, engine) for kind in kinds for engine in INT8_TARGETS]
+    if settings.dynamic and not model.alone:
+        entries.append(entry("int8-dynamic", "onnxruntime"))
+    return entries
 
 
 def _float_graph(model: _Model, folder: Path) -> Path:
@@ -418,11 +428,12 @@ def _float_graph(model: _Model, folder: Path) -> Path:
     return made.folder / stage.folder / "student.fp32.onnx"
 
 
-def _open_int8(model: _Model, engine: OnnxEngine, threads: int, folder: Path) -> Program:
+def _open_int8(what: str, engine: OnnxEngine, threads: int, folder: Path, *overrides: str) -> Program:
     """Compile the engine's shipped target, and open the bundle's artifact."""
     wanted = target.load(INT8_TARGETS[engine])
     backend = backends.load(engine)
-    path = compiling.compile_model(model.what, [wanted], folder=folder, overwrite=True).bundles[wanted.name]
+    made = compiling.compile_model(what, [wanted], overrides=overrides, folder=folder, overwrite=True)
+    path = made.bundles[wanted.name]
     manifest = bundle.read(path)
     built = config.checked(manifest.built, Built, path / bundle.MANIFEST)
     _, session = backend.open_session(path, built, wanted, threads=threads)[0]

@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 TABLE, RECORD, PLOT = "table.md", "comparison.json", "plot.png"
-Arithmetic = Literal["", "float32", "int8"]
+Arithmetic = Literal["", "float32", "int8", "int8-dynamic"]
 _NONE = "–"
-_COLOURS: dict[Arithmetic, str] = {"": "tab:gray", "float32": "tab:blue", "int8": "tab:orange"}
-_LEGEND: dict[Arithmetic, str] = {"float32": "FP32", "int8": "INT8", "": "no network"}
-_ARITHMETIC: dict[Arithmetic, str] = {"": "", "float32": "FP32", "int8": "INT8"}
+_COLOURS: dict[Arithmetic, str] = {
+    "": "tab:gray",
+    "float32": "tab:blue",
+    "int8": "tab:orange",
+    "int8-dynamic": "tab:red",
+}
+_ARITHMETIC: dict[Arithmetic, str] = {"": "", "float32": "FP32", "int8": "INT8", "int8-dynamic": "dynamic INT8"}
 _NO_PLOT = "matplotlib is not installed; run: pip install 'edgekit[plot]'"
 _MARKERS = {"onnxruntime": "o", "openvino": "s"}
 # Area in square points of the largest file on the plot; the others are in proportion.
@@ -199,7 +203,7 @@ def cells(row: Row, sigmas: Sequence[float], *, brief: bool = False) -> list[str
 
 
 def shown_arithmetic(row: Row) -> str:
-    """Return FP32 or INT8, with the share of the multiply-accumulates that are computed in integers."""
+    """Return FP32, INT8 or dynamic INT8, with the share of the multiply-accumulates that are computed in integers."""
     shown = _ARITHMETIC[row.arithmetic]
     return shown if row.integer_macs_permille is None else f"{shown} ({row.integer_macs_permille / 10:.1f} % of MACs)"
 
@@ -234,8 +238,9 @@ def _panel(axes: Axes, comparison: Comparison, pictures: Pictures, sigma255: flo
             axes.scatter(*place, s=_LARGEST_AREA * row.size_bytes / largest, color=colour, alpha=0.35, linewidths=0)
         axes.scatter(*place, s=12, marker="x" if row.size_bytes is None else _MARKERS.get(engine, "D"), color=colour)
     _join_and_name(axes, points)
-    for arithmetic, text in _LEGEND.items():
-        axes.scatter([], [], color=_COLOURS[arithmetic], label=text, s=30)
+    drawn = {row.arithmetic for row, _ in points}
+    for arithmetic in (a for a in _COLOURS if a in drawn):
+        axes.scatter([], [], color=_COLOURS[arithmetic], label=_ARITHMETIC[arithmetic] or "no network", s=30)
     for engine in sorted({row.engine.split(" ")[0] for row, _ in points if row.size_bytes is not None}):
         axes.scatter([], [], color="black", marker=_MARKERS.get(engine, "D"), label=engine, s=12)
     axes.margins(0.12, 0.2)

@@ -28,15 +28,9 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: Path | None = None) 
     Raises:
         InputError: Unknown model or option. IntegrityError: The folder's record is damaged.
     """
-    if recipe.teacher:
-        models.options(recipe.teacher.model)
-    root = folder or run.RUNS / recipe.name
-    made = _made(root)
-    steps = [
-        Step(name="pictures", what=_pictures(recipe), state=_state("pictures", made)),
-        Step(name="student", what=_student(recipe), state=_state("student", made)),
-        *(Step(name=n, what=w, state=_state(n, made)) for n, w in _COMPRESSION),
-    ]
+    made = _made(folder or run.RUNS / recipe.name)
+    steps = plan_training(recipe, folder)
+    steps += [Step(name=n, what=w, state=_state(n, made)) for n, w in _COMPRESSION]
     found = {finding.name for finding in doctor.examine() if finding.found}
     for target in targets:
         name = f"bundles/{target.name}"
@@ -48,6 +42,23 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: Path | None = None) 
     return steps
 
 
+def plan_training(recipe: Recipe, folder: Path | None = None, *, alone: bool = False) -> list[Step]:
+    """Return the steps up to the trained student, which is where `distill` and `train` end; raises as `plan`.
+
+    Args:
+        recipe: What to train.
+        folder: The run folder; `runs/<recipe>` unless told.
+        alone: Train without the recipe's teacher.
+    """
+    if recipe.teacher:
+        models.options(recipe.teacher.model)
+    made = _made(folder or run.RUNS / recipe.name)
+    return [
+        Step(name="pictures", what=_pictures(recipe), state=_state("pictures", made)),
+        Step(name="student", what=_student(recipe, alone), state=_state("student", made)),
+    ]
+
+
 _COMPRESSION = (
     ("fuse", "fold BatchNorm into the convolutions"),
     ("export", "ONNX with dynamic height and width"),
@@ -56,10 +67,10 @@ _COMPRESSION = (
 )
 
 
-def _student(recipe: Recipe) -> str:
+def _student(recipe: Recipe, alone: bool) -> str:
     count = models.parameter_count(models.create(recipe.student.model, recipe.student.options))
     limit = f"{recipe.training.steps} steps" if recipe.training.steps else f"{recipe.training.max_minutes:g} minutes"
-    teacher = f", taught by '{recipe.teacher.model}'" if recipe.teacher else ""
+    teacher = f", taught by '{recipe.teacher.model}'" if recipe.teacher and not alone else ""
     return (
         f"train '{recipe.student.model}' ({count:,} parameters) from {recipe.student.weights} weights, {limit}{teacher}"
     )
