@@ -21,10 +21,10 @@ from edgekit.errors import INTERRUPTED, EdgekitError, InputError
 
 if TYPE_CHECKING:
     from edgekit.pipeline.comparison import Comparison, Written
-    from edgekit.pipeline.plan import Step
     from edgekit.pipeline.compile import Compiled
     from edgekit.pipeline.distill import Distilled
     from edgekit.pipeline.measurement import Measurement
+    from edgekit.pipeline.plan import Step
     from edgekit.report import Report
     from edgekit.training.loop import Moment
 

@@ -386,7 +386,7 @@ def _peer(peer: Peer, pictures: PictureSet, settings: Settings) -> Entry:
 
 
 def _networks(model: _Model, pictures: PictureSet, settings: Settings, folder: Path) -> list[Entry]:
-    """Return the rows of one network: FP32 and INT8 in each engine, dynamic INT8 on request; FP32 alone for a teacher."""
+    """Return the rows of one network: FP32, INT8 and, if asked, dynamic INT8; a teacher has FP32 alone."""
     root = folder / "models" / model.name
     # One file serves both engines' rows and the reference.
     float_graph = functools.cache(lambda: _float_graph(model, root))
