@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import call_process, command, tree, write_target
@@ -19,8 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from edgekit import backends, models, run, zoo
+from edgekit.compress import export, quantize
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, IntegrityError
+from edgekit.graph import checks
 from edgekit.models import weights
 
 ROOT = Path(__file__).parent.parent
@@ -214,6 +217,29 @@ def test_a_checkpoint_with_wrong_bytes_anywhere_is_read_or_refused_but_never_cra
         (cwd / name).write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         with contextlib.suppress(InputError, IntegrityError):
             weights.load_into(net, cwd / name)
+
+
+@pytest.mark.parametrize("command", ["compile", "lint", "sensitivity"])
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        ("quantized", "net.onnx: is quantized already; give the float graph that it was made from"),
+        ("nan", "values that are NaN or infinite; train again from a checkpoint before"),
+    ],
+)
+def test_an_onnx_file_that_int8_cannot_be_made_from_is_refused_by_its_own_name(call, cwd, command, spoil, told):
+    net = models.create("nano").eval()
+    path = export.export_onnx(net, channels=1, takes_sigma=True, stride=8, out=cwd / "net.onnx")
+    if spoil == "quantized":
+        quantize.quantize_dynamic(path, path)
+    else:
+        model = checks.load_onnx(path)
+        weight = model.graph.initializer[0]
+        weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.nan, weight.name))
+        onnx.save(model, path)
+    arguments = ("-t", "onnx") if command == "compile" else ()
+    call("-q", command, "net.onnx", *arguments).refused(2, "net.onnx: ", told)
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.bin", "w.safetensors"])

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization import quantize_dynamic as ort_quantize_dynamic
 
@@ -22,7 +21,7 @@ from edgekit.compress.export import strip, write
 from edgekit.compress.placement import Placement, Range
 from edgekit.compress.ranges import Calibration, observe
 from edgekit.errors import InputError, IntegrityError
-from edgekit.graph.checks import DENOISED, NOISY, Interface, interface, is_quantized, load_onnx
+from edgekit.graph.checks import DENOISED, NOISY, Interface, interface, load_float_onnx
 from edgekit.graph.cost import integer_permille
 from edgekit.graph.reference import Reference, agreement_db
 from edgekit.graph.walk import CONVOLUTIONS, first_convolutions, float_convolutions, last_convolutions
@@ -113,8 +112,7 @@ def prepare(
     placement: Placement = placements.PLACEMENTS["onnxruntime"],
 ) -> Prepared:
     """Return what a placement is written from, in the basis that loses least there; raises as `quantize_static`."""
-    model = load_onnx(fp32)
-    _check_graph(model, fp32)
+    model = load_float_onnx(fp32)
     pictures = _check_calibration(calibration, settings.calibration_pictures, interface(model, fp32))
     if settings.equalize:
         model = equalize(model, observe(model, pictures, "minmax").peaks)
@@ -181,8 +179,7 @@ def quantize_dynamic(fp32: Path, out: Path) -> Path:
     Raises:
         InputError: The graph is quantized already, or has NaN in its weights.
     """
-    model = load_onnx(fp32)
-    _check_graph(model, fp32)
+    model = load_float_onnx(fp32)
     mark_as_prepared(model)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         made = Path(folder, "dynamic.onnx")
@@ -221,18 +218,6 @@ def kept_float(model: onnx.ModelProto, parts: frozenset[str]) -> tuple[str, ...]
     if "skip" in parts:
         kept += [node.name for node in model.graph.node if node.op_type == "Add"]
     return tuple(kept)
-
-
-def _check_graph(model: onnx.ModelProto, path: Path) -> None:
-    if is_quantized(model):
-        raise InputError(f"{path}: is quantized already", remedy="give the float graph that it was made from")
-    for tensor in model.graph.initializer:
-        values = numpy_helper.to_array(tensor)
-        if values.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(values)))):
-            raise InputError(
-                f"{path}: weight '{tensor.name}' has {bad} of {values.size} values that are NaN or infinite",
-                remedy="train again from a checkpoint before the loss became NaN",
-            )
 
 
 def _check_calibration(calibration: Calibration, wanted: int, face: Interface) -> Calibration:

@@ -6,8 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 
 from edgekit.errors import InputError, UnsupportedError
@@ -37,14 +39,22 @@ class Interface:
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
-    """Return the model in a file, after checking that it is whole and that its interface is a denoiser's.
+    """Return the model in a file, after checking that it is whole, that its interface is a denoiser's, and its weights.
 
     Raises:
-        InputError: The file is missing, is not ONNX, is cut short, or has another interface; says what was found.
+        InputError: The file is missing, is not ONNX, is cut short, has another interface, or has weights that are not
+            finite; says what was found.
         UnsupportedError: Control flow, or a shape other than (1, fixed channels, any height, any width).
     """
     model = read_onnx(path)
     interface(model, path)
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(values)))):
+            raise InputError(
+                f"{path}: weight '{tensor.name}' has {bad} of {values.size} values that are NaN or infinite",
+                remedy="train again from a checkpoint before the loss became NaN",
+            )
     return model
 
 
@@ -116,6 +126,14 @@ def opset(model: onnx.ModelProto) -> int:
 def is_quantized(model: onnx.ModelProto) -> bool:
     """Return whether any operator of the graph quantizes or computes in integers."""
     return not QUANTIZED_OPS.isdisjoint(op_counts(model))
+
+
+def load_float_onnx(path: Path) -> onnx.ModelProto:
+    """Return the model in a file as `load_onnx`; raises InputError too where it is quantized."""
+    model = load_onnx(path)
+    if is_quantized(model):
+        raise InputError(f"{path}: is quantized already", remedy="give the float graph that it was made from")
+    return model
 
 
 def _check_picture(value: onnx.ValueInfoProto, path: Path) -> int:

@@ -160,7 +160,7 @@ def compile_student(opened: Run, recipe: Recipe, network: Network, targets: Sequ
 def _compile_onnx(
     path: Path, targets: Sequence[Target], overrides: Sequence[str], folder: Path | None, overwrite: bool
 ) -> Compiled:
-    interface = checks.interface(checks.load_onnx(path), path)
+    interface = checks.interface(checks.load_float_onnx(path), path)
     name = path.stem.replace(".", "_").replace("-", "_")
     recipe = _told_recipe(name, interface.channels, overrides)
     identity = {"recipe": asdict(recipe), "compiles": {"model": path.name, "sha256": sha256(path)}}

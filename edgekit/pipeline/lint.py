@@ -9,7 +9,6 @@ from pathlib import Path
 import onnx
 
 from edgekit import models, zoo
-from edgekit.errors import InputError
 from edgekit.graph import checks
 from edgekit.graph import lint as rules
 from edgekit.graph.lint import Finding
@@ -47,10 +46,7 @@ def lint(
 
 def _graph(what: str, options: Mapping[str, models.Option], weights: Path | None) -> onnx.ModelProto:
     if what.endswith(".onnx"):
-        model = checks.load_onnx(Path(what))
-        if checks.is_quantized(model):
-            raise InputError(f"{what}: is quantized already", remedy="give the float graph that it was made from")
-        return model
+        return checks.load_float_onnx(Path(what))
     return _exported(_network(what, options, weights))
 
 

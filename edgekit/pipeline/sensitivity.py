@@ -41,7 +41,7 @@ def of_model(
         InputError: Nothing of that name, or a wrong setting. Else as `table`.
     """
     if what.endswith(".onnx"):
-        channels = checks.interface(checks.load_onnx(Path(what)), Path(what)).channels
+        channels = checks.interface(checks.load_float_onnx(Path(what)), Path(what)).channels
         return Path(what).stem, table(
             Path(what), compiling.default_recipe(Path(what).stem, channels, overrides), engine
         )
