@@ -55,6 +55,9 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--set", action="append", default=[], dest="settings", help="setting of `edgekit compile`")
     parser.add_argument("--name", default="", help="of this choice of settings, behind the model's in the file's name")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=RESULTS, help="folder of the records [default: results/int8]"
+    )
     given = parser.parse_args()
     if bool(given.settings) != bool(given.name):
         parser.error("--set and --name go together")
@@ -66,7 +69,7 @@ def main() -> None:
             label = f"{name}-{given.name}" if given.name else name
             folder = (given.runs or Path(scratch)) / label
             found = {t: measure(name, t, given.settings, folder, pictures, given.seconds) for t in given.targets}
-            found = kept(RESULTS / f"{label}.json", name, given.targets) | found
+            found = kept(given.output / f"{label}.json", name, given.targets) | found
             record = {
                 "schema_version": 1,
                 "kind": "edgekit-int8",
@@ -79,7 +82,7 @@ def main() -> None:
                 "host": asdict(host.describe()),
                 "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
-            write_json(RESULTS / f"{label}.json", record)
+            write_json(given.output / f"{label}.json", record)
 
 
 def kept(record: Path, name: str, measured: Sequence[str]) -> dict[str, object]:

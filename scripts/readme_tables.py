@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import string
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from edgekit import zoo
 
@@ -65,36 +68,37 @@ def zoo_table() -> str:
 
 def latency_table() -> str:
     """Return how much quicker than the FP32 teacher each INT8 artifact is, from the recorded benchmarks."""
+    records = [r for r in _records() if not r["settings"]]
+    machines = _machines(records)
     lines = [
-        "| model, target | teacher FP32, ms | artifact INT8, ms | ratio (95 % bound) | to the teacher in PyTorch "
+        "| model, target | on | teacher FP32, ms | artifact INT8, ms | ratio (95 % bound) | to the teacher in PyTorch "
         "| loss on Set12 at sigma 25, dB |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
-    for path in sorted(INT8.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["settings"]:
-            continue
+    for record in records:
+        letter = machines[_machine(record)]
         for name, row in record["engines"].items():
             teacher = row["against_teacher"]["256"]
             times = f"{teacher['slow_ms']:.0f} | {teacher['int8_ms']:.1f} | {_ratio(teacher, 1)}"
             pytorch = _ratio(row["against_teacher_in_pytorch"]["256"], 1)
             loss = row["loss_mdb"]["set12 25"]["mean"] / 1000
-            lines.append(f"| `{record['model']}`, `{name}` | {times} | {pytorch} | {loss:.3f} |")
-    machine = f"{record['host']['cpu']['model']}, {', '.join(record['host']['cpu']['features'])}"
-    return "\n".join([*lines, "", f"{machine}; {record['protocol']}; {record['date'][:10]}.", ""])
+            lines.append(f"| `{record['model']}`, `{name}` | {letter} | {times} | {pytorch} | {loss:.3f} |")
+    notes = [f"{letter}: {machine}." for machine, letter in machines.items()]
+    return "\n".join([*lines, "", "  \n".join(notes), ""])
 
 
 def int8_table() -> str:
     """Return what INT8 costs and brings, for each student and engine, from the recorded benchmarks."""
     lines = [
-        "| | loss on Set12 at sigma 15 / 25 / 50, dB | worst | on BSD68 | worst | in float | integer MACs "
+        "| | on | loss on Set12 at sigma 15 / 25 / 50, dB | worst | on BSD68 | worst | in float | integer MACs "
         "| to FP32, 256x256 | 512x512 | 1024x1024 | to the FP32 teacher |",
-        f"|{'---|' * 11}",
+        f"|{'---|' * 12}",
     ]
-    for path in sorted(INT8.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    machines = _machines(_records())
+    for record in _records():
         for name, row in record["engines"].items():
             cells = [", ".join(f"`{part}`" for part in (record["model"], name, *record["settings"]))]
+            cells.append(machines[_machine(record)])
             for pictures in ("set12", "bsd68"):
                 losses = [row["loss_mdb"][f"{pictures} {sigma}"] for sigma in (15, 25, 50)]
                 cells.append(" / ".join(f"{loss['mean'] / 1000:.3f}" for loss in losses))
@@ -104,7 +108,25 @@ def int8_table() -> str:
             cells += [_ratio(row["against_fp32"].get(side)) for side in ("256", "512", "1024")]
             cells.append(_ratio(row["against_teacher"]["256"]))
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    notes = [f"{letter}: {machine}." for machine, letter in machines.items()]
+    return "\n".join([*lines, "", "  \n".join(notes), ""])
+
+
+def _records() -> list[dict[str, Any]]:
+    """Return the records of benchmarks/int8.py."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(INT8.glob("*.json"))]
+
+
+def _machine(record: dict[str, Any]) -> str:
+    """Return what a record was measured on, how and when."""
+    cpu = record["host"]["cpu"]
+    return f"{cpu['model']}, {', '.join(cpu['features'])}; {record['protocol']}; {record['date'][:10]}"
+
+
+def _machines(records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return a letter for each machine, protocol and day."""
+    found = sorted({_machine(record) for record in records})
+    return dict(zip(found, string.ascii_uppercase, strict=False))
 
 
 def _in_float(facts: dict[str, list[str]]) -> str:
