@@ -39,7 +39,7 @@ class Interface:
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
-    """Return the model in a file, after checking that it is whole, that its interface is a denoiser's, and its weights.
+    """Return the model in a file, after checking that it is whole, a denoiser by its interface, and finite.
 
     Raises:
         InputError: The file is missing, is not ONNX, is cut short, has another interface, or has weights that are not
