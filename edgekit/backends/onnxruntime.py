@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from edgekit.backends import Built, Source, onnxruntime_audit, onnxruntime_times
+from edgekit.backends import Built, Source, onnxruntime_audit, onnxruntime_graph, onnxruntime_times
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.graph.checks import DENOISED, SIGMA, read_onnx
 from edgekit.graph.reference import feeds, session_options
@@ -40,7 +40,9 @@ class OnnxSession:
 
 
 def build(source: Source, target: Target, out: Path) -> Built:
-    """Copy the ONNX files into the folder `out`; the artifact is the one of the target's precision.
+    """Write the ONNX files into the folder `out`; the artifact is the one of the target's precision.
+
+    The INT8 graph is written as ONNX Runtime computes it quickest (`onnxruntime_graph`), the float one as it is.
 
     Raises:
         UnsupportedError: The target asks for float16, or for INT8 that ONNX Runtime would compute in float.
@@ -57,7 +59,8 @@ def build(source: Source, target: Target, out: Path) -> Built:
     files = {"fp32": FILES["float32"]} | ({"int8": FILES["int8"]} if source.int8_onnx else {})
     shutil.copyfile(source.fp32_onnx, out / FILES["float32"])
     if source.int8_onnx is not None:
-        shutil.copyfile(source.int8_onnx, out / FILES["int8"])
+        quick = onnxruntime_graph.rewritten(read_onnx(source.int8_onnx))
+        (out / FILES["int8"]).write_bytes(quick.SerializeToString(deterministic=True))
     artifact = out / FILES[target.precision]
     found = audit_file(artifact)
     if target.precision == "int8" and found.integer_macs_permille == 0:

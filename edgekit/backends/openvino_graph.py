@@ -13,7 +13,6 @@ whole vectors of channels move faster than single values; a zero point of zero n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,40 +20,13 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from edgekit.graph.checks import DENOISED
-from edgekit.graph.walk import consumers, initializers, producers
-
-_PAIR = ("QuantizeLinear", "DequantizeLinear")
+from edgekit.graph.shuffle import channels_by_plane
+from edgekit.graph.walk import PAIR, attribute, consumers, copied, initializers, producers, stored_behind
 
 
 def rewritten(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a float or QDQ graph that computes the same with all of these; what has none of them stays as it is."""
     return without_zero_points(subtraction_before_shuffle(channels_by_plane(model)))
-
-
-def channels_by_plane(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph whose DepthToSpace take the channels of a plane together: they move vectors, not single values.
-
-    The output channels of the convolutions before them change places. What else reads such a convolution, or has a
-    shape that does not tell its channels, stays.
-    """
-    changed = _copy(model)
-    made_by, readers, stored = producers(changed), consumers(changed), initializers(changed)
-    for node in changed.graph.node:
-        source = made_by.get(node.input[0]) if node.op_type == "DepthToSpace" else None
-        if source is None or source.op_type != "Conv" or _attribute(node, "mode") != b"CRD":
-            continue
-        parts = [_stored_behind(name, made_by, stored) for name in source.input[1:]]
-        tensors = [name for part in parts for name in part]
-        if not all(parts) or any(len(readers[name]) > 1 for name in (*tensors, source.output[0])):
-            continue
-        channels = stored[parts[0][0]].dims[0]
-        order = np.arange(channels).reshape(-1, _attribute(node, "blocksize") ** 2).T.reshape(-1)
-        for name in tensors:
-            if tuple(stored[name].dims[:1]) == (channels,):
-                values = np.ascontiguousarray(numpy_helper.to_array(stored[name])[order])
-                stored[name].CopyFrom(numpy_helper.from_array(values, name))
-        next(a for a in node.attribute if a.name == "mode").s = b"DCR"
-    return changed
 
 
 def subtraction_before_shuffle(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -63,7 +35,7 @@ def subtraction_before_shuffle(model: onnx.ModelProto) -> onnx.ModelProto:
     It is for graphs that begin with a SpaceToDepth and end with a convolution and a DepthToSpace of the same block, its
     channels by plane; others stay. A subtraction becomes an addition, by weights of the other sign.
     """
-    changed = _copy(model)
+    changed = copied(model)
     made_by, readers = producers(changed), consumers(changed)
     last = made_by.get(DENOISED)
     if last is None or last.op_type not in ("Add", "Sub"):
@@ -73,9 +45,9 @@ def subtraction_before_shuffle(model: onnx.ModelProto) -> onnx.ModelProto:
         spread = next((n for n in readers.get(picture, []) if n.op_type == "SpaceToDepth"), None)
         if spread is None or shuffle is None or shuffle.op_type != "DepthToSpace" or len(readers[residual]) > 1:
             continue
-        if _attribute(shuffle, "blocksize") != _attribute(spread, "blocksize"):
+        if attribute(shuffle, "blocksize") != attribute(spread, "blocksize"):
             continue
-        if _attribute(shuffle, "mode") not in (None, b"DCR"):
+        if attribute(shuffle, "mode") not in (None, b"DCR"):
             continue
         if last.op_type == "Sub" and not _negated(made_by.get(shuffle.input[0]), changed):
             continue
@@ -98,7 +70,7 @@ def without_zero_points(model: onnx.ModelProto) -> onnx.ModelProto:
     convolution with a border, where zero means zero, or by anything else than convolutions and additions, or that
     nothing with a bias of its own goes into.
     """
-    changed = _copy(model)
+    changed = copied(model)
     moves = _Moves(changed)
     shifts = moves.possible()
     for node in list(changed.graph.node):
@@ -119,18 +91,18 @@ class _Moves:
         """Return map -> how far up it goes: the largest choice in which every node can absorb what it is given."""
         shifts = {}
         for node in self._model.graph.node:
-            if node.op_type == _PAIR[0] and set(node.input[1:]) <= self._stored.keys():
+            if node.op_type == PAIR[0] and set(node.input[1:]) <= self._stored.keys():
                 scale, zero = (numpy_helper.to_array(self._stored[name]) for name in node.input[1:3])
                 ends = self._readers[node.output[0]]
                 alone = node.input[0] in self._made_by and len(self._readers[node.input[0]]) == 1
-                paired = all(end.op_type == _PAIR[1] and end.input[1:] == node.input[1:] for end in ends)
+                paired = all(end.op_type == PAIR[1] and end.input[1:] == node.input[1:] for end in ends)
                 if zero.dtype == np.uint8 and zero.size == 1 and zero != 0 and alone and paired:
                     shifts[str(node.input[0])] = float(scale) * float(zero)
         before: dict[str, float] = {}
         while before != shifts:
             before = dict(shifts)
             for node in self._model.graph.node:
-                if node.op_type not in _PAIR:
+                if node.op_type not in PAIR:
                     for name in self._too_much_for(node):
                         shifts.pop(name, None)
         return shifts
@@ -139,7 +111,7 @@ class _Moves:
         """Return the maps that cannot move because of a node that reads or makes them."""
         read, made = [self._raw(name) for name in node.input], [str(name) for name in node.output]
         if node.op_type == "Conv" and self._has_bias(node):
-            return read[:1] if any(_attribute(node, "pads") or ()) else []
+            return read[:1] if any(attribute(node, "pads") or ()) else []
         if node.op_type == "Add" and self._with_bias(node) is not None:
             return []
         return [*read, *made]
@@ -178,19 +150,19 @@ class _Moves:
         return None
 
     def _has_bias(self, node: onnx.NodeProto) -> bool:
-        weights = _stored_behind(node.input[1], self._made_by, self._stored)
+        weights = stored_behind(node.input[1], self._made_by, self._stored)
         return bool(weights) and len(node.input) > 2 and node.input[2] in self._stored
 
     def _raw(self, name: str) -> str:
         """Return the tensor that the pair ending in `name` rounds, else the name."""
         dequantize = self._made_by.get(name)
-        if dequantize is None or dequantize.op_type != _PAIR[1]:
+        if dequantize is None or dequantize.op_type != PAIR[1]:
             return name
         quantize = self._made_by.get(dequantize.input[0])
         return str(quantize.input[0]) if quantize is not None else name
 
     def _weights(self, name: str) -> NDArray[np.float64]:
-        parts = _stored_behind(name, self._made_by, self._stored)
+        parts = stored_behind(name, self._made_by, self._stored)
         values, *grid = (numpy_helper.to_array(self._stored[part]).astype(np.float64) for part in parts)
         scale, *zero = (part.reshape(-1, *[1] * (values.ndim - 1)) for part in grid or [np.ones(1)])
         return np.asarray((values - zero[0] if zero else values) * scale)
@@ -209,39 +181,12 @@ class _Moves:
         node.input[2] = name
 
 
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
-    return copied
-
-
-def _attribute(node: onnx.NodeProto, name: str) -> Any:
-    """Return an attribute's value, None if it is not given."""
-    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
-
-
-def _stored_behind(
-    name: str, made_by: Mapping[str, onnx.NodeProto], stored: Mapping[str, onnx.TensorProto]
-) -> tuple[str, ...]:
-    """Return the initializers that a tensor is or is dequantized from, the values first; none of any other tensor.
-
-    What has a scale for each element of another axis than the first is such another.
-    """
-    if name in stored:
-        return (name,)
-    node = made_by.get(name)
-    if node is None or node.op_type != _PAIR[1] or not stored.keys() >= set(node.input):
-        return ()
-    along_first = _attribute(node, "axis") == 0 or max(stored[node.input[1]].dims, default=1) == 1
-    return tuple(node.input) if along_first else ()
-
-
 def _negated(convolution: onnx.NodeProto | None, model: onnx.ModelProto) -> bool:
     """Give a convolution that nothing shares anything with the other sign; return whether that could be done."""
     made_by, readers, stored = producers(model), consumers(model), initializers(model)
     if convolution is None or convolution.op_type != "Conv" or len(readers[convolution.output[0]]) > 1:
         return False
-    parts = [_stored_behind(name, made_by, stored)[:1] for name in convolution.input[1:]]
+    parts = [stored_behind(name, made_by, stored)[:1] for name in convolution.input[1:]]
     tensors = [stored[name] for part in parts for name in part]
     if not all(parts) or any(len(readers[t.name]) > 1 for t in tensors):
         return False
@@ -258,8 +203,8 @@ def _rounded(
 ) -> str:
     """Return what a SpaceToDepth gives, as integers give it where it is on the grid of what it reads."""
     before = made_by.get(spread.input[0])
-    grid = list(before.input[1:]) if before is not None and before.op_type == _PAIR[1] else []
+    grid = list(before.input[1:]) if before is not None and before.op_type == PAIR[1] else []
     for quantize in readers[spread.output[0]]:
-        if quantize.op_type == _PAIR[0] and quantize.input[1:] == grid:
+        if quantize.op_type == PAIR[0] and quantize.input[1:] == grid:
             return str(readers[quantize.output[0]][0].output[0])
     return str(spread.output[0])

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from edgekit.errors import IntegrityError
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
 from edgekit.graph.reference import Reference, probe, relative_change
-from edgekit.graph.walk import initializers
+from edgekit.graph.walk import attribute, initializers
 
 Peaks = Mapping[str, NDArray[np.float64]]
 Channel = tuple[str, int]
@@ -94,7 +94,7 @@ def _grouped(model: onnx.ModelProto, peaks: Peaks) -> dict[Channel, Channel]:
             for number, name in enumerate(reads):
                 for channel in range(counts[number]):
                     tie((name, channel), (result, sum(counts[:number]) + channel))
-        elif node.op_type == "DepthToSpace" and _attribute(node, "mode") == b"CRD":
+        elif node.op_type == "DepthToSpace" and attribute(node, "mode") == b"CRD":
             squares = len(peaks[node.input[0]]) // len(peaks[result])
             for channel in range(len(peaks[node.input[0]])):
                 tie((node.input[0], channel), (result, channel // squares))
@@ -173,9 +173,4 @@ def _is_noise_level(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]
 
 
 def _is_depthwise(node: onnx.NodeProto) -> bool:
-    return int(_attribute(node, "group") or 1) > 1
-
-
-def _attribute(node: onnx.NodeProto, name: str) -> int | bytes | None:
-    found = next((a for a in node.attribute if a.name == name), None)
-    return None if found is None else (found.s if found.type == onnx.AttributeProto.STRING else int(found.i))
+    return int(attribute(node, "group") or 1) > 1

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import onnx
+from onnx import helper
 
 CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+PAIR = ("QuantizeLinear", "DequantizeLinear")
+
+
+def copied(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy that can be changed."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def attribute(node: onnx.NodeProto, name: str) -> Any:
+    """Return an attribute's value, None if it is not given."""
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
 
 
 def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -26,6 +41,22 @@ def consumers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
 def initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     """Return the initializers by name."""
     return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def stored_behind(
+    name: str, made_by: Mapping[str, onnx.NodeProto], stored: Mapping[str, onnx.TensorProto]
+) -> tuple[str, ...]:
+    """Return the initializers that a tensor is or is dequantized from, the values first; none of any other tensor.
+
+    What has a scale for each element of another axis than the first is such another.
+    """
+    if name in stored:
+        return (name,)
+    node = made_by.get(name)
+    if node is None or node.op_type != PAIR[1] or not stored.keys() >= set(node.input):
+        return ()
+    along_first = attribute(node, "axis") == 0 or max(stored[node.input[1]].dims, default=1) == 1
+    return tuple(node.input) if along_first else ()
 
 
 def derived_from(model: onnx.ModelProto, tensor: str) -> set[str]:
