@@ -32,7 +32,7 @@ from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, SIGMA
 from edgekit.graph.cost import infer_shapes
 from edgekit.graph.reference import Reference, probe, relative_change
-from edgekit.graph.walk import consumers, initializers, producers
+from edgekit.graph.walk import attribute, consumers, copied, initializers, producers
 
 log = logging.getLogger(__name__)
 
@@ -289,8 +289,7 @@ def _largest(ends: Tensor) -> Tensor:
 
 def _written(model: onnx.ModelProto, bases: Mapping[str, Tensor]) -> onnx.ModelProto:
     """Return the graph whose tensors are in these bases."""
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
+    changed = copied(model)
     stored = initializers(changed)
 
     def change(name: str, how: str, matrix: NDArray[np.float64]) -> None:
@@ -321,4 +320,4 @@ def _is_noise_level(node: onnx.NodeProto, stored: Stored) -> bool:
 
 def _is_shuffle(node: onnx.NodeProto) -> bool:
     """Return whether a node is a DepthToSpace that takes each channel's planes one after the other."""
-    return node.op_type == "DepthToSpace" and any(a.name == "mode" and a.s == b"CRD" for a in node.attribute)
+    return node.op_type == "DepthToSpace" and bool(attribute(node, "mode") == b"CRD")

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from edgekit.errors import IntegrityError
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
 from edgekit.graph.reference import Reference, probe, relative_change
-from edgekit.graph.walk import attribute, initializers
+from edgekit.graph.walk import attribute, copied, initializers
 
 Peaks = Mapping[str, NDArray[np.float64]]
 Channel = tuple[str, int]
@@ -145,8 +145,7 @@ def _weights_reading(model: onnx.ModelProto, groups: Mapping[Channel, Channel]) 
 
 def _scaled(model: onnx.ModelProto, factors: Mapping[str, NDArray[np.float64]]) -> onnx.ModelProto:
     """Return the graph whose tensors are larger by the factors of their channels."""
-    scaled = onnx.ModelProto()
-    scaled.CopyFrom(model)
+    scaled = copied(model)
     stored = initializers(scaled)
 
     def multiply(index: int, node: onnx.NodeProto, by: NDArray[np.float64]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
 from edgekit.graph.reference import feeds, session_options
+from edgekit.graph.walk import copied
 
 Array = NDArray[np.float32]
 Calibration = Sequence[tuple[Array, float]]
@@ -45,8 +46,7 @@ def observe(model: onnx.ModelProto, pictures: Calibration, method: Method) -> Ob
         pictures: Noisy pictures (1, c, h, w) with their sigma on the scale [0, 1].
         method: `minmax` takes the outermost values, `percentile` leaves out the outermost 0.01 % of each picture.
     """
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
+    watched = copied(model)
     names = [name for node in model.graph.node for name in node.output if name != DENOISED]
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = session_options(1)

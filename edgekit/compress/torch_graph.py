@@ -21,7 +21,7 @@ from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA, opset
 from edgekit.graph.cost import infer_shapes
 from edgekit.graph.resizing import resizing
-from edgekit.graph.walk import CONVOLUTIONS, initializers
+from edgekit.graph.walk import CONVOLUTIONS, copied, initializers
 
 Attribute: TypeAlias = int | float | str | tuple[int, ...] | tuple[float, ...]
 Given: TypeAlias = Sequence[Tensor | None]
@@ -214,8 +214,7 @@ class TorchGraph(nn.Module):
                 f"the graph is of opset {opset(model)}; {_OPSETS.start} to {_OPSETS.stop - 1} can be trained",
                 remedy="export it with opset 17",
             )
-        self._model = onnx.ModelProto()
-        self._model.CopyFrom(model)
+        self._model = copied(model)
         self._stored = {name: numpy_helper.to_array(tensor) for name, tensor in initializers(model).items()}
         self._nodes: list[Node] = []
         for proto in model.graph.node:

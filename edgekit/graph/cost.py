@@ -9,7 +9,7 @@ import onnx
 
 from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY
-from edgekit.graph.walk import initializers, producers
+from edgekit.graph.walk import copied, initializers, producers
 
 # Type -> which input holds the weights; the data is the first.
 WEIGHT_INPUT = {
@@ -88,8 +88,7 @@ def infer_shapes(model: onnx.ModelProto, height: int, width: int) -> dict[str, S
     Raises:
         UnsupportedError: The size does not fit the graph.
     """
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
+    fixed = copied(model)
     del fixed.graph.value_info[:]
     for value in fixed.graph.input:
         if value.name == NOISY:

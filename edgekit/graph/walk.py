@@ -1,4 +1,4 @@
-"""Walks over an ONNX graph: who makes a tensor, who reads it, and which convolutions come first and last."""
+"""Walks over an ONNX graph: who makes a tensor, who reads it, what is stored behind it, where convolutions are."""
 
 from __future__ import annotations
 
