@@ -11,7 +11,7 @@ import platform
 import sys
 from collections.abc import Callable
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -295,7 +295,15 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 # Those whose placement for arm has maps of two planes with everything that can meet them: windows with and without a
 # margin, strides, an activation, pixel shuffles, maps of few channels.
 TRUNKS = (
-    *("dense 3x3", "strided 3x3", "space to depth", "students", "picture as features", "dead channels"),
+    *(
+        "dense 3x3",
+        "strided 3x3",
+        "space to depth",
+        "students",
+        "students of 48",
+        "picture as features",
+        "dead channels",
+    ),
     *("concatenations", "resized", "up", "one row", "added to the picture", "shortcuts", "unet"),
 )
 
@@ -321,15 +329,15 @@ def _placed(net: nn.Module, folder: Path, *, equalize: bool = False) -> Source:
 class _Students(nn.Module):
     """The additions of a student: residuals of maps with and without an activation, and a skip over a pixel shuffle."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.head, self.down, self.up = (
-            nn.Conv2d(1, 16, 3, padding=1),
-            nn.Conv2d(16, 24, 2, stride=2),
-            nn.Conv2d(24, 64, 1),
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.Conv2d(width, 24, 2, stride=2),
+            nn.Conv2d(24, 4 * width, 1),
         )
-        self.first, self.second, self.third = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
-        self.low, self.last = nn.Conv2d(24, 24, 1), nn.Conv2d(16, 1, 3, padding=1)
+        self.first, self.second, self.third = (nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
+        self.low, self.last = nn.Conv2d(24, 24, 1), nn.Conv2d(width, 1, 3, padding=1)
 
     def forward(self, noisy: torch.Tensor) -> torch.Tensor:
         head = self.head(noisy)
@@ -342,6 +350,8 @@ class _Students(nn.Module):
 
 
 NETS["students"] = _Students
+# Of 16 channels, x86 finishes 32 together: here one pair and one that is alone.
+NETS["students of 48"] = partial(_Students, 48)
 Sources = Callable[[str], Source]
 Denoise = Callable[[str, str], Callable[[NDArray[np.float32], float], NDArray[np.float32]]]
 

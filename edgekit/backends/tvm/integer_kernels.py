@@ -9,9 +9,11 @@ vector of bytes, signed or not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from operator import add
 
 from tvm import tirx
 
@@ -21,11 +23,9 @@ from edgekit.backends.tvm.machine import Added, Constants, Machine
 
 QUAD = 4
 VECTOR_BYTES = 16
-_UNROLLED_QUADS = 24
 _LOOP_QUADS = 8
 _ROWS_PER_BAND = 8
 _PIXELS_PER_BLOCK = 16
-_MOST_VECTORS = 6
 _FLOAT = "float32"
 _SQUARE = ((0, 0), (0, 1), (1, 0), (1, 1))
 Place = tuple[Index, Index, Index]
@@ -121,12 +121,15 @@ class Dense:
     """A convolution over all channels.
 
     wide: Whether it reads both planes, with weights of 16 bits; those of the second follow the first's.
+    folded: Columns that lie beside each other in the lanes where `window` has the first alone: lane c x n + k of n
+        outputs sums what a pixel gives to output k of the pixel c before it. 1 where the window has all columns.
     """
 
     window: Window
     channels: int
     ends: Finish | ToPicture
     wide: bool = False
+    folded: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,16 +193,27 @@ def write(kernel: Kernel, name: str, machine: Machine) -> tirx.PrimFunc:
     return _from_picture(kernel, name, machine) if isinstance(kernel, FromPicture) else _level(kernel, name)
 
 
-def vectors_of(kernel: Dense, machine: Machine) -> int:
-    """Return how many vectors of output channels a dense kernel sums at a time."""
+def vectors_of(kernel: Dense | Depthwise, machine: Machine) -> int:
+    """Return how many vectors of output channels a convolution sums at a time."""
+    if isinstance(kernel, Depthwise):
+        return math.gcd(kernel.ends.writes.channels // machine.lanes, machine.vectors)
     vectors = -(-kernel.channels // machine.lanes)
     if isinstance(kernel.ends, ToPicture):
         return vectors
-    if machine.vectors > 1:
-        return machine.vectors
     # As many products as possible for each vector of weights and each group of activations that is loaded.
-    fitting = [n for n in range(1, _MOST_VECTORS + 1) if vectors % n == 0]
+    fitting = [n for n in range(1, machine.most_vectors + 1) if vectors % n == 0]
     return min(fitting, key=lambda n: (1 / n + 1 / (machine.registers // n), -n))
+
+
+def folded_columns(window: Window, outputs: int, machine: Machine) -> int:
+    """Return how many columns of a window lie in the lanes of a vector that its few outputs would leave empty."""
+    return window.columns if window.stride == 1 and outputs * window.columns <= machine.lanes else 1
+
+
+def lanes_of(kernel: Dense | Depthwise, machine: Machine) -> list[int]:
+    """Return the channels, counted from the first of a block, of the lanes that a convolution sums at a time."""
+    vectors = vectors_of(kernel, machine)
+    return list(range(vectors * machine.lanes)) if isinstance(kernel.ends, ToPicture) else machine.order(vectors)
 
 
 class _Ending:
@@ -221,7 +235,7 @@ class _Ending:
         self._multiplier = e.parameter("multiplier", "int16", channels)
         if ends.residual is not None:
             self._added = e.parameter("added", machine.activation, ends.residual.bytes)
-            self._times = e.parameter("times", "int16", VECTOR_BYTES)
+            self._times = e.parameter("times", "int16", machine.vectors * machine.lanes)
         self._written, fill = _written(e, machine, ends.writes)
         fill()
 
@@ -231,11 +245,12 @@ class _Ending:
 
     def constants(self, channel: Index, vectors: int) -> list[Constants]:
         """Return what the channels of a block need at the end, per `Machine.vectors`; to be asked for before a loop."""
-        ends, lanes, together = self._ends, self._machine.lanes, self._machine.vectors
+        ends, lanes = self._ends, self._machine.lanes
         if isinstance(ends, ToPicture):
             return []
         made = []
-        for first in range(0, vectors, together):
+        for first in range(0, vectors, self._machine.vectors):
+            together = min(self._machine.vectors, vectors - first)
             at = [channel + (first + vector) * lanes for vector in range(together)]
             made.append(
                 Constants(
@@ -298,7 +313,8 @@ class _Dense:
         self._blocks = -(-kernel.channels // (self._vectors * machine.lanes))
         stored = kernel.channels * self._squares**2
         self._x = self._e.parameter("x", machine.activation, kernel.window.reads.bytes)
-        self._wide = kernel.wide
+        self._wide, self._folded = kernel.wide, kernel.folded
+        self._outputs = len(kernel.ends.places) if isinstance(kernel.ends, ToPicture) else 0
         self._part = kernel.window.rows * kernel.window.run * QUAD * stored
         self._weights = self._e.parameter("weights", "int8", self._part * (2 if kernel.wide else 1))
         self._ending = _Ending(self._e, machine, kernel.ends, stored)
@@ -306,7 +322,7 @@ class _Dense:
     def function(self, name: str) -> tirx.PrimFunc:
         """Return the kernel."""
         e, squares, channels = self._e, self._squares, self._vectors * self._machine.lanes
-        tile = max(1, self._machine.registers // self._vectors)
+        tile = max(1, self._machine.registers // self._vectors - (self._folded - 1))
         with (
             e.loop(self._window.height) as y,
             e.loop(squares) as row,
@@ -319,7 +335,9 @@ class _Dense:
             place = (row, column, inner * channels)
 
             def sum_tile(x: Index, pixels: int) -> None:
-                for pixel, totals in enumerate(self._sums(y, x, pixels, block, biases)):
+                sums = self._sums(y, x, pixels + self._folded - 1, block, biases)
+                for pixel in range(pixels):
+                    totals = self._unfolded(sums, pixel) if self._folded > 1 else sums[pixel]
                     self._ending.store(totals, constants, y, x + pixel, place)
 
             _in_tiles(e, self._window.width, tile, sum_tile)
@@ -339,18 +357,27 @@ class _Dense:
             for done in range(0, count, machine.chunk):
                 quads = min(machine.chunk, count - done)
                 at = [self._window.index(y, left + pixel, row, 0, (first + done) * QUAD) + x for pixel in range(pixels)]
+                order = (block * self._window.rows + row) * self._window.run + first + done
+                if machine.chunk == 1 and self._vectors < pixels:
+                    # The fewer of weights and activations stay in registers, the others pass by.
+                    matrix = [self._matrix(order, vector, weights) for vector in range(self._vectors)]
+                    for pixel, index in enumerate(at):
+                        (quad,) = machine.quads(self._e, self._x, index, 1)
+                        for vector in range(self._vectors):
+                            machine.dot(self._e, sums, pixel * self._vectors + vector, [(matrix[vector], quad)])
+                    continue
                 loaded = [machine.quads(self._e, self._x, index, quads) for index in at]
                 for step in range(0, quads, machine.step):
                     now = slice(step, step + machine.step)
-                    order = (block * self._window.rows + row) * self._window.run + first + done + step
                     for vector in range(self._vectors):
-                        matrix = [self._matrix(order + k, vector, weights) for k in range(len(loaded[0][now]))]
+                        matrix = [self._matrix(order + step + k, vector, weights) for k in range(len(loaded[0][now]))]
                         for pixel in range(pixels):
                             pairs = list(zip(matrix, loaded[pixel][now], strict=True))
                             machine.dot(self._e, sums, pixel * self._vectors + vector, pairs)
 
         def add_window(x: Index, weights: Index) -> None:
-            _over_window(self._e, self._window.rows, self._window.run, partial(add_quads, x=x, weights=weights))
+            body = partial(add_quads, x=x, weights=weights)
+            _over_window(self._e, self._window.rows, self._window.run, machine.unrolled, body)
 
         add_window(0, 0)
         if self._wide:
@@ -363,15 +390,26 @@ class _Dense:
             totals = [total + biases[vector] for total, (_, vector) in zip(totals, slots, strict=True)]
         return [totals[first : first + self._vectors] for first in range(0, len(totals), self._vectors)]
 
+    def _unfolded(self, sums: list[list[Expr]], pixel: int) -> list[Expr]:
+        """Return the sums of a pixel, parts of which lie with the pixels behind it, in the first lanes."""
+        lanes = self._machine.lanes
+        parts = [
+            shuffle(sums[pixel + column], [(column * self._outputs + lane) % lanes for lane in range(lanes)])
+            for column in range(self._folded)
+        ]
+        return [reduce(add, parts)]
+
     def _matrix(self, order: Index, vector: int, first: Index) -> Expr:
         """Return the weights of one group of input channels and one vector of output channels."""
         size = self._machine.lanes * QUAD
         return self._e.let(load(self._weights, (order * self._vectors + vector) * size + first, size))
 
 
-def _over_window(e: Emitter, rows: int, run: int, add_quads: Callable[[Index, Index, int], None]) -> None:
-    """Go over all groups of a window; in loops where there are many, so that the code stays small."""
-    if rows * run <= _UNROLLED_QUADS:
+def _over_window(
+    e: Emitter, rows: int, run: int, unrolled: int, add_quads: Callable[[Index, Index, int], None]
+) -> None:
+    """Go over all groups of a window; in loops where there are more than `unrolled`."""
+    if rows * run <= unrolled:
         for row in range(rows):
             add_quads(row, 0, run)
         return
@@ -399,7 +437,8 @@ class _Depthwise:
 
     def __init__(self, kernel: Depthwise, machine: Machine) -> None:
         self._e, self._machine, self._window = Emitter(), machine, kernel.window
-        self._channels = machine.vectors * machine.lanes
+        self._vectors = vectors_of(kernel, machine)
+        self._channels = self._vectors * machine.lanes
         self._blocks = kernel.ends.writes.channels // self._channels
         self._neighbours = 2 if shares_groups(kernel.window) else 1
         self._x = self._e.parameter("x", machine.activation, kernel.window.reads.bytes)
@@ -424,8 +463,8 @@ class _Depthwise:
     def _area(self, top: Index, rows: int, left: Index, width: int) -> None:
         """All channels of an area whose inputs fit into the first cache."""
         with self._e.loop(self._blocks) as block:
-            biases = [self._ending.bias(block * self._channels, vector) for vector in range(self._machine.vectors)]
-            constants = self._ending.constants(block * self._channels, self._machine.vectors)
+            biases = [self._ending.bias(block * self._channels, vector) for vector in range(self._vectors)]
+            constants = self._ending.constants(block * self._channels, self._vectors)
 
             def column(x: Index, pixels: int) -> None:
                 for y, pixel, totals in self._sums(top, rows, left + x, pixels, block, biases):
@@ -443,9 +482,9 @@ class _Depthwise:
         for y in range(rows):
             while len(read) < y * window.stride + window.rows:
                 read.append([self._group(top, left, len(read), group, block) for group in range(window.groups)])
-            sums = self._e.registers(pixels * machine.vectors * machine.parts, f"int32x{machine.lanes}")
+            sums = self._e.registers(pixels * self._vectors * machine.parts, f"int32x{machine.lanes}")
             for pixel in range(pixels):
-                slots = range(pixel * machine.vectors, (pixel + 1) * machine.vectors)
+                slots = range(pixel * self._vectors, (pixel + 1) * self._vectors)
                 for vector, slot in enumerate(slots):
                     machine.start(self._e, sums, slot, biases[vector])
                     pairs = [
@@ -459,13 +498,13 @@ class _Depthwise:
     def _group(self, top: Index, left: Index, row: int, group: int, block: Index) -> list[Expr]:
         """Return four neighbours in a row, grouped by channel, for each vector of channels."""
         first = [self._window.index(top, left, row, QUAD * group + k, block * self._channels) for k in range(QUAD)]
-        return self._machine.transposed(self._e, self._x, first)
+        return self._machine.transposed(self._e, self._x, first, self._vectors)
 
     def _matrix(self, block: Index, row: int, group: int, pixel: int, vector: int) -> Expr:
         """Return the weights of one row of the window for one of the pixels that share a group."""
         window, size = self._window, self._machine.lanes * QUAD
         order = (row * window.groups + group) * self._neighbours + pixel
-        place = (block * (window.rows * window.groups * self._neighbours) + order) * self._machine.vectors + vector
+        place = (block * (window.rows * window.groups * self._neighbours) + order) * self._vectors + vector
         return load(self._weights, place * size, size)
 
 

@@ -106,7 +106,8 @@ class _Writer:
         kernel = self._kernel(operator)
         squares = _squares(operator)
         stored = (kernel.channels if isinstance(kernel, Dense) else kernel.ends.writes.channels) * squares
-        bias = _padded(self._bias(operator), squares, stored).astype(np.int32)
+        order = kernels.lanes_of(kernel, self._machine)
+        bias = _by_lane(_padded(self._bias(operator), squares, stored), order).astype(np.int32)
         pack = pack_dense if isinstance(kernel, Dense) else pack_depthwise
         parts = [part for part in (operator.weights, operator.weight_rests) if part is not None]
         packed = np.concatenate([pack(operator, part, kernel, self._machine).reshape(-1) for part in parts])
@@ -114,7 +115,7 @@ class _Writer:
         if operator.noise_gain is None:
             reads.append(_constant(bias))
         else:
-            gain = _padded(operator.noise_gain, squares, stored).astype(np.float32)
+            gain = _by_lane(_padded(operator.noise_gain, squares, stored), order).astype(np.float32)
             bound = np.full(stored, MOST_NOISE, np.float32)
             level = (Input("sigma"), _constant(bias), _constant(gain), _constant(bound))
             reads.append(self._call(Level(channels=stored), level, 4 * stored))
@@ -124,16 +125,16 @@ class _Writer:
                 reads.append(Input("noisy"))
             size = 4 * self._network.channels * self._network.height * self._network.width
         else:
-            reads += self._finish(operator, operator.rescale, stored)
+            reads += self._finish(operator, operator.rescale, stored, order)
             size = self._map(operator.writes).bytes
         written = self._call(kernel, tuple(reads), size, operator.macs)
         if isinstance(operator.writes, Feature):
             self._features[operator.writes.name] = written
 
-    def _finish(self, operator: Convolution, steps: Rescale | None, stored: int) -> list[Tensor]:
+    def _finish(self, operator: Convolution, steps: Rescale | None, stored: int, order: Sequence[int]) -> list[Tensor]:
         assert steps is not None
         squares = operator.shuffle**2
-        shift = _padded(steps.shift, squares, stored)
+        shift = _by_lane(_padded(steps.shift, squares, stored), order)
         multiplier = _padded(steps.multiplier, squares, stored)
         reads: list[Tensor]
         if self._machine.unsigned:
@@ -145,7 +146,8 @@ class _Writer:
         reads.append(_constant(multiplier.astype(np.int16)))
         if operator.residual is not None:
             reads.append(self._features[operator.residual.feature.name])
-            reads.append(_constant(np.full(kernels.VECTOR_BYTES, operator.residual.multiplier, np.int16)))
+            lanes = self._machine.vectors * self._machine.lanes
+            reads.append(_constant(np.full(lanes, operator.residual.multiplier, np.int16)))
         assert isinstance(operator.writes, Feature)
         if self._margin(operator.writes):
             reads.append(self._outside(operator.writes))
@@ -168,7 +170,11 @@ class _Writer:
             if operator.depthwise:
                 raise UnsupportedError(f"'{operator.name}': a depthwise convolution writes the picture")
             lanes = self._machine.lanes
-            return Dense(window=window, channels=-(-len(operator.bias) // lanes) * lanes, ends=ends, wide=wide)
+            channels = -(-len(operator.bias) // lanes) * lanes
+            folded = kernels.folded_columns(window, len(operator.bias), self._machine)
+            if folded > 1:
+                window = replace(window, columns=1)
+            return Dense(window=window, channels=channels, ends=ends, wide=wide, folded=folded)
         if operator.depthwise:
             if operator.shuffle != 1:
                 raise UnsupportedError(f"'{operator.name}': a pixel shuffle follows a depthwise convolution")
@@ -240,13 +246,16 @@ class _Writer:
 def pack_dense(operator: Convolution, weights: NDArray[np.int8], kernel: Kernel, machine: Machine) -> NDArray[np.int8]:
     """Return the weights as [block of channels][row][group of four bytes in a row][vector][lane][four]."""
     assert isinstance(kernel, Dense)
+    if kernel.folded > 1:
+        weights = np.concatenate(np.split(weights, kernel.folded, axis=3))
     rows, columns = weights.shape[2:]
     squares = _squares(operator)
-    vectors = kernels.vectors_of(kernel, machine)
+    order = kernels.lanes_of(kernel, machine)
     given = weights.reshape(squares, -1, *weights.shape[1:])
     full = np.zeros((squares, kernel.channels, rows, columns, kernel.window.reads.channels), np.int8)
     full[:, : given.shape[1], :, :, : given.shape[2]] = given.transpose(0, 1, 3, 4, 2)
-    split = full.reshape(-1, vectors, machine.lanes, rows, kernel.window.run, kernels.QUAD)
+    split = full.reshape(-1, len(order), rows, kernel.window.run, kernels.QUAD)[:, order]
+    split = split.reshape(len(split), -1, machine.lanes, *split.shape[2:])
     return np.ascontiguousarray(split.transpose(0, 3, 4, 1, 2, 5))
 
 
@@ -261,7 +270,9 @@ def pack_depthwise(
     full = np.zeros((channels, window.rows, neighbours, window.groups * kernels.QUAD), np.int8)
     for neighbour in range(neighbours):
         full[: len(weights), :, neighbour, neighbour : neighbour + window.columns] = weights[:, 0]
-    split = full.reshape(-1, machine.vectors, machine.lanes, window.rows, neighbours, window.groups, kernels.QUAD)
+    order = kernels.lanes_of(kernel, machine)
+    split = full.reshape(-1, len(order), window.rows, neighbours, window.groups, kernels.QUAD)[:, order]
+    split = split.reshape(len(split), -1, machine.lanes, *split.shape[2:])
     return np.ascontiguousarray(split.transpose(0, 3, 5, 4, 1, 2, 6))
 
 
@@ -276,6 +287,11 @@ def _padded(values: NDArray[_Number], squares: int, stored: int) -> NDArray[_Num
     full = np.zeros((squares, stored // squares), values.dtype)
     full[:, : given.shape[1]] = given
     return full.reshape(-1)
+
+
+def _by_lane(values: NDArray[_Number], order: Sequence[int]) -> NDArray[_Number]:
+    """Return values per channel in the order of the lanes that sum them; `order` is that of one block."""
+    return values.reshape(-1, len(order))[:, order].reshape(-1)
 
 
 def _constant(values: NDArray[np.generic]) -> Constant:

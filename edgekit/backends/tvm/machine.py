@@ -68,8 +68,11 @@ class Machine(ABC):
     parts: Vectors that one accumulator takes.
     step: Groups of four input channels that are multiplied at once.
     chunk: Such groups that `quads` loads at once.
-    vectors: Accumulators of neighbouring channels that `finish` takes together.
+    vectors: Accumulators of neighbouring channels that `finish` takes together, at most.
+    most_vectors: Accumulators of neighbouring channels for which a dense kernel loads activations once, at most.
     registers: Accumulators that fit into the registers beside what they are summed from.
+    unrolled: Groups of four input channels of a window that a kernel writes out; it loops over more. On x86, LLVM moves
+        the weights of a longer one out of the loop over pixels, and then has no registers for the sums.
     unsigned: Whether activations lie in memory as uint8, 128 more.
     """
 
@@ -79,13 +82,19 @@ class Machine(ABC):
     step: int
     chunk: int
     vectors: int
+    most_vectors: int
     registers: int
+    unrolled: int
     unsigned: bool
 
     @property
     def activation(self) -> str:
         """Type of an activation in memory."""
         return "uint8" if self.unsigned else "int8"
+
+    def order(self, vectors: int) -> list[int]:
+        """Return the channels, counted from the first, of the lanes of neighbouring accumulators."""
+        return list(range(vectors * self.lanes))
 
     def start(self, e: Emitter, sums: Buffer, slot: int, bias: Expr) -> None:
         """Set an accumulator to its bias."""
@@ -104,18 +113,19 @@ class Machine(ABC):
         """Add to an accumulator, in each lane, the products of four weights and four activations, per pair."""
 
     @abstractmethod
-    def transposed(self, e: Emitter, x: Buffer, indices: Sequence[Index]) -> list[Expr]:
-        """Return the channels of four pixels, grouped by channel: one entry per vector of `vectors`."""
+    def transposed(self, e: Emitter, x: Buffer, indices: Sequence[Index], vectors: int) -> list[Expr]:
+        """Return the channels of four pixels, grouped by channel: for so many accumulators (at most `vectors`)."""
 
     @abstractmethod
     def finish(self, e: Emitter, totals: Sequence[Expr], constants: Constants, added: Added | None) -> Finished:
-        """Return `vectors` vectors of sums as activations, and the second plane of them if it is kept."""
+        """Return sums (at most `vectors` of them) as activations, and the second plane of them if it is kept."""
 
 
 class DotProduct(Machine):
     """armv8.2 with dotprod."""
 
-    name, lanes, parts, step, chunk, vectors, registers, unsigned = "dotprod", 4, 1, 1, 4, 2, 16, False
+    name, lanes, parts, step, chunk, unsigned = "dotprod", 4, 1, 1, 4, False
+    vectors, most_vectors, registers, unrolled = 2, 2, 16, 24
 
     def quads(self, e: Emitter, x: Buffer, index: Index, count: int) -> list[Expr]:
         """Return lanes of one vector: sdot takes its second operand by lane."""
@@ -128,8 +138,9 @@ class DotProduct(Machine):
             total = intrinsic("int32x4", f"{_NEON}.sdot.v4i32.v16i8", load(sums, slot), weights, activations)
             e.store(sums, slot, total)
 
-    def transposed(self, e: Emitter, x: Buffer, indices: Sequence[Index]) -> list[Expr]:
+    def transposed(self, e: Emitter, x: Buffer, indices: Sequence[Index], vectors: int) -> list[Expr]:
         """Two rounds of zip: bytes of neighbours, then pairs of pairs."""
+        assert vectors == self.vectors  # channels are stored as multiples of 16
         pixels = [e.let(load(x, index, 16)) for index in indices]
         bytes_zipped = [i for pair in zip(range(8), range(16, 24), strict=True) for i in pair]
         left, right = (
@@ -195,9 +206,21 @@ class Neon(DotProduct):
 
 
 class Vnni(Machine):
-    """x86 with AVX-512 VNNI and VBMI."""
+    """x86 with AVX-512 VNNI and VBMI.
 
-    name, lanes, parts, step, chunk, vectors, registers, unsigned = "vnni", 16, 1, 1, 1, 1, 24, True
+    Two accumulators are finished together, as one vector of int16: `vpackssdw` puts four of one beside four of the
+    other, so these hold the channels by fours in turn.
+    """
+
+    name, lanes, parts, step, chunk, unsigned = "vnni", 16, 1, 1, 1, True
+    vectors, most_vectors, registers, unrolled = 2, 6, 22, 8
+
+    def order(self, vectors: int) -> list[int]:
+        """Return fours of channels in turn for each pair; a last one without a partner has its own as they come."""
+        pairs, alone = divmod(vectors, 2)
+        fours = [32 * pair + 8 * four + 4 * half for pair in range(pairs) for half in (0, 1) for four in range(4)]
+        order = [first + channel for first in fours for channel in range(4)]
+        return order + list(range(32 * pairs, 32 * pairs + 16 * alone))
 
     def quads(self, e: Emitter, x: Buffer, index: Index, count: int) -> list[Expr]:
         """Return groups broadcast from memory."""
@@ -210,61 +233,97 @@ class Vnni(Machine):
             total = intrinsic("int32x16", "llvm.x86.avx512.vpdpbusd.512", load(sums, slot), activations, weights)
             e.store(sums, slot, total)
 
-    def transposed(self, e: Emitter, x: Buffer, indices: Sequence[Index]) -> list[Expr]:
+    def transposed(self, e: Emitter, x: Buffer, indices: Sequence[Index], vectors: int) -> list[Expr]:
         """Sixteen channels of four pixels in one vector."""
-        pixels = [e.let(load(x, index, 16)) for index in indices]
-        return [e.let(shuffle(pixels, [16 * pixel + channel for channel in range(16) for pixel in range(4)]))]
+        channels = 16 * vectors
+        pixels = [e.let(load(x, index, channels)) for index in indices]
+        order = self.order(vectors)
+        lanes = [order[first : first + 16] for first in range(0, channels, 16)]
+        return [
+            e.let(shuffle(pixels, [channels * pixel + channel for channel in held for pixel in range(4)]))
+            for held in lanes
+        ]
 
     def finish(self, e: Emitter, totals: Sequence[Expr], constants: Constants, added: Added | None) -> Finished:
-        """Sixteen channels: vpsravd, vpmovsdw, vpmulhrsw, (vpmulhrsw, vpaddsw), vpaddsw, vpsraw, vpmovswb."""
-        total = totals[0] if constants.left is None else totals[0] << constants.left[0]
-        u = _vnni_product(_saturated(total >> constants.shift[0], "int32x16", "int16x16"), constants.multiplier)
+        """32 channels: vpsravd, vpackssdw, vpmulhrsw, (vpmulhrsw, vpaddsw), vpmulhrsw, vpmovswb."""
+        left = constants.left or [None] * len(totals)
+        shifted = [
+            (total if by is None else total << by) >> shift
+            for total, by, shift in zip(totals, left, constants.shift, strict=True)
+        ]
+        lanes = _Lanes(16 * len(totals))
+        narrow = _saturated(shifted[0], "int32x16", "int16x16") if len(totals) == 1 else _packed(*shifted)
+        u = lanes.product(narrow, constants.multiplier)
         if added is not None:
             # 256 x (value - 128) in int16 is what flipping the top bit leaves.
-            value = tirx.Cast("int16x16", load(added.buffer, added.whole, 16)) << tirx.const(8, "int16x16")
-            residual = value ^ tirx.const(-32768, "int16x16")
+            value = lanes.load(added.buffer, added.whole) << lanes.const(8)
+            residual = value ^ lanes.const(-32768)
             if added.rest is not None:
-                signed = tirx.Cast("int16x16", load(added.buffer, added.rest, 16)) - tirx.const(128, "int16x16")
-                rest = signed << tirx.const(8 - added.rest_bits, "int16x16")
-                residual = _saturating_sum(residual, rest)
-            u = _saturating_sum(u, _vnni_product(residual, constants.residual))
+                signed = lanes.load(added.buffer, added.rest) - lanes.const(128)
+                residual = lanes.sum(residual, signed << lanes.const(8 - added.rest_bits))
+            u = lanes.sum(u, lanes.product(residual, constants.residual))
         if constants.keeps_rest:
-            u = e.let(_at_least(u, constants.low << constants.fraction, UNBOUNDED << constants.fraction, "int16x16"))
-        half = tirx.const(1 << (constants.fraction - 1), "int16x16")
-        q = _saturating_sum(u, half) >> tirx.const(constants.fraction, "int16x16")
-        q = _within_int8(q, max(constants.low, INT8_MIN))
+            low, lowest = constants.low << constants.fraction, UNBOUNDED << constants.fraction
+            u = e.let(_at_least(u, low, lowest, lanes.dtype))
+        # (u x 2^(15 - fraction) + 2^14) >> 15 is u in steps of 2^fraction, rounded.
+        q = lanes.within_int8(
+            lanes.product(u, lanes.const(1 << (15 - constants.fraction))), max(constants.low, INT8_MIN)
+        )
         if not constants.keeps_rest:
-            return _vnni_stored(q), None
+            return lanes.stored(q), None
         q = e.let(q)
-        whole = q << tirx.const(constants.fraction, "int16x16")
-        rest = intrinsic("int16x16", "llvm.ssub.sat.v16i16", u, whole)
-        return _vnni_stored(q), _vnni_stored(_within_int8(rest, -128))
+        rest = lanes.difference(u, q << lanes.const(constants.fraction))
+        return lanes.stored(q), lanes.stored(lanes.within_int8(rest, -128))
+
+
+@dataclass(frozen=True)
+class _Lanes:
+    """Arithmetic of x86 on 16 or 32 lanes of int16."""
+
+    lanes: int
+
+    @property
+    def dtype(self) -> str:
+        return f"int16x{self.lanes}"
+
+    def const(self, value: int) -> Expr:
+        return tirx.const(value, self.dtype)
+
+    def load(self, buffer: Buffer, index: Index) -> Expr:
+        """Return bytes without sign."""
+        return tirx.Cast(self.dtype, load(buffer, index, self.lanes))
+
+    def product(self, one: Expr, other: Expr) -> Expr:
+        """Return products of fractions of 15 bits, rounded."""
+        name = "avx512.pmul.hr.sw.512" if self.lanes == 32 else "avx2.pmul.hr.sw"
+        return intrinsic(self.dtype, f"llvm.x86.{name}", one, other)
+
+    def sum(self, one: Expr, other: Expr) -> Expr:
+        return intrinsic(self.dtype, f"llvm.sadd.sat.v{self.lanes}i16", one, other)
+
+    def difference(self, one: Expr, other: Expr) -> Expr:
+        return intrinsic(self.dtype, f"llvm.ssub.sat.v{self.lanes}i16", one, other)
+
+    def within_int8(self, value: Expr, low: int) -> Expr:
+        return tirx.min(tirx.max(value, self.const(low)), self.const(127))
+
+    def stored(self, value: Expr) -> Expr:
+        """Return values, all within 8 bits, as they lie in memory."""
+        narrow = reinterpret(f"uint8x{self.lanes}", tirx.Cast(f"int8x{self.lanes}", value))
+        return narrow ^ tirx.const(128, f"uint8x{self.lanes}")
 
 
 def _high_product(dtype: str, one: Expr, other: Expr) -> Expr:
     return intrinsic(dtype, f"{_NEON}.sqrdmulh.v8i16", one, other)
 
 
-def _vnni_product(one: Expr, other: Expr) -> Expr:
-    return intrinsic("int16x16", "llvm.x86.avx2.pmul.hr.sw", one, other)
-
-
-def _saturating_sum(one: Expr, other: Expr) -> Expr:
-    return intrinsic("int16x16", "llvm.sadd.sat.v16i16", one, other)
+def _packed(one: Expr, other: Expr) -> Expr:
+    return intrinsic("int16x32", "llvm.x86.avx512.packssdw.512", one, other)
 
 
 def _saturated(value: Expr, wide: str, narrow: str) -> Expr:
     bounded = tirx.min(tirx.max(value, tirx.const(-32768, wide)), tirx.const(32767, wide))
     return tirx.Cast(narrow, bounded)
-
-
-def _vnni_stored(value: Expr) -> Expr:
-    """Return int16 values, all within 8 bits, as they lie in memory."""
-    return reinterpret("uint8x16", tirx.Cast("int8x16", value)) ^ tirx.const(128, "uint8x16")
-
-
-def _within_int8(value: Expr, low: int) -> Expr:
-    return tirx.min(tirx.max(value, tirx.const(low, "int16x16")), tirx.const(127, "int16x16"))
 
 
 def _at_least(value: Expr, low: int, lowest: int, dtype: str) -> Expr:
