@@ -13,6 +13,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -63,21 +64,31 @@ class Bundle:
     built: Built
 
 
-def _has_vnni() -> bool:
+def _has(*flags: str) -> bool:
     cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    return platform.machine() == "x86_64" and "avx512_vnni" in flags and "avx512_vbmi" in flags
+    found = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    return platform.machine() == "x86_64" and all(flag in found for flag in flags)
+
+
+def _has_vnni() -> bool:
+    return _has("avx512_vnni", "avx512_vbmi")
+
+
+def _has_amx() -> bool:
+    return _has_vnni() and _has("amx_int8")
 
 
 MACHINES = [
     pytest.param("dotprod", id="dotprod"),
     pytest.param("neon", id="neon"),
     pytest.param("vnni", id="vnni", marks=pytest.mark.skipif(not _has_vnni(), reason="this machine has no VNNI")),
+    pytest.param("amx", id="amx", marks=pytest.mark.skipif(not _has_amx(), reason="this machine has no AMX")),
 ]
 PLACES = {
     "dotprod": (ARM, Runner(kind="qemu", cpus=("cortex-a76",))),
     "neon": (ARM, Runner(kind="qemu", cpus=("cortex-a53",))),
     "vnni": (X86, X86.runner),
+    "amx": (X86, X86.runner),
 }
 
 
@@ -379,18 +390,23 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
 
 @pytest.fixture(scope="module")
 def denoisers(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Denoise:
-    """Return a function that gives the compiled net of a name on a machine; both of ARM are in one library."""
+    """Return a function that gives the compiled net of a name on a machine; both of ARM are in one library.
+
+    So are both of x86, but it would take AMX wherever it can.
+    """
 
     @cache
-    def built(name: str, triple: str) -> Bundle:
+    def built(name: str, where: str) -> Bundle:
         folder = tmp_path_factory.mktemp("library")
-        place = _target("vnni" if triple.startswith("x86") else "dotprod", *_size(name))
-        return Bundle(folder=folder, built=tvm.build(sources(name), place, folder))
+        place = _target(where, *_size(name))
+        choices = variants._CHOICES["x86_64"]
+        assert [choice.machine.name for choice in choices] == ["amx", "vnni"]
+        with mock.patch.dict(variants._CHOICES, {"x86_64": choices[1:] if where == "vnni" else choices}):
+            return Bundle(folder=folder, built=tvm.build(sources(name), place, folder))
 
     def denoiser(name: str, where: str) -> Callable[[NDArray[np.float32], float], NDArray[np.float32]]:
         place = _target(where, *_size(name))
-        assert place.isa is not None
-        bundle = built(name, place.isa.triple)
+        bundle = built(name, "dotprod" if where == "neon" else where)
         ((_, denoise),) = tvm.open_session(bundle.folder, bundle.built, place)
         return denoise
 
@@ -398,8 +414,9 @@ def denoisers(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Den
 
 
 def _size(name: str) -> tuple[int, int]:
-    sizes = {"colour": (40, 72), "one row": (4, 8), "trunk one row": (4, 8)}
-    return sizes.get(name, (SIDE, SIDE + 4))
+    # AMX sums 32 pixels, or 16, of rows that have them; of these some are summed twice.
+    sizes = {"colour": (40, 72), "one row": (4, 8), "students of 48": (SIDE, 72)}
+    return sizes.get(name.removeprefix("trunk "), (SIDE, SIDE + 4))
 
 
 @pytest.mark.parametrize("where", MACHINES)
@@ -585,6 +602,20 @@ def test_every_multiplying_kernel_is_of_integers_by_its_machine_code(nano: Sourc
         assert len(multiplying) >= 15
         assert all(counts[name][mnemonic] for name in multiplying)
         assert all(not counts[name]["sdot"] for name in multiplying) == (variant.name == "neon")
+        assert variant.integer_macs == variant.macs > 32 * 32 * 1000
+
+
+def test_amx_multiplies_tiles_and_vnni_the_rest_by_their_machine_code(nano: Source, tmp_path: Path) -> None:
+    assert X86.isa is not None
+    amx, vnni = variants.compile_integer(nano, X86.isa, 32, 32, tmp_path)
+    assert (amx.name, vnni.name, vnni.requires) == ("amx", "vnni", None)
+    for variant in (amx, vnni):
+        counts = machine_code.instruction_counts(variant.object_file)
+        multiplying = {name: found for name, found in counts.items() if "dense" in name or "depthwise" in name}
+        assert len(multiplying) >= 15
+        assert all(found["tdpbusd"] or found["vpdpbusd"] for found in multiplying.values())
+        # Not the first and the last, of 16-bit weights, nor the convolutions that write rows of 8 pixels or of 4.
+        assert sum(found["tdpbusd"] > 0 for found in multiplying.values()) == (5 if variant is amx else 0)
         assert variant.integer_macs == variant.macs > 32 * 32 * 1000
 
 

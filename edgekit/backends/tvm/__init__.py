@@ -15,9 +15,10 @@ Around the tile lies what an app sees: whole pictures (c/api.c.j2), the native m
     int edgekit_<model>_<variant>_tile(const float *noisy, float sigma, float *denoised, void *workspace);
 
 The first chooses the variant that the processor can run, at each call and without state; the others are the variants:
-`float32`, or `dotprod` and `neon` (64-bit ARM), or `vnni` (x86). `noisy` and `denoised` are channels x height x width
-floats of the size in the facts `tile` and `channels`; they may lie anywhere a float may, and must not overlap. `sigma`
-is ignored by a blind model. `workspace` is at a multiple of 64 and has `arena_bytes` bytes (a fact, the same for all
+`float32`, or `dotprod` and `neon` (64-bit ARM), or `amx` and `vnni` (x86). `amx` is to be called only where Linux has
+let the process use tiles, for which the first asks. `noisy` and `denoised` are channels x height x width floats of
+the size in the facts `tile` and `channels`; they may lie anywhere a float may, and must not overlap. `sigma` is
+ignored by a blind model. `workspace` is at a multiple of 64 and has `arena_bytes` bytes (a fact, the same for all
 variants of a library); its content before and after means nothing. They return 0, cannot fail, keep nothing between
 calls, allocate nothing, and take `stack_bytes` of stack and a few KiB; any number may run at once, each with its own
 workspace.

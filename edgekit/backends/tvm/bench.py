@@ -23,7 +23,7 @@ PROGRAM = "bench"
 _ALL = 0xFFFF_FFFF_FFFF_FFFF
 _LIBRARY = re.compile(r"lib(edgekit_\w+)\.so")
 # What a variant needs; the library takes the first of its variants that the processor can run (variants.py).
-_NEEDS: Mapping[str, str] = {"dotprod": "asimddp"}
+_NEEDS: Mapping[str, str] = {"dotprod": "asimddp", "amx": "amx_int8"}
 
 log = logging.getLogger(__name__)
 

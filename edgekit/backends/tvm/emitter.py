@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.ir import Expr, PointerType, PrimType
 from tvm.tirx import Buffer
 
-__all__ = ["Buffer", "Emitter", "Expr", "Index", "intrinsic", "load", "reinterpret", "shuffle"]
+__all__ = ["Buffer", "Emitter", "Expr", "Index", "address", "intrinsic", "load", "reinterpret", "shuffle"]
 
 Index: TypeAlias = Expr | int
 
@@ -49,6 +49,10 @@ class Emitter:
         """Write a scalar or a vector."""
         self._write(buffer.vstore([index], value))
 
+    def call(self, name: str, *arguments: Expr) -> None:
+        """Call an LLVM intrinsic that gives nothing back."""
+        self._write(tirx.Evaluate(tirx.call_llvm_intrin("void", name, *arguments)))
+
     @contextmanager
     def loop(self, extent: int) -> Iterator[Index]:
         """Write what is written inside `extent` times; gives the number of the turn."""
@@ -81,6 +85,11 @@ class Emitter:
 def load(buffer: Buffer, index: Index, lanes: int = 1) -> Expr:
     """Return `lanes` elements of a buffer from `index` on."""
     return buffer.vload([index], dtype=f"{buffer.dtype}x{lanes}" if lanes > 1 else str(buffer.dtype))
+
+
+def address(buffer: Buffer, index: Index) -> Expr:
+    """Return a pointer to an element of a buffer."""
+    return tirx.address_of(buffer[index])
 
 
 def intrinsic(dtype: str, name: str, *arguments: Expr) -> Expr:

@@ -17,6 +17,7 @@ from operator import add
 
 from tvm import tirx
 
+from edgekit.backends.tvm import tiles
 from edgekit.backends.tvm.emitter import Buffer, Emitter, Expr, Index, intrinsic, load, shuffle
 from edgekit.backends.tvm.integer import Resampling
 from edgekit.backends.tvm.machine import Added, Constants, Machine
@@ -26,6 +27,7 @@ VECTOR_BYTES = 16
 _LOOP_QUADS = 8
 _ROWS_PER_BAND = 8
 _PIXELS_PER_BLOCK = 16
+_STORED_PIXELS = 4
 _FLOAT = "float32"
 _SQUARE = ((0, 0), (0, 1), (1, 0), (1, 1))
 Place = tuple[Index, Index, Index]
@@ -183,7 +185,7 @@ Kernel = Dense | Depthwise | FromPicture | Level | Joined | Resampled
 def write(kernel: Kernel, name: str, machine: Machine) -> tirx.PrimFunc:
     """Return the code of a kernel; its parameters are in the order of `program`'s steps."""
     if isinstance(kernel, Dense):
-        return _Dense(kernel, machine).function(name)
+        return (_TiledDense if is_tiled(kernel, machine) else _Dense)(kernel, machine).function(name)
     if isinstance(kernel, Depthwise):
         return _Depthwise(kernel, machine).function(name)
     if isinstance(kernel, Joined):
@@ -200,9 +202,18 @@ def vectors_of(kernel: Dense | Depthwise, machine: Machine) -> int:
     vectors = -(-kernel.channels // machine.lanes)
     if isinstance(kernel.ends, ToPicture):
         return vectors
+    if is_tiled(kernel, machine):
+        return math.gcd(vectors, machine.vectors)
     # As many products as possible for each vector of weights and each group of activations that is loaded.
     fitting = [n for n in range(1, machine.most_vectors + 1) if vectors % n == 0]
     return min(fitting, key=lambda n: (1 / n + 1 / (machine.registers // n), -n))
+
+
+def is_tiled(kernel: Dense, machine: Machine) -> bool:
+    """Return whether a convolution is summed in tile registers: whole vectors of channels, a tile's pixels in a row."""
+    window, to_map = kernel.window, isinstance(kernel.ends, Finish)
+    fits = window.width >= tiles.ROWS and window.reads.channels % VECTOR_BYTES == 0
+    return machine.tiles and to_map and fits and not kernel.wide
 
 
 def folded_columns(window: Window, outputs: int, machine: Machine) -> int:
@@ -221,7 +232,7 @@ class _Ending:
 
     def __init__(self, e: Emitter, machine: Machine, ends: Finish | ToPicture, channels: int) -> None:
         self._e, self._machine, self._ends = e, machine, ends
-        self._bias = e.parameter("bias", "int32", channels)
+        self.biases = e.parameter("bias", "int32", channels)
         if isinstance(ends, ToPicture):
             self._scale = e.parameter("scale", _FLOAT, channels)
             size = ends.planes * ends.height * ends.width
@@ -241,7 +252,7 @@ class _Ending:
 
     def bias(self, channel: Index, vector: int) -> Expr:
         """Return the bias of one vector of channels."""
-        return self._e.let(load(self._bias, channel + vector * self._machine.lanes, self._machine.lanes))
+        return self._e.let(load(self.biases, channel + vector * self._machine.lanes, self._machine.lanes))
 
     def constants(self, channel: Index, vectors: int) -> list[Constants]:
         """Return what the channels of a block need at the end, per `Machine.vectors`; to be asked for before a loop."""
@@ -403,6 +414,82 @@ class _Dense:
         """Return the weights of one group of input channels and one vector of output channels."""
         size = self._machine.lanes * QUAD
         return self._e.let(load(self._weights, (order * self._vectors + vector) * size + first, size))
+
+
+class _TiledDense:
+    """Up to 32 pixels in a row and 32 output channels are summed in tile registers over the whole window."""
+
+    def __init__(self, kernel: Dense, machine: Machine) -> None:
+        assert isinstance(kernel.ends, Finish)
+        self._e, self._machine, self._window = Emitter(), machine, kernel.window
+        self._vectors, self._squares = vectors_of(kernel, machine), kernel.ends.shuffle
+        self._channels = self._vectors * machine.lanes
+        self._blocks = kernel.channels // self._channels
+        self._halves = 2 if kernel.window.width >= 2 * tiles.ROWS else 1
+        self._pixels = self._halves * tiles.ROWS
+        # Of input channels, groups that are multiplied at once.
+        self._depth = max(n for n in range(1, tiles.ROWS + 1) if kernel.window.run % n == 0)
+        stored = kernel.channels * self._squares**2
+        self._x = self._e.parameter("x", machine.activation, kernel.window.reads.bytes)
+        self._weights = self._e.parameter("weights", "int8", kernel.window.rows * kernel.window.run * QUAD * stored)
+        self._ending = _Ending(self._e, machine, kernel.ends, stored)
+        self._sums = self._e.registers(self._pixels * self._vectors, f"int32x{machine.lanes}")
+
+    def function(self, name: str) -> tirx.PrimFunc:
+        """Return the kernel."""
+        e, squares, width = self._e, self._squares, self._window.width
+        tiles.configure(e, self._depth)
+        with (
+            e.loop(self._window.height) as y,
+            e.loop(squares) as row,
+            e.loop(squares) as column,
+            e.loop(self._blocks) as inner,
+        ):
+            block = (row * squares + column) * self._blocks + inner
+            constants = self._ending.constants(block * self._channels, self._vectors)
+            place = (row, column, inner * self._channels)
+            with e.loop(width // self._pixels) as turn:
+                self._tile(y, turn * self._pixels, block, constants, place)
+            if width % self._pixels:
+                # The last pixels, some of them once more, so that no tile reaches beyond the row.
+                self._tile(y, width - self._pixels, block, constants, place)
+        tiles.release(e)
+        return e.function(name)
+
+    def _tile(self, y: Index, left: Index, block: Index, constants: list[Constants], place: Place) -> None:
+        """Sum and store a tile of pixels."""
+        self._sum(y, left, block)
+
+        def store(first: Index, count: int) -> None:
+            for pixel in range(count):
+                at = (first + pixel) * self._vectors
+                totals = [self._e.let(load(self._sums, at + vector)) for vector in range(self._vectors)]
+                self._ending.store(totals, constants, y, left + first + pixel, place)
+
+        _in_tiles(self._e, self._pixels, _STORED_PIXELS, store)
+
+    def _sum(self, y: Index, left: Index, block: Index) -> None:
+        e, window, lanes, depth = self._e, self._window, self._machine.lanes, self._depth
+        stride = self._vectors * lanes * QUAD
+        held = [
+            (tiles.SUMS[half * self._vectors + vector], half, vector)
+            for half in range(self._halves)
+            for vector in range(self._vectors)
+        ]
+        for tile, _, vector in held:
+            tiles.load(e, tile, self._ending.biases, (block * self._vectors + vector) * lanes, 0)
+        with e.loop(window.rows) as row, e.loop(window.run // depth) as step:
+            for half in range(self._halves):
+                at = window.index(y, left + half * tiles.ROWS, row, 0, step * depth * QUAD)
+                tiles.load(e, tiles.ACTIVATIONS[half], self._x, at, window.stride * window.reads.channels)
+            order = (block * window.rows + row) * window.run + step * depth
+            for vector in range(self._vectors):
+                at = (order * self._vectors + vector) * lanes * QUAD
+                tiles.load(e, tiles.WEIGHTS[vector], self._weights, at, stride)
+            for tile, half, vector in held:
+                tiles.dot(e, tile, tiles.ACTIVATIONS[half], tiles.WEIGHTS[vector])
+        for tile, half, vector in held:
+            tiles.store(e, tile, self._sums, half * tiles.ROWS * self._vectors + vector, stride)
 
 
 def _over_window(

@@ -1,4 +1,4 @@
-"""The three instruction sets: how each multiplies int8, widens, rounds and narrows. Kernels are written once on top.
+"""The instruction sets: how each multiplies int8, widens, rounds and narrows. Kernels are written once on top.
 
 | | `DotProduct` | `Neon` | `Vnni` |
 |---|---|---|---|
@@ -6,6 +6,8 @@
 | lanes of int32 | 4 | 4 | 16 |
 | four products and their sum | sdot | smull, smlal, sadalp (of eight) | vpdpbusd |
 | activations in memory | int8 | int8 | uint8, 128 more |
+
+`Amx` is `Vnni` with tile registers, in which dense convolutions are summed.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ class Machine(ABC):
     unrolled: Groups of four input channels of a window that a kernel writes out; it loops over more. On x86, LLVM moves
         the weights of a longer one out of the loop over pixels, and then has no registers for the sums.
     unsigned: Whether activations lie in memory as uint8, 128 more.
+    tiles: Whether there are tile registers (`tiles`).
     """
 
     name: str
@@ -86,6 +89,7 @@ class Machine(ABC):
     registers: int
     unrolled: int
     unsigned: bool
+    tiles: bool = False
 
     @property
     def activation(self) -> str:
@@ -274,6 +278,12 @@ class Vnni(Machine):
         q = e.let(q)
         rest = lanes.difference(u, q << lanes.const(constants.fraction))
         return lanes.stored(q), lanes.stored(lanes.within_int8(rest, -128))
+
+
+class Amx(Vnni):
+    """x86 with AMX's products of 8-bit integers too."""
+
+    name, tiles = "amx", True
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Which kernels of an object file multiply integers: told from their machine code, not from what was asked for.
 
 Encodings: Arm Architecture Reference Manual for A-profile, C4.1 "A64 instruction set encoding"; Intel 64 and IA-32
-Architectures Software Developer's Manual, volume 2, VPDPBUSD and 2.7.1 "Instruction format and EVEX".
+Architectures Software Developer's Manual, volume 2, VPDPBUSD, TDPBUSD, 2.3.5 "The VEX prefix" and 2.7.1 "Instruction
+format and EVEX".
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ _A64: Mapping[str, tuple[tuple[int, int], ...]] = {
 _VPDPBUSD = re.compile(
     rb"\x62[\x02\x12\x22\x32\x42\x52\x62\x72\x82\x92\xa2\xb2\xc2\xd2\xe2\xf2][\x05-\x7d][\x40-\x5f]\x50", re.DOTALL
 )
-_MULTIPLIES = {"dotprod": ("sdot",), "neon": ("smull", "smlal"), "vnni": ("vpdpbusd",)}
+# VEX.128.66.0F38.W0 5E, three tiles
+_TDPBUSD = re.compile(rb"\xc4\xe2[\x41\x49\x51\x59\x61\x69\x71\x79]\x5e[\xc0-\xff]", re.DOTALL)
+_MULTIPLIES = {
+    "dotprod": ("sdot",),
+    "neon": ("smull", "smlal"),
+    "vnni": ("vpdpbusd",),
+    "amx": ("tdpbusd", "vpdpbusd"),
+}
 
 
 def integer_kernels(object_file: Path, machine: str) -> frozenset[str]:
@@ -66,4 +74,4 @@ def _count_a64(code: bytes) -> Counter[str]:
 
 
 def _count_x86(code: bytes) -> Counter[str]:
-    return Counter({"vpdpbusd": len(_VPDPBUSD.findall(code))})
+    return Counter({"vpdpbusd": len(_VPDPBUSD.findall(code)), "tdpbusd": len(_TDPBUSD.findall(code))})

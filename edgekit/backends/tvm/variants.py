@@ -9,7 +9,7 @@ from pathlib import Path
 from edgekit.backends import Source
 from edgekit.backends.tvm import integer_program, machine_code, qdq
 from edgekit.backends.tvm.kernels import assemble, compile_kernels, fuse, target_of
-from edgekit.backends.tvm.machine import DotProduct, Machine, Neon, Vnni
+from edgekit.backends.tvm.machine import Amx, DotProduct, Machine, Neon, Vnni
 from edgekit.backends.tvm.program import Step, steps_of
 from edgekit.errors import UnsupportedError
 from edgekit.target import Isa
@@ -51,15 +51,17 @@ class _Choice:
     requires: str | None
 
 
+_AVX512 = ("+avx512vnni", "+avx512vbmi", "+avx512bw", "+avx512vl")
 # In the order in which they are tried. HWCAP_ASIMDDP is bit 20 of AT_HWCAP, which is 16:
-# https://docs.kernel.org/arch/arm64/elf_hwcaps.html
+# https://docs.kernel.org/arch/arm64/elf_hwcaps.html; tiles_allowed is in library.c.
 _CHOICES: Mapping[str, tuple[_Choice, ...]] = {
     "aarch64": (
         _Choice(machine=DotProduct(), features=("+dotprod",), requires="getauxval(16) & 1ul << 20"),
         _Choice(machine=Neon(), features=(), requires=None),
     ),
     "x86_64": (
-        _Choice(machine=Vnni(), features=("+avx512vnni", "+avx512vbmi", "+avx512bw", "+avx512vl"), requires=None),
+        _Choice(machine=Amx(), features=(*_AVX512, "+amx-tile", "+amx-int8"), requires="tiles_allowed()"),
+        _Choice(machine=Vnni(), features=_AVX512, requires=None),
     ),
 }
 
