@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import io
 import json
 import platform
@@ -617,6 +617,24 @@ def test_amx_multiplies_tiles_and_vnni_the_rest_by_their_machine_code(nano: Sour
         # Not the first and the last, of 16-bit weights, nor the convolutions that write rows of 8 pixels or of 4.
         assert sum(found["tdpbusd"] > 0 for found in multiplying.values()) == (5 if variant is amx else 0)
         assert variant.integer_macs == variant.macs > 32 * 32 * 1000
+
+
+@pytest.mark.skipif(not _has_vnni(), reason="this machine has no VNNI")
+def test_the_benchmark_times_every_kernel_of_every_variant(
+    nano: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "x86_kernels.py"
+    spec = importlib.util.spec_from_file_location("x86_kernels", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x86_kernels.py", "nano", str(nano.int8_onnx), "--side", "64", "--rounds", "3"])
+    benchmark.main()
+    record = json.loads((tmp_path / "x86_kernels_nano.json").read_text(encoding="utf-8"))
+    assert sorted(record["microseconds"]) == (["amx", "vnni"] if _has_amx() else ["vnni"])
+    assert all(time > 0 for kernels in record["microseconds"].values() for time in kernels.values())
 
 
 def test_float_kernels_do_not_pass_for_integer_ones(nano: Source, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Choice:
+class Choice:
     """An integer machine, the features that LLVM needs to be told of, and when it can be chosen."""
 
     machine: Machine
@@ -54,14 +54,14 @@ class _Choice:
 _AVX512 = ("+avx512vnni", "+avx512vbmi", "+avx512bw", "+avx512vl")
 # In the order in which they are tried. HWCAP_ASIMDDP is bit 20 of AT_HWCAP, which is 16:
 # https://docs.kernel.org/arch/arm64/elf_hwcaps.html; tiles_allowed is in library.c.
-_CHOICES: Mapping[str, tuple[_Choice, ...]] = {
+_CHOICES: Mapping[str, tuple[Choice, ...]] = {
     "aarch64": (
-        _Choice(machine=DotProduct(), features=("+dotprod",), requires="getauxval(16) & 1ul << 20"),
-        _Choice(machine=Neon(), features=(), requires=None),
+        Choice(machine=DotProduct(), features=("+dotprod",), requires="getauxval(16) & 1ul << 20"),
+        Choice(machine=Neon(), features=(), requires=None),
     ),
     "x86_64": (
-        _Choice(machine=Amx(), features=(*_AVX512, "+amx-tile", "+amx-int8"), requires="tiles_allowed()"),
-        _Choice(machine=Vnni(), features=_AVX512, requires=None),
+        Choice(machine=Amx(), features=(*_AVX512, "+amx-tile", "+amx-int8"), requires="tiles_allowed()"),
+        Choice(machine=Vnni(), features=_AVX512, requires=None),
     ),
 }
 
@@ -105,7 +105,7 @@ def compile_integer(source: Source, isa: Isa, height: int, width: int, folder: P
         raise UnsupportedError(f"'{source.name}' has no quantized graph, which int8 is compiled from")
     network = qdq.read(source.int8_onnx, channels=source.channels, height=height, width=width)
     made = []
-    for choice in _CHOICES[family(isa)]:
+    for choice in choices(isa):
         program = integer_program.write(network, choice.machine)
         object_file = folder / f"{choice.machine.name}.o"
         stack_bytes = assemble(program.kernels, target_of(isa, *choice.features), object_file)
@@ -123,6 +123,15 @@ def compile_integer(source: Source, isa: Isa, height: int, width: int, folder: P
             )
         )
     return tuple(made)
+
+
+def choices(isa: Isa) -> tuple[Choice, ...]:
+    """Return the machines that a library for an instruction set has variants for, in the order in which they are tried.
+
+    Raises:
+        UnsupportedError: Another family of processors.
+    """
+    return _CHOICES[family(isa)]
 
 
 def family(isa: Isa) -> str:
