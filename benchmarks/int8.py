@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -131,9 +132,10 @@ def _for_side(model: str, chosen: Target, settings: list[str], side: int, folder
     """Return the artifact for pictures of that size: itself, or compiled with a tile of it."""
     if chosen.input.height in (None, side):
         return artifact
-    made = compiling.compile_model(
-        model, [chosen.with_tile(side)], overrides=settings, folder=folder.parent / f"{folder.name}-{side}"
-    )
+    beside = folder.parent / f"{folder.name}-{side}"
+    if not beside.exists():
+        shutil.copytree(folder, beside)  # So that it is not quantized once more.
+    made = compiling.compile_model(model, [chosen.with_tile(side)], overrides=settings, folder=beside)
     return denoise.open_model(str(made.bundles[chosen.name]), threads=1)
 
 
