@@ -4,18 +4,20 @@
 
 A draw is another order of the held-out pictures, so that each meets another noise level and other noise. What is
 compared is the loss on the embedded evaluation pictures of what `edgekit compile` makes for an engine, trained where
-`compile` trains, and of the same graph before that, all in INT8.
+`compile` trains, and of the same graph before that, all in INT8. The record keeps what it has of other models.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from edgekit import zoo
 from edgekit.compress import placement, quantize, simplify
 from edgekit.compress.budget import Judge
 from edgekit.compress.export import export_onnx
@@ -65,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--placement", choices=sorted(placement.PLACEMENTS), default="openvino")
     chosen = parser.parse_args(arguments)
-    rows = {}
+    record = RESULTS / "int8_draws.json"
+    before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    rows = dict(before["models"]) if before.get("placement") == chosen.placement else {}
     for model in chosen.models:
         with tempfile.TemporaryDirectory() as folder:
             first, compiled = losses_mdb(model, chosen.placement, Path(folder))
@@ -75,9 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "loss_mdb": compiled,
             "spread_mdb": spread,
             "kept": spread < 1000 * MOST_SPREAD_DB,
+            "weights_sha256": zoo.card(model).sha256,
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write_json(
-            RESULTS / "int8_draws.json",
+            record,
             {
                 "placement": chosen.placement,
                 "draws": DRAWS,
