@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
@@ -334,16 +335,9 @@ class _Dense:
         """Return the kernel."""
         e, squares, channels = self._e, self._squares, self._vectors * self._machine.lanes
         tile = max(1, self._machine.registers // self._vectors - (self._folded - 1))
-        with (
-            e.loop(self._window.height) as y,
-            e.loop(squares) as row,
-            e.loop(squares) as column,
-            e.loop(self._blocks) as inner,
-        ):
-            block = (row * squares + column) * self._blocks + inner
+        with _blocks(e, self._window.height, squares, self._blocks, channels) as (y, block, place):
             biases = [self._ending.bias(block * channels, vector) for vector in range(self._vectors)]
             constants = self._ending.constants(block * channels, self._vectors)
-            place = (row, column, inner * channels)
 
             def sum_tile(x: Index, pixels: int) -> None:
                 sums = self._sums(y, x, pixels + self._folded - 1, block, biases)
@@ -437,17 +431,10 @@ class _TiledDense:
 
     def function(self, name: str) -> tirx.PrimFunc:
         """Return the kernel."""
-        e, squares, width = self._e, self._squares, self._window.width
+        e, width = self._e, self._window.width
         tiles.configure(e, self._depth)
-        with (
-            e.loop(self._window.height) as y,
-            e.loop(squares) as row,
-            e.loop(squares) as column,
-            e.loop(self._blocks) as inner,
-        ):
-            block = (row * squares + column) * self._blocks + inner
+        with _blocks(e, self._window.height, self._squares, self._blocks, self._channels) as (y, block, place):
             constants = self._ending.constants(block * self._channels, self._vectors)
-            place = (row, column, inner * self._channels)
             with e.loop(width // self._pixels) as turn:
                 self._tile(y, turn * self._pixels, block, constants, place)
             if width % self._pixels:
@@ -507,6 +494,13 @@ def _over_window(
                 add_quads(row, turn * _LOOP_QUADS, _LOOP_QUADS)
         if run % _LOOP_QUADS:
             add_quads(row, turns * _LOOP_QUADS, run % _LOOP_QUADS)
+
+
+@contextmanager
+def _blocks(e: Emitter, height: int, squares: int, blocks: int, channels: int) -> Iterator[tuple[Index, Index, Place]]:
+    """Go over rows and over blocks of so many channels, in each square of a shuffle: (row, block, place)."""
+    with e.loop(height) as y, e.loop(squares) as row, e.loop(squares) as column, e.loop(blocks) as inner:
+        yield y, (row * squares + column) * blocks + inner, (row, column, inner * channels)
 
 
 def _in_tiles(e: Emitter, extent: int, size: int, body: Callable[[Index, int], None]) -> None:
