@@ -128,10 +128,14 @@ def compile_integer(source: Source, isa: Isa, height: int, width: int, folder: P
 def choices(isa: Isa) -> tuple[Choice, ...]:
     """Return the machines that a library for an instruction set has variants for, in the order in which they are tried.
 
+    One that needs what the target's `isa.features` rule out (`-amx-int8`) is left out, but never the last.
+
     Raises:
         UnsupportedError: Another family of processors.
     """
-    return _CHOICES[family(isa)]
+    *first, last = _CHOICES[family(isa)]
+    without = {f"+{feature[1:]}" for feature in isa.features if feature.startswith("-")}
+    return (*(choice for choice in first if without.isdisjoint(choice.features)), last)
 
 
 def family(isa: Isa) -> str:
