@@ -27,6 +27,7 @@ from edgekit.models.denoiser import Denoiser
 from edgekit.recipe import Distillation, Training
 from edgekit.training import checkpoint, losses, schedule
 from edgekit.training.distill import Learner, Lesson
+from edgekit.training.optimizer import Muon
 from edgekit.training.patches import PatchBank
 from edgekit.training.rounding import Rounding
 
@@ -121,12 +122,7 @@ def train(
     _channels_last(learner.to(device)).train()
     if job.teacher is not None:
         _channels_last(job.teacher.to(device)).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        learner.parameters(),
-        lr=settings.peak_rate,
-        weight_decay=settings.weight_decay,
-        fused=device.type == "cuda",
-    )
+    optimizer = _optimizer(learner, settings, device)
     start = {name: t.detach().clone() for name, t in job.net.state_dict().items()}
     ema = {name: t.clone() for name, t in start.items()}
 
@@ -276,6 +272,15 @@ class _Clock:
         # Whole milliseconds, since not every device has float64.
         agreed = broadcast(torch.tensor([int(1000 * mine)], device=self._accelerator.device))
         return int(agreed.item()) / 1000
+
+
+def _optimizer(learner: nn.Module, settings: Training, device: torch.device) -> torch.optim.Optimizer:
+    fused = device.type == "cuda"
+    decay = settings.weight_decay
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(learner.parameters(), lr=settings.peak_rate, weight_decay=decay, fused=fused)
+    precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    return Muon(learner.parameters(), lr=settings.peak_rate, weight_decay=decay, fused=fused, precision=precision)
 
 
 def _channels_last(module: nn.Module) -> nn.Module:
