@@ -1,6 +1,6 @@
 """Muon for the weights of dense convolutions, AdamW for all else.
 
-torch.optim.Muon takes matrices only, and a step of it launches thirty kernels for each; hence this one.
+torch.optim.Muon takes matrices only, and one after the other; this one takes convolutions, all of one shape at once.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def is_matrix(parameter: Tensor) -> bool:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Return matrices (n, rows, columns) with their singular values brought to between 0.7 and 1.2.
+    """Return matrices (n, rows, columns) with their singular values brought near 1, all but the smallest.
 
-    Five of Newton and Schulz's iterations with Jordan's coefficients.
+    Five of Newton and Schulz's iterations with Jordan's coefficients, which end within 0.6 and 1.25.
     """
     a, b, c = _COEFFICIENTS
     upright = matrices.shape[1] > matrices.shape[2]
