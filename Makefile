@@ -19,8 +19,9 @@ $(VENV)/.ready: pyproject.toml
 quickstart: setup
 	$(BIN)/edgekit run quickstart -t android-arm64 -t linux-x86_64 -t ios-arm64 --allow-unverified
 
+# One process a core, and one thread each: the tests of a file share what they made, so they stay together.
 test: setup lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .
