@@ -238,7 +238,7 @@ def test_float_additions_lose_less(prepared, name):
         np.mean([agreement_db(Reference(m)(n, s), before(n, s)) for n, s in PICTURES[:3]])
         for m in (quantized, release(quantized, additions, PLACEMENTS[name], prepared.model))
     )
-    assert near > far + 1
+    assert near > far + 0.5
 
 
 def test_channel_attention_and_the_noise_level_stay_in_float(tmp_path):
