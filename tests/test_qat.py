@@ -389,7 +389,7 @@ def coarse(nano: Graph, tmp_path_factory: pytest.TempPathFactory) -> Graph:
 
 def test_training_wins_back_more_than_narrower_ranges_alone(coarse, tmp_path):
     moments: list[Moment] = []
-    settings = dataclasses.replace(FEW, steps=200, rate=5e-4, scale_rate=5e-3, teacher_share=0.5)
+    settings = dataclasses.replace(FEW, steps=200, rate=5e-4, scale_rate=5e-3)
     found = tune(coarse, tmp_path / "out.onnx", settings, moments.append)
     untrained = dataclasses.replace(settings, steps=1, rate=1e-12, scale_rate=0.0)
     narrowed = tune(coarse, tmp_path / "narrowed.onnx", untrained)
