@@ -45,6 +45,13 @@ def unet(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Return a student that loses more by its additions than `nano`, whose other parts lose as much."""
+    net = networks.shipped("base").net
+    return quantize.prepare(exported(net, tmp_path_factory.mktemp("base")), PICTURES, SETTINGS)
+
+
+@pytest.fixture(scope="module")
 def prepared(nano):
     return quantize.prepare(nano, PICTURES, SETTINGS)
 
@@ -230,15 +237,15 @@ def test_a_released_convolution_has_its_float_weights_or_what_the_integers_stand
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_float_additions_lose_less(prepared, name):
-    quantized = placed(prepared, name)
-    additions = [n.name for n in prepared.model.graph.node if n.op_type == "Add"]
-    before = Reference(prepared.model)
+def test_float_additions_lose_less(base, name):
+    quantized = placed(base, name)
+    additions = [n.name for n in base.model.graph.node if n.op_type == "Add"]
+    before = Reference(base.model)
     far, near = (
         np.mean([agreement_db(Reference(m)(n, s), before(n, s)) for n, s in PICTURES[:3]])
-        for m in (quantized, release(quantized, additions, PLACEMENTS[name], prepared.model))
+        for m in (quantized, release(quantized, additions, PLACEMENTS[name], base.model))
     )
-    assert near > far + 0.5
+    assert near > far + 1
 
 
 def test_channel_attention_and_the_noise_level_stay_in_float(tmp_path):
