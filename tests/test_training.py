@@ -290,6 +290,19 @@ def test_a_range_follows_its_map_leaves_outliers_out_and_holds_zero():
     assert made.high.item() == pytest.approx(4.8, rel=1e-3)
 
 
+def test_a_value_that_its_range_leaves_out_is_not_pushed_farther_out():
+    values = torch.linspace(-2, 4, 100_000)
+    values[7], values[8] = 1000.0, -1000.0
+    values.requires_grad_()
+    made = rounding.MapRounding(8)
+    rounded = made(values)
+    assert rounded[7] < 4.1
+    assert rounded[8] > -2.1
+    (gradient,) = torch.autograd.grad(rounded.sum(), values)
+    assert gradient[7] == gradient[8] == 0
+    assert (gradient == 1).float().mean() > 0.999
+
+
 def test_a_run_with_rounding_goes_on_where_it_was_cut_off(tmp_path):
     settings = tiny.training(steps=60, rounding_from=0.4, loss="psnr", checkpoint_seconds=1e-9)
     whole, _ = loop.train(job(training=settings), tmp_path / "whole", silent)

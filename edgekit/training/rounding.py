@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from edgekit.errors import InputError
 from edgekit.models.blocks import InvertedResidual, ResidualDoubleConv
@@ -80,7 +81,10 @@ class Rounding(nn.ModuleList):
 
 
 class MapRounding(nn.Module):
-    """Rounds a map to 2 ** bits values of a range that follows it and holds zero; gradients pass as if it did not."""
+    """Rounds a map to 2 ** bits values of a range that follows it and holds zero.
+
+    Gradients pass as if it did not, but for those of the values that the range leaves out.
+    """
 
     low: Tensor
     high: Tensor
@@ -111,16 +115,23 @@ class MapRounding(nn.Module):
 
 
 class _Straight(torch.autograd.Function):
-    """Rounds to scale x (integer - zero), 0 to `most`; the gradient goes straight through (Bengio et al., 2013)."""
+    """Rounds to scale x (integer - zero), 0 to `most`; the gradient goes straight through (Bengio et al., 2013).
+
+    A value that is clipped gets none, or it would be pushed farther out, where rounding hides it and floats do not.
+    """
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
         # In place, and with bounds that are plain numbers: this runs on every map of every step.
-        return x.mul(1 / scale).add_(zero).round_().clamp_(0, most).sub_(zero).mul_(scale)
+        exact = x.mul(1 / scale).add_(zero)
+        ctx.save_for_backward(exact)
+        ctx.limits = -0.5, most + 0.5  # type: ignore[attr-defined]
+        return exact.round().clamp_(0, most).sub_(zero).mul_(scale)
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return gradient, None, None, None
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (exact,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return torch.ops.aten.hardtanh_backward(gradient, exact, *ctx.limits), None, None, None  # type: ignore[attr-defined]
 
 
 def _straight(x: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
