@@ -122,16 +122,17 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
-        # In place, and with bounds that are plain numbers: this runs on every map of every step.
+        # Few passes, and bounds that are plain numbers: this runs on every map of every step.
         exact = x.mul(1 / scale).add_(zero)
         ctx.save_for_backward(exact)
-        ctx.limits = -0.5, most + 0.5  # type: ignore[attr-defined]
+        ctx.most = most  # type: ignore[attr-defined]
         return exact.round().clamp_(0, most).sub_(zero).mul_(scale)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (exact,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return torch.ops.aten.hardtanh_backward(gradient, exact, *ctx.limits), None, None, None  # type: ignore[attr-defined]
+        inside = torch.ops.aten.hardtanh_backward(gradient, exact, -0.5, ctx.most + 0.5)  # type: ignore[attr-defined]
+        return inside, None, None, None
 
 
 def _straight(x: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
