@@ -83,8 +83,7 @@ def latency_table() -> str:
             pytorch = _ratio(row["against_teacher_in_pytorch"]["256"], 1)
             loss = row["loss_mdb"]["set12 25"]["mean"] / 1000
             lines.append(f"| `{record['model']}`, `{name}` | {letter} | {times} | {pytorch} | {loss:.3f} |")
-    notes = [f"{letter}: {machine}." for machine, letter in machines.items()]
-    return "\n".join([*lines, "", "  \n".join(notes), ""])
+    return "\n".join([*lines, "", _legend(records), ""])
 
 
 def int8_table() -> str:
@@ -94,8 +93,9 @@ def int8_table() -> str:
         "| to FP32, 256x256 | 512x512 | 1024x1024 | to the FP32 teacher |",
         f"|{'---|' * 12}",
     ]
-    machines = _machines(_records())
-    for record in _records():
+    records = _records()
+    machines = _machines(records)
+    for record in records:
         for name, row in record["engines"].items():
             cells = [", ".join(f"`{part}`" for part in (record["model"], name, *record["settings"]))]
             cells.append(machines[_machine(record)])
@@ -108,8 +108,7 @@ def int8_table() -> str:
             cells += [_ratio(row["against_fp32"].get(side)) for side in ("256", "512", "1024")]
             cells.append(_ratio(row["against_teacher"]["256"]))
             lines.append(f"| {' | '.join(cells)} |")
-    notes = [f"{letter}: {machine}." for machine, letter in machines.items()]
-    return "\n".join([*lines, "", "  \n".join(notes), ""])
+    return "\n".join([*lines, "", _legend(records), ""])
 
 
 def _records() -> list[dict[str, Any]]:
@@ -118,15 +117,24 @@ def _records() -> list[dict[str, Any]]:
 
 
 def _machine(record: dict[str, Any]) -> str:
-    """Return what a record was measured on, how and when."""
+    """Return what a record was measured on, and how."""
     cpu = record["host"]["cpu"]
-    return f"{cpu['model']}, {', '.join(cpu['features'])}; {record['protocol']}; {record['date'][:10]}"
+    return f"{cpu['model']}, {', '.join(cpu['features'])}; {record['protocol']}"
 
 
 def _machines(records: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return a letter for each machine, protocol and day."""
+    """Return a letter for each machine and protocol."""
     found = sorted({_machine(record) for record in records})
     return dict(zip(found, string.ascii_uppercase, strict=False))
+
+
+def _legend(records: Sequence[dict[str, Any]]) -> str:
+    """Return what each letter stands for, with the days of its records."""
+    lines = []
+    for machine, letter in _machines(records).items():
+        days = sorted({record["date"][:10] for record in records if _machine(record) == machine})
+        lines.append(f"{letter}: {machine}; {', '.join(days)}.")
+    return "  \n".join(lines)
 
 
 def _in_float(facts: dict[str, list[str]]) -> str:
