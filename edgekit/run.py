@@ -67,6 +67,7 @@ class Run:
         code: Sequence[str],
         packages: Sequence[str],
         work: Callable[[Path], Facts],
+        again: Callable[[Stage], bool] = lambda known: False,
     ) -> Stage:
         """Return a stage's record; `work` fills its folder if it is not there already, made from the same things.
 
@@ -78,6 +79,7 @@ class Run:
             code: Sub-packages or modules of edgekit whose source decides the result.
             packages: Distributions whose version decides the result.
             work: Writes the stage's files into the folder that it is given, and returns the stage's facts.
+            again: Whether a stage that is there is to be made again all the same.
 
         Raises:
             InputError: The name is no folder's; a target's may come from anywhere, and what lies there is replaced.
@@ -89,9 +91,10 @@ class Run:
         key = json_sha256([name, dict(inputs), dict(settings), code_sha256(tuple(code)), tools])
         if (known := self._stages.get(name)) and known.key == key and (self.root / known.folder).is_dir():
             _check(self.root, known)
-            self.reused.append(name)
-            log.info("%s: re-used", name)
-            return known
+            if not again(known):
+                self.reused.append(name)
+                log.info("%s: re-used", name)
+                return known
         folder = f"{number:02d}-{name}" if number else name
         began = time.monotonic()
         log.info("%s ...", name)

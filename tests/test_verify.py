@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,14 +22,14 @@ from onnx import numpy_helper
 from edgekit import bundle, report, target, zoo
 from edgekit.data.sets import Picture, PictureSet
 from edgekit.data.synthetic import dead_leaves
-from edgekit.errors import InputError, IntegrityError
+from edgekit.errors import IncompleteError, InputError, IntegrityError
 from edgekit.measure import quality
 from edgekit.measure.latency import Paired
-from edgekit.pipeline import baseline, bench, distill, measurement, networks, verify
+from edgekit.pipeline import baseline, bench, denoise, distill, measurement, networks, verify
 from edgekit.pipeline import compile as compiling
 from edgekit.recipe import Model
 from edgekit.report import Limit, Report
-from edgekit.target import InputShape, Limits
+from edgekit.target import InputShape, Isa, Limits, Runner
 
 ONNX = dataclasses.replace(target.load("onnx"), limits=Limits(size_mib=8.0))
 QUICK = verify.Settings(seconds=0.2)
@@ -276,6 +278,63 @@ def test_an_arm64_library_is_judged_under_qemu_and_undecided_without_it(made, tm
     undecided = {x.name: x.reason for x in without.limits if x.verdict == "incomplete"}
     assert set(undecided) == {"int8_drop_db", "golden_outputs", "runs_on_target"}
     assert all("is on the PATH; install QEMU" in reason for reason in undecided.values())
+
+
+@pytest.mark.emulated
+@pytest.mark.slow
+def test_a_bundle_that_nothing_could_run_is_made_again_where_something_can(made, tmp_path, monkeypatch):
+    pytest.importorskip("tvm")
+    run = shutil.copytree(made.parents[1], tmp_path / "run")
+    android = dataclasses.replace(
+        target.load("android-arm64"),
+        precision="float32",
+        input=InputShape(height=64, width=64),
+        runner=Runner(kind="qemu", cpus=("cortex-a53",)),
+        limits=Limits(),
+    )
+
+    def compiled() -> tuple[bool, int]:
+        found = compiling.compile_model(str(run), [android])
+        outputs = list((found.bundles[android.name] / "golden").glob("*.denoised.f32"))
+        return f"bundles/{android.name}" in found.reused, len(outputs)
+
+    with monkeypatch.context() as without_qemu:
+        without_qemu.setenv("PATH", str(tmp_path))
+        assert compiled() == (False, 0)
+        assert compiled() == (True, 0)
+    reused, outputs = compiled()
+    assert (reused, outputs > 0) == (False, True)
+    assert compiled() == (True, outputs)
+
+
+@pytest.mark.backend
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the library is made for x86 processors")
+def test_a_library_for_another_processor_is_delivered_and_undecided_here(made, tmp_path, monkeypatch):
+    pytest.importorskip("tvm")
+    processor = importlib.import_module("edgekit.backends.tvm.processor")
+    # Bit 16 of leaf 1's ECX is reserved, so no processor sets it.
+    lacking = {name: (first | 1 << 16, *rest) for name, (first, *rest) in processor._BITS["x86_64"].items()}
+    monkeypatch.setitem(processor._BITS, "x86_64", lacking)
+    other = dataclasses.replace(
+        target.load("linux-x86_64-vnni"),
+        precision="float32",
+        input=InputShape(height=64, width=64),
+        isa=Isa(triple="x86_64-linux-gnu", cpu="x86-64-v2"),
+        limits=Limits(speedup_vs_fp32=1.0, peak_memory_mib=64.0),
+    )
+    run = shutil.copytree(made.parents[1], tmp_path / "run")
+    folder = compiling.compile_model(str(run), [other]).bundles[other.name]
+    assert not list((folder / "golden").glob("*.denoised.f32"))
+    assert "lacks some of the instructions" in bundle.read(folder).protocol["golden_outputs"]
+
+    found = judged(folder)
+    undecided = {x.name: x.reason for x in found.limits if x.verdict == "incomplete"}
+    assert set(undecided) == {"int8_drop_db", "golden_outputs", "speedup_vs_fp32"}
+    assert all("cannot be run here: this processor lacks some of" in reason for reason in undecided.values())
+    assert only(found, "peak_memory_mib").verdict == "pass"
+    assert exit_code(found) == 7
+    with pytest.raises(IncompleteError, match="cannot be run here: this processor lacks some of"):
+        denoise.open_model(str(folder))
 
 
 @pytest.mark.backend

@@ -20,7 +20,7 @@ from edgekit.bundle import Link, Manifest
 from edgekit.compress import export, fuse, simplify
 from edgekit.data import noise, sets
 from edgekit.data.sets import Picture, PictureSet
-from edgekit.errors import InputError, ToolMissingError, UnsupportedError
+from edgekit.errors import IncompleteError, InputError, ToolMissingError, UnsupportedError
 from edgekit.files import sha256
 from edgekit.graph import checks, cost
 from edgekit.graph.receptive_field import receptive_field
@@ -358,7 +358,20 @@ def _bundle(
         ),
         packages=_ENGINE_PACKAGES[target.engine],
         work=work,
+        again=lambda known: _waits_for_outputs(opened.root / known.folder, target),
     )
+
+
+def _waits_for_outputs(path: Path, target: Target) -> bool:
+    """Return whether a bundle was made where nothing could run it, and can be run here and now."""
+    if any((path / "golden").glob("*.denoised.f32")):
+        return False
+    try:
+        backends.load(target.engine).open_session(path, _built(path), target)
+    except (ToolMissingError, IncompleteError):
+        return False
+    log.info("bundles/%s: made again, as it can be run now", target.name)
+    return True
 
 
 def _source(recipe: Recipe, graph: _Graph, quantized: Path | None, target: Target) -> Source:
@@ -407,7 +420,7 @@ def _write_golden(out: Path, built: Built, target: Target, golden: PictureSet, r
     folder.mkdir()
     try:
         label, session = backends.load(target.engine).open_session(out, built, target)[0]
-    except ToolMissingError as error:
+    except (ToolMissingError, IncompleteError) as error:
         label, session = f"not run: {error}", None
     for index, picture in enumerate(golden):
         plane = picture.pixels[0] if len(picture.pixels) == 1 else picture.pixels.transpose(1, 2, 0)

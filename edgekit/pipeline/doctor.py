@@ -60,6 +60,15 @@ def examine() -> list[Finding]:
             fix="" if qemu else "apt-get install qemu-user-static",
         )
     )
+    if machine.architecture == "x86_64":
+        vnni = "avx512_vnni" in machine.cpu.features
+        findings.append(
+            Finding(
+                name="AVX-512 VNNI",
+                found=vnni,
+                detail="runs linux-x86_64-vnni" if vnni else "linux-x86_64-vnni can be compiled, and not verified",
+            )
+        )
     mac = platform.system() == "Darwin"
     findings.append(
         Finding(

@@ -456,7 +456,7 @@ def _golden_limits(agreements: Sequence[tuple[str, float | None]], missing: str)
     found = [_not_run(name, limit, missing)] if missing or not agreements else []
     for how, agreement in agreements:
         if agreement is None:
-            found.append(_not_run(name, limit, "the bundle records no outputs"))
+            found.append(_not_run(name, limit, "the bundle records no outputs; compile it where it can be run"))
             continue
         verdict: Verdict = "pass" if agreement >= _GOLDEN_DB else "fail"
         measured = "equal" if agreement == math.inf else f"{agreement:.1f} dB"

@@ -26,7 +26,7 @@ import numpy as np
 from edgekit.backends import Built
 from edgekit.backends.tvm import driver, link
 from edgekit.backends.tvm.program import ALIGNMENT
-from edgekit.errors import InputError, IntegrityError, UnsupportedError
+from edgekit.errors import IncompleteError, InputError, IntegrityError
 from edgekit.runners import Runner, qemu
 from edgekit.target import Target
 
@@ -163,7 +163,7 @@ class NativeSession:
 
         Raises:
             InputError: The picture is not of the tile's shape, or the library refuses sigma.
-            UnsupportedError: The processor lacks instructions that the library is made of.
+            IncompleteError: The processor lacks instructions that the library is made of.
         """
         if noisy.shape != self._shape:
             raise InputError(f"{self._name} takes a tile of shape {self._shape}, found {noisy.shape}")
@@ -172,9 +172,13 @@ class NativeSession:
         if code := self._denoise(*pointers, self._workspace_bytes):
             text = self._error_text(code).decode()
             if code == _UNSUPPORTED_CPU:
-                raise UnsupportedError(f"{self._name}: {text}", remedy="compile for another target")
+                raise IncompleteError(f"{self._name} cannot be run here: {text}")
             raise InputError(f"{self._name} refuses the picture: {text}")
         return denoised
+
+    def try_processor(self) -> None:
+        """Denoise a black tile, whose picture nobody sees; raises as a call."""
+        self(np.zeros(self._shape, np.float32), 0.0)
 
 
 def open_session(bundle: Path, built: Built, target: Target, *, threads: int = 1) -> list[tuple[str, Session]]:
@@ -187,7 +191,7 @@ def open_session(bundle: Path, built: Built, target: Target, *, threads: int = 1
         threads: Ignored, as the library runs in its caller's thread.
 
     Raises:
-        UnsupportedError: A runner that cannot run the target's code here.
+        IncompleteError: This machine, or its processor, cannot run the target's code.
         ToolMissingError: QEMU is not installed.
     """
     library = bundle / built.files["artifact"]
@@ -197,10 +201,11 @@ def open_session(bundle: Path, built: Built, target: Target, *, threads: int = 1
         return [(runner.label, EmulatedSession(open_host(library, built, runner, folder))) for runner in runners]
     triple = target.isa.triple if target.isa is not None else ""
     if target.runner.kind == "local" and triple.startswith(f"{platform.machine()}-linux-gnu"):
-        return [(f"tvm {triple}", NativeSession(library, built))]
-    raise UnsupportedError(
-        f"target '{target.name}': runner '{target.runner.kind}' cannot run code for '{triple}' here",
-        remedy="use runner.kind: qemu",
+        session = NativeSession(library, built)
+        session.try_processor()
+        return [(f"tvm {triple}", session)]
+    raise IncompleteError(
+        f"target '{target.name}': runner '{target.runner.kind}' cannot run code for '{triple}' on this machine"
     )
 
 
