@@ -190,7 +190,11 @@ def _without_teacher(folder: Path) -> None:
 
 
 UNDECIDED = {
-    "no golden outputs": (_without_golden, {}, {"golden_outputs": "the bundle records no outputs"}),
+    "no golden outputs": (
+        _without_golden,
+        {},
+        {"golden_outputs": "the bundle records no outputs; compile it where it can be run"},
+    ),
     "no teacher": (
         _without_teacher,
         limits(speedup_vs_fp32=1.0),
