@@ -42,7 +42,13 @@ def losses_mdb(model: str, where: str, folder: Path) -> tuple[list[int], list[in
     )
     student = int8.Student(name=model, fp32=simplify.simplify(raw, folder / "fp32.onnx"), stride=net.stride)
     held_out, shown = pictures.held_out(recipe.data), pictures.evaluation(recipe.data)
-    judge = Judge(load_onnx(student.fp32), [p.pixels for p in shown], int8.levels(recipe.noise), net.stride)
+    judge = Judge(
+        load_onnx(student.fp32),
+        [p.pixels for p in shown],
+        int8.levels(recipe.noise),
+        net.stride,
+        exact=not placed_for.saturates,
+    )
     first, compiled = list[int](), list[int]()
     for draw in range(DRAWS):
         turn = draw * len(held_out) // DRAWS

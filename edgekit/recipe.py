@@ -184,8 +184,8 @@ class Quantization:
     equalize: Make the channels of a tensor alike in range first; the network's function stays the same.
     change_basis: Mix the channels of residual trunks so that rounding harms the output least; the network's function
         stays the same. A trunk of 16 bits, as our own kernels have it, needs none.
-    reduce_range: Weights of 7 bits. Intel and AMD processors without VNNI need them, for their sums of two products
-        saturate; `auto` asks the processor at hand.
+    reduce_range: Weights of 7 bits. ONNX Runtime and OpenVINO need them on Intel and AMD processors without VNNI, where
+        their sums of two products saturate; `auto` asks the processor at hand. Our own kernels need none.
     keep_float: Parts that stay in float whatever the budget: `head` and `tail` are the first and the last convolution,
         `skip` the additions of residuals and skips, which then read the unrounded tensors.
     qat: Training of the graph with its rounding, for when it loses more than a quarter of the budget (half of it where

@@ -18,7 +18,7 @@ from edgekit.compress.simplify import simplify
 from edgekit.compress.torch_graph import TorchGraph
 from edgekit.errors import InputError
 from edgekit.graph import checks, walk
-from edgekit.graph.reference import Reference, agreement_db, probe, relative_change, session_options
+from edgekit.graph.reference import Reference, agreement_db, feeds, probe, relative_change, session_options
 from edgekit.measure import host
 from edgekit.models.blocks import InvertedResidual
 from edgekit.pipeline import networks
@@ -28,11 +28,18 @@ from tests import tiny
 SIGMA = 25 / 255
 PICTURES = [(probe(48, 64, 1, seed=i), SIGMA) for i in range(8)]
 SETTINGS = Quantization(calibration_pictures=8)
+# As on a processor whose sums do not saturate, whatever this one does.
+WIDE_SUMS = dataclasses.replace(PLACEMENTS["onnxruntime"], saturates=False)
 
 
 def exported(net, folder):
     path = export_onnx(net.eval(), channels=1, takes_sigma=net.takes_sigma, stride=net.stride, out=folder / "a.onnx")
     return simplify(path, folder / "simple.onnx")
+
+
+def opened(model: onnx.ModelProto) -> Reference:
+    """Return the graph in ONNX Runtime's 8-bit kernels, or as it says where the sums of those saturate."""
+    return Reference(model, exact=quantize.saturates())
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +49,19 @@ def nano(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unet(tmp_path_factory):
-    return quantize.prepare(exported(tiny.unet(), tmp_path_factory.mktemp("unet")), PICTURES, SETTINGS)
+    return quantize.prepare(exported(tiny.unet(), tmp_path_factory.mktemp("unet")), PICTURES, SETTINGS, WIDE_SUMS)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """Return a student that loses more by its additions than `nano`, whose other parts lose as much."""
     net = networks.shipped("base").net
-    return quantize.prepare(exported(net, tmp_path_factory.mktemp("base")), PICTURES, SETTINGS)
+    return quantize.prepare(exported(net, tmp_path_factory.mktemp("base")), PICTURES, SETTINGS, WIDE_SUMS)
 
 
 @pytest.fixture(scope="module")
 def prepared(nano):
-    return quantize.prepare(nano, PICTURES, SETTINGS)
+    return quantize.prepare(nano, PICTURES, SETTINGS, WIDE_SUMS)
 
 
 def placed(prepared, name: str) -> onnx.ModelProto:
@@ -77,7 +84,7 @@ def test_every_placement_is_a_valid_graph_close_to_the_float_one(prepared, name)
     model = placed(prepared, name)
     onnx.checker.check_model(model, full_check=True)
     assert walk.float_convolutions(model) == ()
-    before, after = Reference(prepared.model), Reference(model)
+    before, after = opened(prepared.model), opened(model)
     assert min(agreement_db(after(n, s), before(n, s)) for n, s in PICTURES[:3]) > 40
 
 
@@ -112,12 +119,12 @@ def test_arm_rounds_what_additions_read_and_the_ends_to_16_bits(prepared):
 
 
 def test_a_trunk_of_16_bits_loses_less_than_one_of_8(prepared):
-    before = Reference(prepared.model)
+    before = opened(prepared.model)
     coarse, fine = (
         place(prepared.model, prepared.ranges, dataclasses.replace(PLACEMENTS["arm"], trunk=trunk))
         for trunk in ("int8", "int16")
     )
-    far, near = (np.mean([agreement_db(Reference(m)(n, s), before(n, s)) for n, s in PICTURES]) for m in (coarse, fine))
+    far, near = (np.mean([agreement_db(opened(m)(n, s), before(n, s)) for n, s in PICTURES]) for m in (coarse, fine))
     assert near > far + 4
 
 
@@ -174,8 +181,8 @@ def test_the_rounding_of_the_picture_is_noise_that_the_network_takes_away(nano):
     unseen = onnx.ModelProto()
     unseen.CopyFrom(seen)
     next(n for n in unseen.graph.node if n.op_type == "Sub").input[0] = checks.NOISY
-    before = Reference(made.model)
-    far, near = (np.mean([agreement_db(Reference(m)(n, s), before(n, s)) for n, s in PICTURES]) for m in (unseen, seen))
+    before = opened(made.model)
+    far, near = (np.mean([agreement_db(opened(m)(n, s), before(n, s)) for n, s in PICTURES]) for m in (unseen, seen))
     assert near > far + 0.3
 
 
@@ -220,7 +227,7 @@ def test_everything_released_is_the_float_graph(prepared, name):
     model = release(placed(prepared, name), names, PLACEMENTS[name], prepared.model)
     assert not checks.is_quantized(model)
     noisy = probe(48, 64, 1, seed=20)
-    assert relative_change(Reference(model)(noisy, SIGMA), Reference(prepared.model)(noisy, SIGMA)) < 1e-5
+    assert relative_change(opened(model)(noisy, SIGMA), opened(prepared.model)(noisy, SIGMA)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
@@ -241,9 +248,9 @@ def test_a_released_convolution_has_its_float_weights_or_what_the_integers_stand
 def test_float_additions_lose_less(base, name):
     quantized = placed(base, name)
     additions = [n.name for n in base.model.graph.node if n.op_type == "Add"]
-    before = Reference(base.model)
+    before = opened(base.model)
     far, near = (
-        np.mean([agreement_db(Reference(m)(n, s), before(n, s)) for n, s in PICTURES[:3]])
+        np.mean([agreement_db(opened(m)(n, s), before(n, s)) for n, s in PICTURES[:3]])
         for m in (quantized, release(quantized, additions, PLACEMENTS[name], base.model))
     )
     assert near > far + 1
@@ -265,7 +272,7 @@ def test_every_placement_of_a_unet_is_close_to_the_float_one_and_can_be_trained(
     model = placed(unet, name)
     onnx.checker.check_model(model, full_check=True)
     assert walk.float_convolutions(model) == ()
-    before, after = Reference(unet.model), Reference(model)
+    before, after = opened(unet.model), opened(model)
     assert min(agreement_db(after(n, s), before(n, s)) for n, s in PICTURES[:3]) > 35
     noisy, sigma = PICTURES[0]
     twin = TorchGraph(model)(torch.from_numpy(noisy), torch.full((1, 1, 1, 1), sigma)).detach().numpy()
@@ -312,10 +319,10 @@ def test_a_unet_is_released_whole_and_in_part(unet, name):
     quantized, noisy = placed(unet, name), PICTURES[0][0]
     whole = release(quantized, [n.name for n in unet.model.graph.node], PLACEMENTS[name], unet.model)
     assert not checks.is_quantized(whole)
-    assert relative_change(Reference(whole)(noisy, SIGMA), Reference(unet.model)(noisy, SIGMA)) < 1e-5
+    assert relative_change(opened(whole)(noisy, SIGMA), opened(unet.model)(noisy, SIGMA)) < 1e-5
     part = release(quantized, ["/fourth/Conv"], PLACEMENTS[name], unet.model)
     assert walk.float_convolutions(part) == ("/fourth/Conv",)
-    assert agreement_db(Reference(part)(noisy, SIGMA), Reference(unet.model)(noisy, SIGMA)) > 35
+    assert agreement_db(opened(part)(noisy, SIGMA), opened(unet.model)(noisy, SIGMA)) > 35
 
 
 def test_all_but_one_operand_of_an_addition_is_rounded_for_arm(tmp_path):
@@ -331,7 +338,7 @@ def test_equalizing_goes_through_concatenations_and_resizing(tmp_path):
     before = observe(model, PICTURES, "minmax")
     equal = equalize(model, before.peaks)
     noisy = probe(64, 48, 1, seed=30)
-    assert relative_change(Reference(equal)(noisy, SIGMA), Reference(model)(noisy, SIGMA)) < 1e-4
+    assert relative_change(opened(equal)(noisy, SIGMA), opened(model)(noisy, SIGMA)) < 1e-4
     after = observe(equal, PICTURES, "minmax")
     factors = {name: after.peaks[name] / np.maximum(peak, 1e-6) for name, peak in before.peaks.items()}
     between = [n for n in model.graph.node if n.op_type in ("Concat", "Resize", "MaxPool")]
@@ -347,7 +354,7 @@ def test_equalizing_keeps_the_function_and_brings_the_channels_together(nano):
     before = observe(model, PICTURES, "minmax")
     equal = equalize(model, before.peaks)
     noisy = probe(64, 48, 1, seed=30)
-    assert relative_change(Reference(equal)(noisy, SIGMA), Reference(model)(noisy, SIGMA)) < 1e-4
+    assert relative_change(opened(equal)(noisy, SIGMA), opened(model)(noisy, SIGMA)) < 1e-4
     after = observe(equal, PICTURES, "minmax")
 
     def spread(peaks) -> float:
@@ -410,6 +417,24 @@ def test_processors_whose_sums_saturate_get_weights_of_seven_bits(
     assert largest == (63 if reduced else 127)
 
 
+@pytest.mark.parametrize(("engine", "limit"), [("onnxruntime", 63), ("openvino", 63), ("arm", 127), ("tensorrt", 127)])
+def test_weights_for_another_processor_have_eight_bits_whatever_this_one_does(nano, monkeypatch, engine, limit):
+    monkeypatch.setattr(quantize, "saturates", lambda: True)
+    assert quantize.prepare(nano, PICTURES, SETTINGS, PLACEMENTS[engine]).weight_limit == limit
+
+
+def test_what_is_compiled_for_another_processor_is_judged_by_what_the_graph_says(nano, tmp_path):
+    made = quantize.quantize_static(nano, PICTURES, tmp_path / "int8.onnx", SETTINGS, placement=PLACEMENTS["arm"])
+    options = session_options(1)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    placed, whole = (onnxruntime.InferenceSession(str(path), options) for path in (made.onnx, nano))
+    found = [
+        agreement_db(*(s.run(None, feeds(n, level, takes_sigma=True))[0] for s in (placed, whole)))
+        for n, level in PICTURES
+    ]
+    assert made.agreement_millidb == pytest.approx(1000 * np.mean(found), abs=100)
+
+
 @pytest.mark.parametrize(("asked", "largest"), [("always", 63), ("never", 127)])
 def test_the_range_of_weights_can_be_forced(nano, tmp_path, asked, largest):
     settings = dataclasses.replace(SETTINGS, reduce_range=asked)
@@ -421,10 +446,7 @@ def test_dynamic_int8_denoises_and_is_not_quantized_again(nano, tmp_path):
     counts = checks.op_counts(checks.load_onnx(path))
     assert counts["ConvInteger"] == sum(n.op_type == "Conv" for n in checks.load_onnx(nano).graph.node)
     noisy = probe(48, 64, 1, seed=40)
-    assert (
-        agreement_db(Reference(checks.load_onnx(path))(noisy, SIGMA), Reference(checks.load_onnx(nano))(noisy, SIGMA))
-        > 25
-    )
+    assert agreement_db(opened(checks.load_onnx(path))(noisy, SIGMA), opened(checks.load_onnx(nano))(noisy, SIGMA)) > 25
     assert path.read_bytes() == quantize.quantize_dynamic(nano, tmp_path / "again.onnx").read_bytes()
     with pytest.raises(InputError, match="quantized already"):
         quantize.quantize_dynamic(path, tmp_path / "twice.onnx")

@@ -111,16 +111,23 @@ class Judge:
         pictures: Clean uint8 (c, h, w) that nothing was trained on.
         sigmas255: Noise levels on the scale of 0 to 255.
         stride: Sides are padded to multiples of it.
+        exact: As `Reference` has it.
     """
 
     def __init__(
-        self, floating: onnx.ModelProto, pictures: Sequence[Picture], sigmas255: Sequence[float], stride: int
+        self,
+        floating: onnx.ModelProto,
+        pictures: Sequence[Picture],
+        sigmas255: Sequence[float],
+        stride: int,
+        *,
+        exact: bool = False,
     ) -> None:
         self._cases = [
             [(add_gaussian(p, sigma, index=i, seed=_SEED), p.astype(np.float32) / 255) for i, p in enumerate(pictures)]
             for sigma in sigmas255
         ]
-        self._sigmas, self._stride = [s / 255 for s in sigmas255], stride
+        self._sigmas, self._stride, self._exact = [s / 255 for s in sigmas255], stride, exact
         self._outputs = self._run(floating)
         self._before = self._psnr(self._outputs)
 
@@ -144,7 +151,7 @@ class Judge:
         return float(1e6 * np.mean(found))
 
     def _run(self, model: onnx.ModelProto, pictures: int | None = None) -> list[list[Array]]:
-        run = Reference(model)
+        run = Reference(model, exact=self._exact)
         return [
             [
                 crop(run(pad_to_multiple(noisy[None], self._stride), sigma), *noisy.shape[-2:])[0]

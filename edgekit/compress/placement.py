@@ -102,6 +102,7 @@ class Placement:
     integer_biases: Whether biases are int32, in units of input scale x weight scale; float otherwise.
     floats: Whether the engine computes single layers of an INT8 graph in float.
     trunk: Type of what additions read, and of what the first and last convolutions read and of their weights.
+    saturates: Whether its sums of two 8-bit products saturate on x86 without VNNI, so that weights have 7 bits there.
     costs: What layers in float cost.
     """
 
@@ -111,14 +112,15 @@ class Placement:
     integer_biases: bool = False
     floats: bool = True
     trunk: Literal["int8", "int16"] = "int8"
+    saturates: bool = True
     costs: FloatCosts = _OPENVINO_COSTS
 
 
 PLACEMENTS: dict[str, Placement] = {
     "onnxruntime": Placement(activations="uint8", results=True, integer_biases=True, costs=_ONNXRUNTIME_COSTS),
     "openvino": Placement(activations="uint8"),
-    "arm": Placement(activations="int8", integer_biases=True, floats=False, trunk="int16"),
-    "tensorrt": Placement(activations="int8", symmetric=True),
+    "arm": Placement(activations="int8", integer_biases=True, floats=False, trunk="int16", saturates=False),
+    "tensorrt": Placement(activations="int8", symmetric=True, saturates=False),
 }
 
 

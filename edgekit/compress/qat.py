@@ -85,6 +85,7 @@ def finetune(
     out: Path,
     folder: Path,
     report: Callable[[Moment], None],
+    exact: bool = False,
 ) -> QatReport:
     """Return the report on `out`, now the graph with QDQ pairs after training; goes on from a checkpoint in `folder`.
 
@@ -108,6 +109,7 @@ def finetune(
         out: Where the file goes.
         folder: Where the checkpoint is kept.
         report: Called every ten steps; `psnr_db` is not a number, as the loss is measured at the end only.
+        exact: As `Reference` has it, which measures the losses.
 
     Raises:
         InputError: A graph is no denoiser, the two have different inputs, one is quantized and should not be (or the
@@ -138,8 +140,8 @@ def finetune(
     student.load_state_dict(average, strict=False)
     written = student.written()
     reference = _psnr(Reference(floating), held_out, sigma)
-    before = _loss(reference, _psnr(Reference(integer), held_out, sigma))
-    trained = _psnr(Reference(written), held_out, sigma)
+    before = _loss(reference, _psnr(Reference(integer, exact=exact), held_out, sigma))
+    trained = _psnr(Reference(written, exact=exact), held_out, sigma)
     _check_same(student, trained, held_out, sigma, out)
     after = _loss(reference, trained)
     better = after.mean_millidb < before.mean_millidb

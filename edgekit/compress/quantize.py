@@ -43,12 +43,14 @@ class Prepared:
     model: The float graph, its channels equalized and its residual trunks in another basis where that was asked for.
     ranges: Tensor -> lowest and highest value.
     weight_limit: Largest magnitude of a quantized weight.
+    exact: Whether the engine computes what the graph says whatever this processor does, as `Reference` has it.
     pictures: The calibration pictures with their sigma.
     """
 
     model: onnx.ModelProto
     ranges: Mapping[str, Range]
     weight_limit: int
+    exact: bool
     pictures: Calibration
 
 
@@ -116,13 +118,14 @@ def prepare(
     pictures = _check_calibration(calibration, settings.calibration_pictures, interface(model, fp32))
     if settings.equalize:
         model = equalize(model, observe(model, pictures, "minmax").peaks)
-    reduced = settings.reduce_range == "always" or (settings.reduce_range == "auto" and saturates())
+    reduced = settings.reduce_range == "always" or (settings.reduce_range == "auto" and narrowed(placement))
     others = other_bases(model, pictures) if settings.change_basis and placement.trunk == "int8" else ()
     prepared = [
         Prepared(
             model=basis,
             ranges=observe(basis, pictures, settings.method).ranges,
             weight_limit=_REDUCED if reduced else _FULL,
+            exact=not placement.saturates,
             pictures=pictures,
         )
         for basis in (model, *others)
@@ -130,7 +133,7 @@ def prepare(
 
     def agreement(one: Prepared) -> float:
         placed = placements.place(one.model, one.ranges, placement, weight_limit=one.weight_limit)
-        return _agreement(model, placed, pictures)
+        return _agreement(model, placed, one)
 
     return max(prepared, key=agreement) if others else prepared[0]
 
@@ -152,7 +155,7 @@ def written(quantized: onnx.ModelProto, prepared: Prepared, fp32: Path, out: Pat
             f"{fp32}: no convolution took INT8; left in float: {', '.join(left) or 'none'}",
             remedy="take names out of quantization.keep_float",
         )
-    agreement = _agreement(prepared.model, quantized, prepared.pictures)
+    agreement = _agreement(prepared.model, quantized, prepared)
     if not agreement >= LEAST_AGREEMENT_DB:
         raise IntegrityError(
             f"{fp32}: the INT8 graph is {agreement:.1f} dB from the float graph on the calibration pictures; "
@@ -195,6 +198,11 @@ def mark_as_prepared(model: onnx.ModelProto) -> None:
     """Tell ONNX Runtime's quantizer that the graph is simplified; it asks for its own pre-processing otherwise."""
     mark = model.metadata_props.add()
     mark.key, mark.value = "onnx.quant.pre_process", "onnxruntime.quant"
+
+
+def narrowed(placement: Placement) -> bool:
+    """Return whether weights get 7 bits by default: the engine's sums saturate at 16 bits on this processor."""
+    return placement.saturates and saturates()
 
 
 def saturates() -> bool:
@@ -243,7 +251,7 @@ def _check_calibration(calibration: Calibration, wanted: int, face: Interface) -
     return calibration[:wanted]
 
 
-def _agreement(before: onnx.ModelProto, after: onnx.ModelProto, pictures: Calibration) -> float:
-    """Return the mean PSNR in dB of one graph's output against the other's."""
-    run_before, run_after = Reference(before), Reference(after)
-    return float(np.mean([agreement_db(run_after(n, s), run_before(n, s)) for n, s in pictures]))
+def _agreement(before: onnx.ModelProto, after: onnx.ModelProto, prepared: Prepared) -> float:
+    """Return the mean PSNR in dB of one graph's output against the other's on the calibration pictures."""
+    run_before, run_after = Reference(before), Reference(after, exact=prepared.exact)
+    return float(np.mean([agreement_db(run_after(n, s), run_before(n, s)) for n, s in prepared.pictures]))

@@ -78,11 +78,13 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
             remedy="set quantization.mode=static",
         )
 
+    where = placement.PLACEMENTS[PLACEMENTS[engine]]
+
     def work(out: Path) -> Mapping[str, object]:
         if settings.mode == "dynamic":
             quantize.quantize_dynamic(student.fp32, out / FILE)
             return {}
-        return _static(opened, recipe, student, placement.PLACEMENTS[PLACEMENTS[engine]], out)
+        return _static(opened, recipe, student, where, out)
 
     held_out = pictures.held_out(recipe.data)
     stage = opened.stage(
@@ -95,7 +97,7 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
             "int8_drop_db": int8_drop_db(recipe.budgets, student.name),
             "int8_worst_db": int8_worst_db(recipe.budgets, student.name),
             "threads": torch.get_num_threads() if settings.qat.steps or settings.change_basis else 0,
-            "saturates": settings.reduce_range == "auto" and quantize.saturates(),
+            "saturates": settings.reduce_range == "auto" and quantize.narrowed(where),
         },
         code=("compress", "data", "graph", "measure/quality", "pipeline/pictures", "pipeline/int8"),
         packages=("onnxruntime", "onnx", "numpy", "torch"),
@@ -110,11 +112,11 @@ def levels(noise: Noise) -> tuple[float, ...]:
     return tuple(sorted({s for s in (*_SIGMAS, noise.evaluate) if low <= s <= high} or {noise.evaluate}))
 
 
-def judge_of(recipe: Recipe, fp32: Path, stride: int) -> Judge:
+def judge_of(recipe: Recipe, fp32: Path, stride: int, *, exact: bool) -> Judge:
     """Return what measures the loss of INT8 graphs: up to 16 held-out pictures at the noise levels of `levels`."""
     found = pictures.held_out(recipe.data)
     chosen = found.pictures[:: -(-len(found) // _MOST_PICTURES)]
-    return Judge(checks.load_onnx(fp32), [p.pixels for p in chosen], levels(recipe.noise), stride)
+    return Judge(checks.load_onnx(fp32), [p.pixels for p in chosen], levels(recipe.noise), stride, exact=exact)
 
 
 def calibration(recipe: Recipe, stride: int) -> Calibration:
@@ -159,7 +161,7 @@ def within_budget(
         LimitError: The budget cannot be kept.
     """
     export.write(prepared.model, out / EQUALIZED)
-    judge = judge_of(recipe, student.fp32, student.stride)
+    judge = judge_of(recipe, student.fp32, student.stride, exact=prepared.exact)
     limit = Budget(
         mean_db=int8_drop_db(recipe.budgets, student.name),
         worst_db=int8_worst_db(recipe.budgets, student.name),
@@ -170,7 +172,7 @@ def within_budget(
     trained = bool(recipe.quantization.qat.steps) and not untrained.holds(before)
     if trained:
         log.info("INT8 loses %.3f dB before any training: training it with its rounding", before.mean_mdb / 1000)
-        graph = _train(recipe, ends_in_float(graph, prepared, where), out, checkpoints)
+        graph = _train(recipe, ends_in_float(graph, prepared, where), prepared, out, checkpoints)
     kept = budget.keep(graph, prepared.model, where, judge, limit, trained=trained, say=log.info)
     return Reached(before=before, kept=kept, trained=trained)
 
@@ -209,7 +211,7 @@ def _added_for(model: onnx.ModelProto, convolutions: Collection[str]) -> tuple[s
     )
 
 
-def _train(recipe: Recipe, graph: onnx.ModelProto, out: Path, checkpoints: Path) -> onnx.ModelProto:
+def _train(recipe: Recipe, graph: onnx.ModelProto, prepared: Prepared, out: Path, checkpoints: Path) -> onnx.ModelProto:
     """Return the graph after training with its rounding; an interrupted training goes on from its checkpoint."""
     export.write(graph, out / "untrained.int8.onnx")
     folder = checkpoints / f"qat-{sha256(out / 'untrained.int8.onnx')[:12]}"
@@ -225,6 +227,7 @@ def _train(recipe: Recipe, graph: onnx.ModelProto, out: Path, checkpoints: Path)
         out=out / "trained.int8.onnx",
         folder=folder,
         report=_log_every(100),
+        exact=prepared.exact,
     )
     shutil.rmtree(folder)
     return checks.load_onnx(out / "trained.int8.onnx")

@@ -80,5 +80,5 @@ def table(
     with tempfile.TemporaryDirectory() as folder:
         export.write(quantized, Path(folder, "int8.onnx"))
         times = importlib.import_module(DOORS[engine]).node_times_us(Path(folder, "int8.onnx"), noisy, runs=_RUNS)
-    judge = int8.judge_of(recipe, fp32, stride)
+    judge = int8.judge_of(recipe, fp32, stride, exact=prepared.exact)
     return sensitivity.sensitivity(quantized, prepared.model, (name, where), judge, times_us=times, pictures=pictures)
