@@ -143,7 +143,7 @@ def _quantization(folder: Path, chosen: Target) -> Mapping[str, object]:
     """Return what the INT8 graph lost on the held-out pictures, before and after, and what is in float for it."""
     name = f"quantize/{int8.PLACEMENTS[chosen.engine]}"
     (stage,) = (s for s in run.read_stages(folder) if s.name == name)
-    names = ("loss_before_mdb", "trained", "released", "float_nodes", "loss_mdb", "worst_loss_mdb")
+    names = ("loss_before_mdb", "trained", "released", "float_nodes", "loss_mdb", "worst_loss_mdb", "weight_bits")
     return {name: stage.facts[name] for name in names}
 
 

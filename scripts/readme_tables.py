@@ -30,7 +30,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    for page, tables in {README: {"zoo": zoo_table, "latency": latency_table}, INT8_PAGE: {"int8": int8_table}}.items():
+    pages = {
+        README: {"zoo": zoo_table, "latency": latency_table},
+        INT8_PAGE: {"int8": int8_table, "int8 without VNNI": lambda: int8_table(INT8 / "avx2")},
+    }
+    for page, tables in pages.items():
         text = wanted = page.read_text(encoding="utf-8")
         for mark, table in tables.items():
             wanted = put(wanted, mark, table())
@@ -86,14 +90,14 @@ def latency_table() -> str:
     return "\n".join([*lines, "", _legend(records), ""])
 
 
-def int8_table() -> str:
-    """Return what INT8 costs and brings, for each student and engine, from the recorded benchmarks."""
+def int8_table(folder: Path = INT8) -> str:
+    """Return what INT8 costs and brings, for each student and engine, from the recorded benchmarks in a folder."""
     lines = [
         "| | on | loss on Set12 at sigma 15 / 25 / 50, dB | worst | on BSD68 | worst | in float | integer MACs "
         "| to FP32, 256x256 | 512x512 | 1024x1024 | to the FP32 teacher |",
         f"|{'---|' * 12}",
     ]
-    records = _records()
+    records = _records(folder)
     machines = _machines(records)
     for record in records:
         for name, row in record["engines"].items():
@@ -111,9 +115,9 @@ def int8_table() -> str:
     return "\n".join([*lines, "", _legend(records), ""])
 
 
-def _records() -> list[dict[str, Any]]:
+def _records(folder: Path = INT8) -> list[dict[str, Any]]:
     """Return the records of benchmarks/int8.py."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(INT8.glob("*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
 def _machine(record: dict[str, Any]) -> str:

@@ -6,8 +6,9 @@ import torch
 
 from edgekit import backends, models, target
 from edgekit.backends import Source, onnxruntime, onnxruntime_graph
+from edgekit.backends.weight_bits import weight_bits
 from edgekit.compress.export import export_onnx
-from edgekit.compress.quantize import quantize_static
+from edgekit.compress.quantize import quantize_dynamic, quantize_static
 from edgekit.compress.simplify import simplify
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.graph.checks import read_onnx
@@ -68,6 +69,19 @@ def test_integers_are_counted_in_the_graph_that_is_run(tmp_path, source):
     facts = onnxruntime.build(source, ONNX, tmp_path / "int8").facts
     assert 800 < facts["integer_macs_permille"] < 1000
     assert onnxruntime.build(source, FLOAT, tmp_path / "float").facts == {"integer_macs_permille": 0}
+
+
+@pytest.mark.parametrize(("asked", "bits", "said"), [("always", 7, "do not saturate"), ("never", 8, "sums saturate")])
+def test_the_bundle_says_how_many_bits_weights_have(tmp_path, source, asked, bits, said):
+    settings = dataclasses.replace(SETTINGS, reduce_range=asked)
+    int8 = quantize_static(source.fp32_onnx, source.calibration, tmp_path / "int8.onnx", settings).onnx
+    built = onnxruntime.build(dataclasses.replace(source, int8_onnx=int8), ONNX, tmp_path / "bundle")
+    assert built.facts["weight_bits"] == bits
+    assert [said in note for note in built.notes] == [True]
+
+
+def test_weights_without_a_sign_have_nothing_to_saturate(tmp_path, source):
+    assert weight_bits(quantize_dynamic(source.fp32_onnx, tmp_path / "int8.onnx")) is None
 
 
 def test_int8_that_would_run_in_float_is_refused(tmp_path, source):

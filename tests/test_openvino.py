@@ -13,7 +13,7 @@ from edgekit import backends, models, target
 from edgekit.backends import Source
 from edgekit.compress.export import export_onnx
 from edgekit.compress.placement import PLACEMENTS
-from edgekit.compress.quantize import quantize_static
+from edgekit.compress.quantize import quantize_static, saturates
 from edgekit.compress.simplify import simplify
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
 from edgekit.graph import walk
@@ -86,6 +86,12 @@ def test_all_convolutions_but_head_and_tail_run_in_integers(source, built):
     in_float = {name.removesuffix("/WithoutBiases") for name, kind in kernels.items() if kind == "f32"}
     assert in_float == set(walk.float_convolutions(onnx.load(source.int8_onnx)))
     assert 800 < made.facts["integer_macs_permille"] < 1000
+
+
+def test_the_bundle_says_how_many_bits_weights_have(built):
+    _, made = built
+    assert made.facts["weight_bits"] == (7 if saturates() else 8)
+    assert f"Weights have {made.facts['weight_bits']} bits" in made.notes[1]
 
 
 def test_equal_sources_give_equal_bytes_without_notes_or_paths(source, built, tmp_path):

@@ -162,6 +162,14 @@ def test_the_last_bits_of_another_processor_do_not_fail(copied):
     assert (limit.verdict, limit.measured) == ("pass", "60.0 dB")
 
 
+@pytest.mark.parametrize(("bits", "saturates", "said"), [(8, True, True), (8, False, False), (7, True, False)])
+def test_sums_that_saturate_on_this_processor_are_said(copied, monkeypatch, bits, saturates, said):
+    monkeypatch.setattr(verify, "saturates", lambda: saturates)
+    built = json.loads((copied / bundle.MANIFEST).read_text())["built"]
+    found = judged(changed(copied, manifest={"built": {"facts": built["facts"] | {"weight_bits": bits}}}))
+    assert any("sums saturate here" in note for note in found.notes) == said
+
+
 def test_a_golden_output_of_another_size_is_refused_by_name(copied):
     file = min((copied / "golden").glob("*.denoised.f32"))
     file.write_bytes(file.read_bytes()[:-4])

@@ -13,6 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from edgekit.backends import Built, Source, onnxruntime_audit, onnxruntime_graph, onnxruntime_times
+from edgekit.backends.weight_bits import NOTES, weight_bits
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.graph.checks import DENOISED, SIGMA, read_onnx
 from edgekit.graph.reference import feeds, session_options
@@ -62,6 +63,7 @@ def build(source: Source, target: Target, out: Path) -> Built:
         quick = onnxruntime_graph.rewritten(read_onnx(source.int8_onnx))
         (out / FILES["int8"]).write_bytes(quick.SerializeToString(deterministic=True))
     artifact = out / FILES[target.precision]
+    bits = weight_bits(source.int8_onnx) if target.precision == "int8" and source.int8_onnx else None
     found = audit_file(artifact)
     if target.precision == "int8" and found.integer_macs_permille == 0:
         raise UnsupportedError(
@@ -72,7 +74,8 @@ def build(source: Source, target: Target, out: Path) -> Built:
         files={**files, "artifact": artifact.name},
         precision=target.precision,
         tools={"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__},
-        facts={"integer_macs_permille": found.integer_macs_permille},
+        facts={"integer_macs_permille": found.integer_macs_permille} | ({"weight_bits": bits} if bits else {}),
+        notes=(NOTES[bits],) if bits else (),
         audit=found,
     )
 

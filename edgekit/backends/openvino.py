@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.backends import Built, Source, openvino_graph
+from edgekit.backends.weight_bits import NOTES, weight_bits
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
 from edgekit.graph.checks import DENOISED, SIGMA, read_onnx
 from edgekit.graph.reference import Reference, agreement_db, feeds, probe
@@ -62,12 +63,14 @@ def build(source: Source, target: Target, out: Path) -> Built:
         IntegrityError: The artifact's output is too far from the float graph's.
     """
     notes: tuple[str, ...] = ()
+    bits = None
     model = _read(source.fp32_onnx)
     if target.precision == "int8":
         if source.int8_onnx is None:
             raise InputError(f"target '{target.name}' asks for int8, and the model '{source.name}' has no INT8 graph")
         model = _read(source.int8_onnx)
-        notes = (_float_note(source.int8_onnx),)
+        bits = weight_bits(source.int8_onnx)
+        notes = (_float_note(source.int8_onnx), *([NOTES[bits]] if bits else []))
     if target.precision == "float16":
         notes = ("Weights are stored as float16; the CPU computes in float32.",)
     out.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,7 @@ def build(source: Source, target: Target, out: Path) -> Built:
         files={"artifact": ARTIFACT, "weights": WEIGHTS},
         precision="int8" if target.precision == "int8" else "float32",
         tools={"openvino": openvino.__version__},
-        facts={"integer_macs_permille": found.integer_macs_permille},
+        facts={"integer_macs_permille": found.integer_macs_permille} | ({"weight_bits": bits} if bits else {}),
         notes=notes,
         audit=found,
     )

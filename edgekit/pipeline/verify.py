@@ -15,6 +15,7 @@ import numpy as np
 from edgekit import backends, bundle, config
 from edgekit.backends import Built, Session
 from edgekit.bundle import Manifest
+from edgekit.compress.quantize import saturates
 from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import IncompleteError, InputError, IntegrityError, ToolMissingError
@@ -36,6 +37,10 @@ Say = Callable[[str], None]
 _MIN_PAIRS = 8
 # Far below what another kind of processor changes in the last bits, far above what another network gives.
 _GOLDEN_DB = 40.0
+_SATURATES = (
+    "This processor has no VNNI, and the weights have 8 bits: the engine's sums saturate here. Compile on it, or with "
+    "quantization.reduce_range=always."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +134,8 @@ def verify(
             target.engine, fp32, native[0], shape, threads=settings.threads, seconds=settings.seconds / 2
         )
         notes = (*notes, found.sentence()) if found else notes
+    if native and built.facts.get("weight_bits") == 8 and saturates():
+        notes = (*notes, _SATURATES)
     baselines = baseline.recorded()
     counted = _audit(path, built, target)
     limits = [
