@@ -75,7 +75,7 @@ def print_distilled(result: Distilled) -> None:
 
 
 def print_report(report: Report) -> None:
-    """Print a verdict: the ledger, the recorded baselines, and every limit."""
+    """Print a verdict: the ledger, the recorded baselines, every limit, and what must be known of the artifact."""
     rows = [
         (
             row.name,
@@ -114,6 +114,8 @@ def print_report(report: Report) -> None:
     print_table("", ("limit", "asked", "measured", "verdict", "why"), limits)
     if report.audit is not None:
         _console().print(Text("\n".join(report.audit.lines())), soft_wrap=True)
+    for note in report.notes:
+        _console().print(Text(f"note: {note}"), soft_wrap=True)
     _console().print(Text(f"{report.target}: ") + _coloured(report.verdict) + Text("\n"))
 
 

@@ -154,6 +154,7 @@ class Report:
     audit: What runs in integers, asked of the engine here; as recorded where it does not run here; None if neither.
     devices: Where the artifact was measured, by records of `edgekit bench`.
     refused: Records that decide nothing, and why.
+    notes: What must be known of the artifact, the bundle's own notes first.
     """
 
     target: str

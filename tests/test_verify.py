@@ -170,6 +170,12 @@ def test_sums_that_saturate_on_this_processor_are_said(copied, monkeypatch, bits
     assert any("sums saturate here" in note for note in found.notes) == said
 
 
+def test_what_must_be_known_of_the_artifact_is_shown(copied, call):
+    manifest = json.loads((copied / bundle.MANIFEST).read_text())
+    (weights,) = manifest["built"]["notes"]
+    assert f"note: {weights}" in call("-q", "verify", copied, "--seconds", "1").out.splitlines()
+
+
 def test_a_golden_output_of_another_size_is_refused_by_name(copied):
     file = min((copied / "golden").glob("*.denoised.f32"))
     file.write_bytes(file.read_bytes()[:-4])
