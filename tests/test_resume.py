@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import os
 import random
@@ -326,7 +327,9 @@ def seen(what: str, folder: Path) -> frozenset[str]:
         "result": ".02-student.*.tmp/*",
     }[what]
     found = set()
-    for path in folder.glob(pattern) if pattern else ():
+    # Folders come and go meanwhile, which Path.glob does not take.
+    for name in glob.glob(pattern, root_dir=folder) if pattern else ():
+        path = folder / name
         try:
             status = path.stat()
         except FileNotFoundError:
