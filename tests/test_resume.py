@@ -327,8 +327,8 @@ def seen(what: str, folder: Path) -> frozenset[str]:
         "result": ".02-student.*.tmp/*",
     }[what]
     found = set()
-    # Folders come and go meanwhile, which Path.glob does not take.
-    for name in glob.glob(pattern, root_dir=folder) if pattern else ():
+    # Folders come and go meanwhile, at which Path.glob raises.
+    for name in glob.glob(pattern, root_dir=folder) if pattern else ():  # noqa: PTH207
         path = folder / name
         try:
             status = path.stat()
