@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import glob
 import json
 import os
 import random
@@ -327,14 +327,11 @@ def seen(what: str, folder: Path) -> frozenset[str]:
         "result": ".02-student.*.tmp/*",
     }[what]
     found = set()
-    # Folders come and go meanwhile, at which Path.glob raises.
-    for name in glob.glob(pattern, root_dir=folder) if pattern else ():  # noqa: PTH207
-        path = folder / name
-        try:
+    # A file or a folder that goes meanwhile ends this look; whoever waits looks again.
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.glob(pattern) if pattern else ():
             status = path.stat()
-        except FileNotFoundError:
-            continue
-        found.add(f"{path} {status.st_ino} {status.st_mtime_ns if what == 'checkpoint' else ''}")
+            found.add(f"{path} {status.st_ino} {status.st_mtime_ns if what == 'checkpoint' else ''}")
     return frozenset(found)
 
 

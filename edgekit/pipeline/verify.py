@@ -37,10 +37,7 @@ Say = Callable[[str], None]
 _MIN_PAIRS = 8
 # Far below what another kind of processor changes in the last bits, far above what another network gives.
 _GOLDEN_DB = 40.0
-_SATURATES = (
-    "This processor has no VNNI, and the weights have 8 bits: the engine's sums saturate here. Compile on it, or with "
-    "quantization.reduce_range=always."
-)
+_SATURATES = "This processor is x86 without VNNI: with these weights, the engine's sums saturate here."
 
 
 @dataclass(frozen=True, kw_only=True)
