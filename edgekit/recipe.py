@@ -45,7 +45,8 @@ class Model:
     """A network and where its weights come from.
 
     model: A name of `edgekit models`.
-    weights: `shipped`, `random`, or the path of a safetensors file.
+    weights: `shipped` (for the model with these options and the data's channels), `random`, or the path of a safetensors
+        file.
     options: Options of the network that differ from its defaults.
     """
 

@@ -281,8 +281,11 @@ def test_training_alone_ignores_the_recipes_teacher(recipe, photos, tmp_path):
 
 def test_a_network_of_other_channels_than_the_data_is_refused(photos, tmp_path):
     wanted = tiny.recipe(photos, student=Model(model="nano"), data=Data(train=(str(photos / "train"),), channels=3))
-    with pytest.raises(InputError, match=r"'nano' takes 1 channels, data\.channels is 3"):
+    with pytest.raises(InputError, match=r"'nano' were trained with channels=1, not 3"):
         distill.distill(wanted, tmp_path / "run")
+    gray = tiny.recipe(photos, student=Model(model="base-color"))
+    with pytest.raises(InputError, match=r"'base-color' takes 3 channels, data\.channels is 1"):
+        distill.distill(gray, tmp_path / "run")
 
 
 # Students

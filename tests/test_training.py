@@ -17,10 +17,11 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from edgekit import models
+from edgekit import models, zoo
 from edgekit.data import sets
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import EdgekitError, InputError, IntegrityError
+from edgekit.files import sha256
 from edgekit.measure import quality
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
@@ -720,7 +721,7 @@ def test_the_loop_runs_where_there_is_torch_and_little_else(tmp_path):
     code = """
 from pathlib import Path
 import numpy, torch
-from edgekit import models
+from edgekit import models, zoo
 from edgekit.recipe import Distillation, Training
 from edgekit.training import loop
 job = loop.Job(
@@ -819,8 +820,20 @@ def test_a_file_that_is_no_job_is_refused_by_name(tmp_path, content, said):
 
 def test_a_job_refuses_options_that_the_shipped_weights_were_not_trained_with(tmp_path, photos):
     recipe = tiny.recipe(photos, student=Model(model="nano", options={"se": True}))
-    with pytest.raises(InputError, match="the shipped weights of 'nano' were trained with default options"):
+    with pytest.raises(InputError, match="the shipped weights of 'nano' were trained with se=False, not True"):
         job_file.write(recipe, tmp_path / "job.json")
+
+
+def test_a_job_carries_the_shipped_weights_that_fit_the_options_and_the_data(tmp_path, photos):
+    student = Model(model="base", options={"noise_level": False})
+    read = job_file.read(job_file.write(tiny.recipe(photos, student=student), tmp_path / "blind" / "job.json"))
+    assert read.student.options == {"noise_level": False}
+    assert sha256(Path(read.student.weights)) == zoo.card("base-blind").sha256
+    read = job_file.read(
+        job_file.write(tiny.recipe(photos, channels=3, student=Model(model="base")), tmp_path / "colour" / "job.json")
+    )
+    assert read.student.options == {"channels": 3}
+    assert sha256(Path(read.student.weights)) == zoo.card("base-color").sha256
 
 
 def test_the_held_out_figure_is_that_of_the_protocol():

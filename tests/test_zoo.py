@@ -18,6 +18,7 @@ from edgekit.files import sha256, write_json
 from edgekit.measure import quality
 from edgekit.models import weights
 from edgekit.pipeline import networks
+from edgekit.recipe import Model
 
 GOLDENS = Path(__file__).parent / "goldens"
 UPDATE = "EDGEKIT_UPDATE_GOLDENS"
@@ -154,8 +155,25 @@ def test_a_damaged_card_is_refused_by_name(damaged, content):
 
 
 def test_shipped_weights_are_not_used_with_options_that_they_were_not_trained_with():
-    with pytest.raises(InputError, match="were trained with se=False, not True; set weights: random"):
+    with pytest.raises(InputError, match="trained with se=False, not True; name a file of weights, or set weights"):
         networks.shipped("nano", {"se": True})
     with pytest.raises(InputError, match=r"has no option 'sé'; known:|did you mean 'se'"):
         networks.shipped("nano", {"sé": True})
     assert networks.shipped("nano", {"se": False}).options == {}
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.names() if zoo.card(n).options])
+def test_a_network_with_the_options_of_a_shipped_variant_gets_its_weights(name):
+    card = zoo.card(name)
+    assert networks.shipped(card.model, card.options).name == name
+    assert networks.shipped(name).sha256 == card.sha256
+    with pytest.raises(InputError, match=r"were trained with .*batchnorm=False"):
+        networks.shipped(card.model, card.options | {"batchnorm": True})
+
+
+def test_weights_for_colour_are_found_by_the_channels_of_the_data_and_never_used_for_gray():
+    found = networks.from_recipe(Model(model="base"), 3)
+    assert found is not None
+    assert (found.name, found.net.channels) == ("base-color", 3)
+    with pytest.raises(InputError, match="of 'nano' were trained with channels=1, not 3"):
+        networks.from_recipe(Model(model="nano"), 3)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgekit import models, recipe, run, zoo
-from edgekit.errors import InputError, nearest
+from edgekit.errors import InputError
 from edgekit.files import sha256, write_json
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
@@ -66,29 +66,20 @@ def from_recipe(wanted: recipe.Model, channels: int) -> Network | None:
     """
     if wanted.weights == "random":
         return None
-    if wanted.weights == "shipped":
-        return shipped(wanted.model, wanted.options)
     options = {**wanted.options, **({"channels": channels} if channels != 1 else {})}
+    if wanted.weights == "shipped":
+        return shipped(wanted.model, options)
     return _load(wanted.model, wanted.model, options, Path(wanted.weights))
 
 
 def shipped(name: str, options: Mapping[str, models.Option] | None = None) -> Network:
-    """Return a network with the weights that edgekit ships for it.
+    """Return a network with the weights that edgekit ships for it, or for its variant with these options.
 
     Raises:
         InputError: None are shipped, or they were trained with other options.
     """
-    card = zoo.card(name)
-    defaults = models.options(card.model)
-    for key, value in (options or {}).items():
-        if key not in defaults:
-            raise InputError(f"model '{name}' has no option '{key}'; {nearest(key, defaults)}")
-        if (have := card.options.get(key, defaults[key])) != value:
-            raise InputError(
-                f"the shipped weights of '{name}' were trained with {key}={have!r}, not {value!r}",
-                remedy="set weights: random to train from scratch",
-            )
-    return _load(name, card.model, card.options, zoo.weights(name))
+    card = zoo.fitting(name, options or {})
+    return _load(card.name, card.model, card.options, zoo.weights(card.name))
 
 
 def from_run(folder: Path) -> Network:

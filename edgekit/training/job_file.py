@@ -84,12 +84,15 @@ def read(path: Path) -> JobFile:
 
 def _beside(wanted: Model, role: str, channels: int, path: Path, files: dict[str, str]) -> Model:
     """Return a model whose weights are named relative to the job file, and copy them there."""
-    resolved = _shipped(wanted) if wanted.weights == "shipped" else wanted
-    options = {**resolved.options, **({"channels": channels} if channels != 1 else {})}
-    if models.create(resolved.model, options).channels != channels:
-        raise InputError(f"'{resolved.model}' does not take {channels} channels")
+    options = {**wanted.options, **({"channels": channels} if channels != 1 else {})}
+    resolved = replace(wanted, options=options)
+    if wanted.weights == "shipped":
+        card = zoo.fitting(wanted.model, options)
+        resolved = Model(model=card.model, weights=str(zoo.weights(card.name)), options=card.options)
+    if models.create(resolved.model, resolved.options).channels != channels:
+        raise InputError(f"'{wanted.model}' does not take {channels} channels")
     if resolved.weights == RANDOM:
-        return replace(resolved, options=options)
+        return resolved
     source = Path(resolved.weights)
     if not source.is_file():
         raise InputError(f"{source}: no such file", remedy="name a .safetensors file of weights")
@@ -97,19 +100,7 @@ def _beside(wanted: Model, role: str, channels: int, path: Path, files: dict[str
     copy.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, copy)
     files[copy.name] = sha256(copy)
-    return replace(resolved, weights=copy.name, options=options)
-
-
-def _shipped(wanted: Model) -> Model:
-    card = zoo.card(wanted.model)
-    defaults = models.options(card.model)
-    if {**defaults, **wanted.options} != {**defaults, **card.options}:
-        raise InputError(
-            f"the shipped weights of '{wanted.model}' were trained with {dict(card.options) or 'default options'}, "
-            f"not {dict(wanted.options)}",
-            remedy="set weights: random to train from scratch",
-        )
-    return Model(model=card.model, weights=str(zoo.weights(wanted.model)), options=card.options)
+    return replace(resolved, weights=copy.name)
 
 
 def _placed(model: Model, path: Path) -> Model:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgekit import models
 from edgekit.errors import InputError, IntegrityError, nearest
 from edgekit.files import sha256
 
@@ -32,7 +34,7 @@ class Card:
 
     name: str
     model: str
-    options: dict[str, bool | int | str]
+    options: dict[str, models.Option]
     sha256: str
     parameters: int
     trained: dict[str, str | int | float]
@@ -60,6 +62,35 @@ def card(name: str) -> Card:
         return Card(**(raw | {"measured": measured, "notes": tuple(raw["notes"])}))
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path}: damaged card: {error}", remedy="reinstall edgekit") from error
+
+
+def fitting(name: str, options: Mapping[str, models.Option]) -> Card:
+    """Return the card of the weights `name` if they were trained with these options, else that of the variant that was.
+
+    Args:
+        name: Of shipped weights.
+        options: Of the network; the weights of a variant have to agree in all others too, which are at their defaults.
+
+    Raises:
+        InputError: No weights of that name are shipped, an option is unknown, or none were trained with these.
+    """
+    named = card(name)
+    defaults = models.options(named.model)
+    have = defaults | named.options
+    for key in options:
+        if key not in defaults:
+            raise InputError(f"model '{name}' has no option '{key}'; {nearest(key, defaults)}")
+    differ = {key: value for key, value in options.items() if have[key] != value}
+    if not differ:
+        return named
+    for variant in map(card, names()):
+        if variant.model == name and defaults | variant.options == {**defaults, **options}:
+            return variant
+    trained = ", ".join(f"{key}={have[key]!r}" for key in differ)
+    raise InputError(
+        f"the shipped weights of '{name}' were trained with {trained}, not {', '.join(map(repr, differ.values()))}",
+        remedy="name a file of weights, or set weights: random to train from scratch",
+    )
 
 
 def weights(name: str) -> Path:
