@@ -1,7 +1,7 @@
 # `make quickstart` and `make test` set up everything they need in .venv.
 PYTHON ?= python3
 VENV ?= .venv
-# A CPU build of torch: make quickstart TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+# A CPU build of torch: make quickstart TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 

@@ -524,7 +524,7 @@ def compare(
 ) -> None:
     """Compare methods on clean pictures: noisy, NLM, BM3D, peers, and networks in FP32 and INT8.
 
-    A MODEL is a shipped name, a run folder or an ONNX file; all shipped weights unless told.
+    A MODEL is a shipped name, a run folder or an ONNX file; unless told, what ships but the variants of base.
 
     \b
     edgekit compare

@@ -45,8 +45,7 @@ class Model:
     """A network and where its weights come from.
 
     model: A name of `edgekit models`.
-    weights: `shipped` (for the model with these options and the data's channels), `random`, or the path of a safetensors
-        file.
+    weights: `shipped` (those for these options and the data's channels), `random`, or the path of a safetensors file.
     options: Options of the network that differ from its defaults.
     """
 

@@ -31,6 +31,12 @@ DOORS: dict[Engine, str] = {
     "tvm": "edgekit.backends.tvm",
     "coreml": "edgekit.backends.coreml",
 }
+DISTRIBUTIONS: dict[Engine, str] = {
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "tvm": "apache-tvm",
+    "coreml": "coremltools",
+}
 EXTRAS: dict[Engine, str] = {"openvino": "openvino", "tvm": "tvm", "coreml": "coreml"}
 
 
@@ -131,6 +137,7 @@ def load(engine: Engine) -> Backend:
     Raises:
         ToolMissingError: The engine is not installed, or is installed and does not load (exit code 5).
     """
+    install = f"pip install 'edgekit[{EXTRAS.get(engine, 'all')}]'"
     try:
         return cast(Backend, importlib.import_module(DOORS[engine]))
     except ModuleNotFoundError as error:
@@ -138,10 +145,10 @@ def load(engine: Engine) -> Backend:
             raise
         raise ToolMissingError(
             f"the engine '{engine}' needs the package '{error.name}', which is not installed",
-            remedy=f"run: pip install 'edgekit[{EXTRAS.get(engine, 'all')}]'",
+            remedy=f"run: {install}",
         ) from error
     except (ImportError, OSError) as error:
         raise ToolMissingError(
             f"the engine '{engine}' is installed but does not load: {error}",
-            remedy=f"reinstall it: pip install --force-reinstall 'edgekit[{EXTRAS.get(engine, 'all')}]'",
+            remedy=f"reinstall it: pip uninstall --yes {DISTRIBUTIONS[engine]} && {install}",
         ) from error

@@ -165,7 +165,7 @@ def plan(
     """Return the rows in their order, after checking everything that can be checked without running it.
 
     Args:
-        what: Shipped names, run folders and ONNX files; all shipped weights unless told.
+        what: Shipped names, run folders and ONNX files; unless told, what ships but the variants of `base`.
         peers: Networks of others.
         pictures: Folder of clean pictures; the embedded evaluation set unless told.
         settings: How much is measured.

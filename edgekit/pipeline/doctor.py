@@ -9,8 +9,14 @@ from dataclasses import dataclass
 
 from edgekit import backends, run
 from edgekit.measure import host
+from edgekit.target import Engine
 
-_MODULES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tvm": "tvm", "coreml": "coremltools"}
+_MODULES: dict[Engine, str] = {
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "tvm": "tvm",
+    "coreml": "coremltools",
+}
 _QEMU = ("qemu-aarch64-static", "qemu-aarch64")
 
 
@@ -26,7 +32,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Return what edgekit needs and whether it is here; engines are looked up, not imported."""
-    versions = run.versions(("torch", "onnxruntime", "openvino", "apache-tvm", "apache-tvm-ffi", "coremltools"))
+    versions = run.versions(("torch", "apache-tvm-ffi", *backends.DISTRIBUTIONS.values()))
     gpu = host.gpu()
     machine = host.describe()
     findings = [
@@ -39,15 +45,14 @@ def examine() -> list[Finding]:
             name="GPU", found=gpu is not None, detail=gpu.name if gpu else "none; training and baseline use the CPU"
         ),
     ]
-    distributions = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tvm": "apache-tvm", "coreml": "coremltools"}
-    for engine, module in _MODULES.items():
-        there = importlib.util.find_spec(module) is not None
-        extra = next((e for name, e in backends.EXTRAS.items() if name == engine), "all")
+    for engine, distribution in backends.DISTRIBUTIONS.items():
+        there = importlib.util.find_spec(_MODULES[engine]) is not None
+        extra = backends.EXTRAS.get(engine, "all")
         findings.append(
             Finding(
                 name=engine,
                 found=there,
-                detail=versions.get(distributions[engine], "not installed"),
+                detail=versions.get(distribution, "not installed"),
                 fix="" if there else f"pip install 'edgekit[{extra}]'",
             )
         )
