@@ -46,6 +46,12 @@ class Manifest:
     chain: tuple[Link, ...]
     files: dict[str, str]
 
+    def halo(self, height: int, width: int) -> int:
+        """Return the halo of a tile in pixels, a multiple of the stride; all of it where no halo is known."""
+        stride, known = int(str(self.model["stride"])), self.model["halo_px"]
+        reach = max(height, width) if known is None else int(str(known))
+        return -(-reach // stride) * stride
+
     def write(self, bundle: Path) -> None:
         """Write `manifest.json`."""
         write_json(bundle / MANIFEST, {"schema_version": SCHEMA_VERSION, "kind": "edgekit-bundle", **asdict(self)})

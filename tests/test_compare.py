@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -20,7 +21,7 @@ from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.files import sha256
 from edgekit.measure import latency, quality
-from edgekit.pipeline import compare, comparison, networks
+from edgekit.pipeline import compare, comparison, distill, networks
 from edgekit.pipeline.compare import Peer, Plan, Settings
 from edgekit.pipeline.comparison import Comparison
 
@@ -308,6 +309,15 @@ def test_the_command_prints_the_table_and_writes_the_files(call, cwd, pictures, 
 
 def test_pictures_that_a_run_learned_from_are_refused(call, cwd, run_folder, leaves):
     call("compare", run_folder, "--pictures", leaves).refused(2, "learned from 'leaves-", "not seen")
+
+
+def test_pictures_that_a_run_chose_its_weights_by_are_refused_whatever_their_folder_is_called(call, cwd):
+    pictures = tiny.write_pictures(cwd / "set")
+    recipe = tiny.recipe(pictures, data=tiny.like_named(pictures), training=tiny.training(steps=2))
+    distill.distill(recipe, cwd / "run")
+    for seen in ("train", "held_out"):
+        call("compare", "run", "--pictures", pictures / seen / "images", "--dry-run").refused(2, "learned from 'images")
+    assert call("compare", "run", "--pictures", pictures / "evaluation" / "images", "--dry-run").code == 0
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import tiny
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
@@ -83,6 +84,22 @@ class Resized(nn.Module):
         first = self.first(head)
         up = self.up(first + self.up(self.deep(self.second(first))))
         return noisy - self.tail(torch.cat([up, head], 1))
+
+
+class Framed(nn.Module):
+    """Padding, cropping and slicing by operators of their own, and activations made of several nodes."""
+
+    channels, stride, takes_sigma = 1, 1, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.middle, self.tail = nn.Conv2d(1, 4, 5), nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 1, (1, 3))
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        x = functional.gelu(self.head(functional.pad(noisy, (3, 1, 2, 2), mode="reflect")))
+        x = functional.elu(self.middle(x[:, 1:3]))
+        wide = functional.pad(x, (2, 2, 1, 1))[:, :, 1:, 1:]
+        return noisy - self.tail(wide[:, :, :-1, :-1])
 
 
 def exported(net: nn.Module, folder: Path, *, positive: bool = False) -> onnx.ModelProto:
@@ -221,6 +238,25 @@ def test_the_cost_is_what_torch_counts(tmp_path, name):
     assert (found.macs, found.parameters) == (want, models.parameter_count(net))
 
 
+def test_the_stride_is_the_least_whose_multiples_the_graph_takes(tmp_path):
+    assert cost.stride(exported(models.create("nano"), tmp_path), tmp_path) == 8
+    assert cost.stride(exported(tiny.Deep(), tmp_path), tmp_path) == 16
+
+
+@pytest.mark.parametrize(
+    ("last", "size"),
+    [
+        (helper.make_node("DepthToSpace", ["four"], ["denoised"], blocksize=2), "2112x2240"),
+        (helper.make_node("AveragePool", ["noisy"], ["denoised"], kernel_shape=[2, 2]), "1055x1119"),
+    ],
+    ids=["larger", "smaller"],
+)
+def test_a_graph_whose_output_has_another_size_has_no_stride(tmp_path, last, size):
+    model = graph([helper.make_node("Concat", ["noisy"] * 4, ["four"], axis=1), last])
+    with pytest.raises(UnsupportedError, match=rf"net\.onnx: a picture of 1056x1120 comes out as {size}"):
+        cost.stride(model, tmp_path / "net.onnx")
+
+
 def test_the_cost_of_a_transposed_convolution_is_counted_at_its_input(tmp_path):
     macs = cost.macs_by_node(exported(Pyramid(), tmp_path), 64, 64)
     assert macs["/up/ConvTranspose"] == (8 * 8) * 4 * 4 * 16
@@ -249,6 +285,7 @@ def test_a_size_that_does_not_fit_the_graph_has_no_cost(tmp_path):
         pytest.param(Pyramid, id="pyramid"),
         pytest.param(lambda: Resized("nearest"), id="nearest"),
         pytest.param(lambda: Resized("bilinear"), id="bilinear"),
+        pytest.param(Framed, id="framed"),
     ],
 )
 def test_the_halo_is_as_far_as_gradients_reach(tmp_path, make):
@@ -319,6 +356,16 @@ def test_the_halo_is_rounded_up_to_the_stride():
             "'grow' (Resize): mode cubic",
             id="cubic",
         ),
+        pytest.param(
+            [helper.make_node("Slice", ["noisy", "last", "ends", "axes"], ["denoised"], "crop")],
+            "'crop' (Slice): it counts from the picture's end",
+            id="from the end",
+        ),
+        pytest.param(
+            [helper.make_node("Pad", ["noisy", "computed"], ["denoised"], "frame")],
+            "'frame' (Pad): the file does not say where it begins",
+            id="computed padding",
+        ),
         pytest.param([helper.make_node("Softmax", ["noisy"], ["denoised"], "mix")], "'mix' (Softmax)", id="unknown"),
         pytest.param(
             [
@@ -341,6 +388,7 @@ def test_the_halo_is_rounded_up_to_the_stride():
 )
 def test_a_halo_that_is_not_known_is_not_guessed(nodes, said):
     weights = {"scales": np.ones(4, np.float32), "w": np.ones((1, 1, 3, 3), np.float32)}
+    weights |= {"last": np.array([-8]), "ends": np.array([2**40]), "axes": np.array([2])}
     with pytest.raises(UnsupportedError) as error:
         receptive_field.receptive_field(graph(nodes, weights=weights))
     assert said in str(error.value)

@@ -18,12 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from edgekit import backends, bundle, files, report, run, target, zoo
+from edgekit.compress.export import export_onnx
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, IntegrityError, ToolMissingError, UnsupportedError
 from edgekit.graph.checks import is_quantized
 from edgekit.graph.reference import agreement_db
 from edgekit.models import weights
 from edgekit.pipeline import compile as compiling
+from edgekit.pipeline import denoise as denoising
 from edgekit.pipeline import distill, networks, pictures, verify, whole
 from edgekit.recipe import Data, Distillation, Model, Noise, Quantization, Recipe
 from edgekit.target import InputShape, Limits
@@ -279,6 +281,14 @@ def test_training_alone_ignores_the_recipes_teacher(recipe, photos, tmp_path):
     assert files.sha256(tmp_path / "alone" / name) == files.sha256(without / name)
 
 
+def test_training_alone_does_not_replace_a_student_that_was_taught(recipe, tmp_path):
+    distill.distill(recipe, tmp_path / "run")
+    before = files.sha256(tmp_path / "run" / "02-student" / networks.WEIGHTS)
+    with pytest.raises(InputError, match=r"holds another run \(alone is None there, True here\)"):
+        distill.distill(recipe, tmp_path / "run", alone=True)
+    assert files.sha256(tmp_path / "run" / "02-student" / networks.WEIGHTS) == before
+
+
 def test_a_network_of_other_channels_than_the_data_is_refused(photos, tmp_path):
     wanted = tiny.recipe(photos, student=Model(model="nano"), data=Data(train=(str(photos / "train"),), channels=3))
     with pytest.raises(InputError, match=r"'nano' were trained with channels=1, not 3"):
@@ -336,6 +346,13 @@ def test_the_engine_is_asked_for_before_anything_is_made(recipe, tmp_path, monke
     monkeypatch.setitem(backends.DOORS, "tvm", "no_such_package.door")
     with pytest.raises(ToolMissingError, match=r"the engine 'tvm' needs .* run: pip install 'edgekit\[tvm\]'"):
         whole.run_recipe(recipe, [target.load("android-arm64")], tmp_path / "run", say=lambda text: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tile_that_the_student_does_not_take_is_refused_before_any_training(recipe, tmp_path):
+    tile = dataclasses.replace(ONNX, input=InputShape(height=64, width=20))
+    with pytest.raises(UnsupportedError, match=r"input 20x64 is not a tile that 'nano' can be compiled for; .* of 8"):
+        whole.run_recipe(recipe, [tile], tmp_path / "run", say=lambda text: None)
     assert not (tmp_path / "run").exists()
 
 
@@ -402,6 +419,70 @@ def test_a_users_onnx_file_is_quantized_and_compiled(own, tmp_path):
     assert set(again.reused) == {"simplify", "quantize/onnxruntime", "bundles/onnx"}
 
 
+class Sloped(Colour):
+    """The same weights, and a slope that is not among them."""
+
+    slope = 0.0
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        return noisy - self.last(torch.nn.functional.leaky_relu(self.first(noisy), self.slope))
+
+
+def test_a_users_class_that_changed_is_compiled_anew_from_the_same_weights(own_weights, tmp_path, monkeypatch):
+    def compiled() -> compiling.Compiled:
+        return compiling.compile_model("test_pipeline:Sloped", [FLOAT], weights=own_weights, folder=tmp_path / "run")
+
+    made = compiled()
+    artifact = made.bundles[FLOAT.name] / "model.fp32.onnx"
+    before = artifact.read_bytes()
+    assert set(compiled().reused) == {"fuse", "export", "simplify", f"bundles/{FLOAT.name}"}
+    monkeypatch.setattr(Sloped, "slope", 0.5)
+    assert compiled().reused == ()
+    assert artifact.read_bytes() != before
+
+
+def test_an_onnx_file_of_any_name_and_stride_is_compiled_and_takes_any_picture(tmp_path):
+    net = tiny.Deep().eval()
+    path = export_onnx(net, channels=1, takes_sigma=False, stride=16, out=tmp_path / "1 my net (1).onnx")
+    folder = compiling.compile_model(str(path), [FLOAT], folder=tmp_path / "run").bundles[FLOAT.name]
+    manifest = bundle.read(folder)
+    assert (manifest.model["name"], manifest.model["stride"]) == ("1_my_net__1_", 16)
+    noisy = np.random.default_rng(0).random((1, 1, 72, 40), dtype=np.float32)
+    for what in (folder, path):
+        assert denoising.open_model(str(what))(noisy, 0.1).shape == noisy.shape
+
+
+class Mixed(Colour):
+    """An operator that edgekit does not know the reach of."""
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        return noisy - self.last(torch.softmax(self.first(noisy), 1))
+
+
+def test_a_network_whose_reach_is_not_known_is_compiled_for_pictures_in_one_piece(own_weights, tmp_path):
+    tiled = dataclasses.replace(FLOAT, name="tiled", input=InputShape(height=48, width=48))
+    compiled = compiling.compile_model(
+        "test_pipeline:Mixed", [FLOAT, tiled], weights=own_weights, folder=tmp_path / "run"
+    )
+    for folder in compiled.bundles.values():
+        assert bundle.read(folder).model["halo_px"] is None
+        assert "(Softmax): how far it looks is not known" in (folder / "README.md").read_text(encoding="utf-8")
+    noisy = np.random.default_rng(0).random((1, 3, 60, 44), dtype=np.float32)
+    whole_one = denoising.open_model(str(compiled.bundles[FLOAT.name]))(noisy, 0.1)
+    tile = denoising.open_model(str(compiled.bundles["tiled"]))
+    assert whole_one.shape == noisy.shape
+    assert tile(noisy[..., :40, :], 0.1).shape == (1, 3, 40, 44)
+    with pytest.raises(InputError, match="halo"):
+        tile(noisy, 0.1)
+
+
+def test_two_targets_of_one_name_are_refused_unless_they_are_the_same(copied):
+    other = dataclasses.replace(FLOAT, limits=Limits(size_mib=1.0))
+    with pytest.raises(InputError, match="two different targets are called 'onnx-float32'"):
+        compiling.compile_model(str(copied), [FLOAT, other])
+    assert list(compiling.compile_model(str(copied), [FLOAT, FLOAT]).bundles) == [FLOAT.name]
+
+
 def test_a_class_in_the_current_folder_is_found(tmp_path, monkeypatch, own_weights):
     (tmp_path / "my_colour_net.py").write_text("from test_pipeline import Colour\n\nclass Mine(Colour):\n    pass\n")
     monkeypatch.chdir(tmp_path)
@@ -413,12 +494,23 @@ def test_a_class_in_the_current_folder_is_found(tmp_path, monkeypatch, own_weigh
     [
         ("test_pipeline:Colour", False, "needs its weights; add --weights FILE.safetensors"),
         ("test_pipeline:Color", True, "cannot be made: .*no attribute 'Color'"),
-        ("no_such_module:Net", True, "cannot be made: No module named 'no_such_module'"),
+        (":Colour", True, "':Colour' names no class; give package.module:Class"),
+        ("test_pipeline:", True, "'test_pipeline:' names no class; give package.module:Class"),
+        ("no_such_module:Net", True, "cannot be made: ModuleNotFoundError: No module named 'no_such_module'"),
         ("test_pipeline:TEACHER", True, "cannot be made: .*not callable"),
         ("pathlib:Path", True, "is a PosixPath, not a torch.nn.Module"),
         ("torch.nn:Identity", True, "'first.bias' has no place in the network"),
     ],
-    ids=["no weights", "no such class", "no such module", "no class", "no network", "other weights"],
+    ids=[
+        "no weights",
+        "no such class",
+        "no module",
+        "no name",
+        "no such module",
+        "no class",
+        "no network",
+        "other weights",
+    ],
 )
 def test_a_class_that_cannot_be_used_is_refused(own_weights, name, with_weights, said):
     with pytest.raises(InputError, match=said):
@@ -452,6 +544,30 @@ def test_one_folder_in_all_places_is_divided_and_shares_no_picture(tmp_path):
     hashes = [{p.sha256 for p in s} for s in (chosen.train, chosen.held_out, chosen.evaluation)]
     assert all(hashes)
     assert sum(map(len, hashes)) == len(set.union(*hashes)) == 80
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path):
+    data = tiny.like_named(tiny.write_pictures(tmp_path / "set"))
+    before = pictures.load(data).digests()
+    assert len(set(before.values())) == 3
+    Image.fromarray(dead_leaves(99, 64, 64)[0]).save(tmp_path / "set" / "held_out" / "images" / "0.png")
+    after = pictures.load(data).digests()
+    assert {role for role in before if before[role] != after[role]} == {"held_out"}
+
+
+def test_pictures_that_came_into_a_runs_folder_later_are_looked_at_before_int8_is_trained_on_them(photos, tmp_path):
+    mine = Path(shutil.copytree(photos, tmp_path / "mine"))
+    recipe = tiny.recipe(mine, training=STEPS)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, evaluation="embedded"))
+    distill.distill(recipe, tmp_path / "run")
+    compiling.compile_model(str(tmp_path / "run"), [ONNX])
+    assert "quantize/onnxruntime" in compiling.compile_model(str(tmp_path / "run"), [ONNX]).reused
+    Image.fromarray(dead_leaves(98, 64, 64)[0]).save(mine / "train" / "later.png")
+    assert "quantize/onnxruntime" not in compiling.compile_model(str(tmp_path / "run"), [ONNX]).reused
+    evaluated = pictures.load(recipe.data).evaluation.pictures[0].pixels[0]
+    Image.fromarray(evaluated[100:356, 120:376].copy()).save(mine / "train" / "crop.png")
+    with pytest.raises(InputError, match=r"crop\.png"):
+        compiling.compile_model(str(tmp_path / "run"), [ONNX])
 
 
 def test_a_picture_in_two_sets_is_refused(photos, tmp_path):

@@ -34,6 +34,16 @@ def write_pictures(folder: Path, *, channels: int = 1) -> Path:
     return folder
 
 
+def like_named(pictures: Path) -> Data:
+    """Move what `write_pictures` wrote into three folders that are all called `images`, and return them as data."""
+    images = {}
+    for name in _SETS:
+        (pictures / name).rename(pictures / "images")
+        (pictures / name).mkdir()
+        images[name] = str((pictures / "images").rename(pictures / name / "images"))
+    return Data(train=(images["train"],), calibration=images["held_out"], evaluation=images["evaluation"])
+
+
 def recipe(pictures: Path, *, channels: int = 1, name: str = "tiny", **changes: object) -> Recipe:
     """Return a recipe on the pictures of `write_pictures`: a few steps of a random nano, without a teacher."""
     made = Recipe(
@@ -98,6 +108,27 @@ class Unet(nn.Module):
         third = relu(self.third(torch.cat([up, second], 1)))
         up = interpolate(third, scale_factor=2, mode="bilinear", align_corners=False)
         return noisy - self.last(relu(self.fourth(torch.cat([up, first], 1))))
+
+
+class Deep(nn.Module):
+    """A blind network of four levels by strided convolutions, so that it takes multiples of 16 alone."""
+
+    channels, takes_sigma, stride = 1, False, 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Conv2d(1 if level == 0 else 4, 4, 3, 2, 1) for level in range(4))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(4, 1 if level == 0 else 4, 2, 2) for level in range(4))
+
+    def forward(self, noisy: Tensor) -> Tensor:
+        """Return the denoised picture."""
+        levels = [noisy]
+        for down in self.down:
+            levels.append(relu(down(levels[-1])))
+        deep = levels.pop()
+        for up, skip in zip(reversed(self.up), reversed(levels), strict=True):
+            deep = skip - up(deep)
+        return deep
 
 
 class Shortcuts(nn.Module):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx
 
 from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY
-from edgekit.graph.walk import copied, initializers, producers
+from edgekit.graph.walk import constants_stored, copied, initializers, producers
 
 # Type -> which input holds the weights; the data is the first.
 WEIGHT_INPUT = {
@@ -17,6 +18,7 @@ WEIGHT_INPUT = {
     **dict.fromkeys(("QLinearConv", "QLinearMatMul"), 3),
 }
 Shape = tuple[int, ...]
+STRIDES = (8, 16, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ def parameters(model: onnx.ModelProto) -> int:
     stored = {n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     return sum(
         math.prod(tensor.dims)
-        for name, tensor in initializers(model).items()
+        for name, tensor in initializers(constants_stored(model)).items()
         if name not in scales and (tensor.data_type == onnx.TensorProto.FLOAT or name in stored)
     )
 
@@ -80,6 +82,33 @@ def macs_by_node(model: onnx.ModelProto, height: int, width: int) -> dict[str, i
             )
         result[node.name] = _macs(node, shapes)
     return result
+
+
+def stride(model: onnx.ModelProto, path: Path) -> int:
+    """Return the least of `STRIDES` of which a picture's sides may be any multiples.
+
+    Args:
+        model: A denoiser's graph (`checks.interface`).
+        path: Named in the error.
+
+    Raises:
+        UnsupportedError: None of them.
+    """
+    wrong = ""
+    for candidate in STRIDES:
+        height, width = 33 * candidate, 35 * candidate
+        try:
+            given = infer_shapes(model, height, width).get(DENOISED, ())[2:] or (height, width)
+        except UnsupportedError as error:
+            wrong = str(error)
+            continue
+        if given == (height, width):
+            return candidate
+        wrong = f"a picture of {height}x{width} comes out as {given[0]}x{given[1]}"
+    raise UnsupportedError(
+        f"{path}: {wrong}",
+        remedy=f"pictures come in any multiple of {', '.join(map(str, STRIDES[:-1]))} or {STRIDES[-1]}",
+    )
 
 
 def infer_shapes(model: onnx.ModelProto, height: int, width: int) -> dict[str, Shape]:

@@ -70,7 +70,10 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
                 remedy="export the network with convolutions, SpaceToDepth, DepthToSpace and element-wise operators",
             )
         height, width = _union(node, operands)
-        rule, attributes = _RULES[node.op_type], _attributes(node) | _resizing(node, constants)
+        rule, attributes = (
+            _RULES[node.op_type],
+            _attributes(node) | _resizing(node, constants) | _shift(node, constants),
+        )
         for name in node.output:
             spans[name] = (rule(height, attributes, 0), rule(width, attributes, 1))
     if DENOISED not in spans:
@@ -122,12 +125,19 @@ def _resize(span: _Span, a: _Attributes, axis: int) -> _Span:
     return _Span(jump, span.low + middle - reach, span.high + middle + reach)
 
 
+def _shifted(span: _Span, a: _Attributes, axis: int) -> _Span:
+    """Element i reads element i * step + start, or the picture's border."""
+    start = span.jump * a["starts"][axis]
+    return _Span(span.jump * a["steps"][axis], span.low + start, span.high + start)
+
+
 def _same(span: _Span, a: _Attributes, axis: int) -> _Span:
     return span
 
 
 _ELEMENTWISE = (
     *("Add", "Sub", "Mul", "Div", "Relu", "LeakyRelu", "PRelu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh"),
+    *("Elu", "Selu", "Celu", "Gelu", "Mish", "Softplus", "Softsign", "ThresholdedRelu", "Erf", "Log", "Reciprocal"),
     *("Identity", "Neg", "Abs", "Min", "Max", "Pow", "Sqrt", "Exp", "Cast", "QuantizeLinear", "DequantizeLinear"),
     *("Concat", "Split", "Gather", "BatchNormalization", "ReduceMean", "ReduceMax"),
 )
@@ -139,8 +149,11 @@ _RULES: dict[str, _Rule] = {
     "SpaceToDepth": _space_to_depth,
     "DepthToSpace": _depth_to_space,
     "Resize": _resize,
+    "Pad": _shifted,
+    "Slice": _shifted,
     **dict.fromkeys(_ELEMENTWISE, _same),
 }
+_INPUTS = {"Pad": ("pads", "value", "axes"), "Slice": ("starts", "ends", "axes", "steps")}
 _CHANNEL_AXES = ((1,), (-3,))
 
 
@@ -174,6 +187,27 @@ def _resizing(node: onnx.NodeProto, constants: Mapping[str, NDArray[np.generic]]
             "linear ones to whole multiples"
         )
     return {"scales": (found.height, found.width), "linear": (int(found.mode == "linear"),)}
+
+
+def _shift(node: onnx.NodeProto, constants: Mapping[str, NDArray[np.generic]]) -> dict[str, tuple[int, ...]]:
+    """Return where a Pad or a Slice begins along height and width, and its steps; nothing of other nodes.
+
+    Raises:
+        UnsupportedError: The file does not say, or counts from the picture's end.
+    """
+    if node.op_type not in ("Pad", "Slice"):
+        return {}
+    named = dict(zip(_INPUTS[node.op_type], node.input[1:], strict=False))
+    given = {role: [int(v) for v in np.ravel(constants[n])] for role, n in named.items() if n in constants}
+    begins = [-v for v in given["pads"][: len(given["pads"]) // 2]] if "pads" in given else given.get("starts", [])
+    axes = given.get("axes", range(len(begins)))
+    starts = {axis % 4: begin for axis, begin in zip(axes, begins, strict=False)}
+    steps = {axis % 4: step for axis, step in zip(axes, given.get("steps", []), strict=False)}
+    if not starts or any(name and role in ("axes", "steps") and role not in given for role, name in named.items()):
+        raise UnsupportedError(f"node '{node.name}' ({node.op_type}): the file does not say where it begins")
+    if node.op_type == "Slice" and any(starts.get(axis, 0) < 0 or steps.get(axis, 1) < 1 for axis in (2, 3)):
+        raise UnsupportedError(f"node '{node.name}' (Slice): it counts from the picture's end")
+    return {"starts": (starts.get(2, 0), starts.get(3, 0)), "steps": (steps.get(2, 1), steps.get(3, 1))}
 
 
 def _holds_tensor(node: onnx.NodeProto) -> bool:

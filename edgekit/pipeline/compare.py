@@ -31,9 +31,7 @@ from edgekit.measure.quality import Array, Denoise
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import networks
 from edgekit.pipeline.comparison import Arithmetic, Comparison, Figure, Pictures, Row
-from edgekit.pipeline.pictures import EMBEDDED
 from edgekit.pipeline.verify import size_bytes
-from edgekit.recipe import Data, Recipe
 
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -184,13 +182,14 @@ def plan(
     peers = [*peers, *(Peer(name=Path(w).stem, path=Path(w)) for w in finished)]
     models = [_model(w) for w in given if w not in finished]
     channels = {m.channels for m in models}
-    peer_channels = {p.name: _onnx_channels(p.path) for p in peers}
+    peer_interfaces = {p.name: _onnx_interface(p.path) for p in peers}
+    peer_channels = {name: of_peer for name, (of_peer, _) in peer_interfaces.items()}
     _check_names(["noisy", "NLM", "BM3D", *(m.name for m in models), *(p.name for p in peers)])
     chosen = {c: _pictures(pictures, c) for c in sorted(channels | set(peer_channels.values()))}
     for model in models:
         _check_unseen(model, chosen[model.channels])
     entries = [entry for found in chosen.values() for entry in _classics(found, settings)]
-    entries += [_peer(p, chosen[peer_channels[p.name]], settings) for p in peers]
+    entries += [_peer(p, chosen[peer_channels[p.name]], peer_interfaces[p.name][1], settings) for p in peers]
     entries += [e for m in models for e in _networks(m, chosen[m.channels], settings, folder)]
     return Plan(entries=tuple(entries), settings=settings, folder=folder)
 
@@ -265,7 +264,8 @@ def _shipped() -> list[str]:
 def _model(what: str) -> _Model:
     path = Path(what)
     if what.endswith(".onnx"):
-        return _Model(name=path.stem, what=what, channels=_onnx_channels(path), stride=_STRIDE)
+        channels, stride = _onnx_interface(path)
+        return _Model(name=path.stem, what=what, channels=channels, stride=stride)
     if path.is_dir():
         network, name = networks.from_run(path), path.resolve().name
     elif what in zoo.names():
@@ -283,17 +283,13 @@ def _model(what: str) -> _Model:
     )
 
 
-def _onnx_channels(path: Path) -> Channels:
-    """Return the channels of a file that takes every multiple of the stride; raises as `plan`."""
+def _onnx_interface(path: Path) -> tuple[Channels, int]:
+    """Return the channels and the stride of a file; raises as `plan`."""
     model = checks.load_onnx(path)
     channels = checks.interface(model, path).channels
     if channels not in (1, 3):
         raise InputError(f"{path}: takes {channels} channels", remedy="compare networks for 1 or 3")
-    try:
-        cost.infer_shapes(model, 33 * _STRIDE, 35 * _STRIDE)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{path}: {error}", remedy=f"pictures come in any multiple of {_STRIDE}") from error
-    return 1 if channels == 1 else 3
+    return 1 if channels == 1 else 3, cost.stride(model, path)
 
 
 def _pictures(path: Path | None, channels: Channels) -> PictureSet:
@@ -315,23 +311,15 @@ def _check_unseen(model: _Model, pictures: PictureSet) -> None:
         return
     listed = [root / stage.folder / "pictures.json" for stage in run.read_stages(root) if stage.name == "pictures"]
     for path in listed:
-        data = config.checked(run.read_identity(root)["recipe"], Recipe, root / "run.json").data
-        for name, seen in dict(json.loads(path.read_text(encoding="utf-8"))).items():
-            known = {digest: picture for picture, digest in seen.items()} if name != _evaluation_name(data) else {}
+        listing = json.loads(path.read_text(encoding="utf-8"))
+        for role in ("train", "held_out"):
+            known = {picture["sha256"]: picture["name"] for picture in listing[role]}
             for picture in pictures:
                 if picture.sha256 in known:
                     raise InputError(
                         f"{root}: learned from '{known[picture.sha256]}', which is '{picture.name}' of {pictures.name}",
                         remedy="compare on pictures that it has not seen",
                     )
-
-
-def _evaluation_name(data: Data) -> str:
-    """Return what a run calls its evaluation pictures in its list of pictures."""
-    if data.evaluation == EMBEDDED:
-        return "embedded-evaluation"
-    name = Path(data.evaluation).resolve().name
-    return f"{name}-evaluation" if data.evaluation in data.train else name
 
 
 def _classics(pictures: PictureSet, settings: Settings) -> list[Entry]:
@@ -366,7 +354,7 @@ def _classics(pictures: PictureSet, settings: Settings) -> list[Entry]:
     return [noisy, nlm, bm3d]
 
 
-def _peer(peer: Peer, pictures: PictureSet, settings: Settings) -> Entry:
+def _peer(peer: Peer, pictures: PictureSet, stride: int, settings: Settings) -> Entry:
     def open_() -> Program:
         denoise = backends.load_onnx("onnxruntime").open_onnx(peer.path, threads=settings.threads)
         notes = () if peer.sigma255 is None else (f"measured at noise level {peer.sigma255:g} alone, which it is for",)
@@ -379,7 +367,7 @@ def _peer(peer: Peer, pictures: PictureSet, settings: Settings) -> Entry:
         engine=_versioned("onnxruntime"),
         pictures=pictures,
         sigmas=settings.sigmas if peer.sigma255 is None else (peer.sigma255,),
-        stride=_STRIDE,
+        stride=stride,
         open=open_,
         rank=2,
     )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from PIL import Image
 
@@ -23,7 +26,7 @@ from edgekit.data.sets import Picture, PictureSet
 from edgekit.errors import IncompleteError, InputError, ToolMissingError, UnsupportedError
 from edgekit.files import sha256
 from edgekit.graph import checks, cost
-from edgekit.graph.receptive_field import receptive_field
+from edgekit.graph.receptive_field import ReceptiveField, receptive_field
 from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import int8, networks, pages, pictures
 from edgekit.pipeline.networks import Network
@@ -105,8 +108,9 @@ def compile_model(
     """
     for target in targets:
         backends.load(target.engine)
+    _check_names(targets)
     if what is None:
-        what = str(run.newest()) if run.exists() else _student_of(targets)
+        what = str(run.newest()) if run.exists() else student_of(targets)
     root = Path(what)
     if root.is_dir():
         if overrides:
@@ -127,7 +131,15 @@ def compile_model(
         return compile_student(opened, recipe, network, targets)
 
 
-def _student_of(targets: Sequence[Target]) -> str:
+def _check_names(targets: Sequence[Target]) -> None:
+    """Raise InputError where two targets of one name are not the same: one's bundle would replace the other's."""
+    known: dict[str, Target] = {}
+    for target in targets:
+        if known.setdefault(target.name, target) != target:
+            raise InputError(f"two different targets are called '{target.name}'", remedy="give one another 'name:'")
+
+
+def student_of(targets: Sequence[Target]) -> str:
     """Return the one shipped student that the targets name."""
     named = {target.name: target.student for target in targets}
     [student, *others] = sorted({name or "none" for name in named.values()})
@@ -160,8 +172,9 @@ def compile_student(opened: Run, recipe: Recipe, network: Network, targets: Sequ
 def _compile_onnx(
     path: Path, targets: Sequence[Target], overrides: Sequence[str], folder: Path | None, overwrite: bool
 ) -> Compiled:
-    interface = checks.interface(checks.load_float_onnx(path), path)
-    name = path.stem.replace(".", "_").replace("-", "_")
+    interface = checks.interface(loaded := checks.load_float_onnx(path), path)
+    stride = cost.stride(loaded, path)
+    name = _identifier(path.stem)
     recipe = _told_recipe(name, interface.channels, overrides)
     identity = {"recipe": asdict(recipe), "compiles": {"model": path.name, "sha256": sha256(path)}}
     with run.open_run(folder or run.RUNS / name, identity, overwrite=overwrite) as opened:
@@ -173,10 +186,15 @@ def _compile_onnx(
             fp32=opened.file(stage, "student.fp32.onnx"),
             channels=interface.channels,
             takes_sigma=interface.takes_sigma,
-            stride=8,
+            stride=stride,
             links=(first, link),
         )
         return _compile_graph(opened, recipe, graph, targets)
+
+
+def _identifier(name: str) -> str:
+    """Return a name that may stand in a file name and in C."""
+    return re.sub(r"\W", "_", name, flags=re.ASCII)
 
 
 def _to_graph(opened: Run, network: Network) -> _Graph:
@@ -199,6 +217,10 @@ def _to_graph(opened: Run, network: Network) -> _Graph:
         return {}
 
     made_from = {"student": network.sha256}
+    if not network.model:
+        # A user's class is in no file of edgekit's: what it computes is known by the graph that it gives.
+        with tempfile.TemporaryDirectory() as folder:
+            made_from["graph"] = sha256(float_graph(net, Path(folder)))
     fused = opened.stage(
         "fuse",
         number=3,
@@ -211,7 +233,7 @@ def _to_graph(opened: Run, network: Network) -> _Graph:
     exported = opened.stage(
         "export",
         number=4,
-        inputs={"fused": opened.sha256(fused, "fused.safetensors")},
+        inputs=made_from | {"fused": opened.sha256(fused, "fused.safetensors")},
         settings={},
         code=("models", "compress/fuse", "compress/export"),
         packages=("torch", "onnx"),
@@ -254,7 +276,7 @@ def _simplified(opened: Run, onnx: Path, link: Link) -> tuple[Stage, Link]:
 
 def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence[Target]) -> Compiled:
     for target in targets:
-        _check_tile(graph, target)
+        check_tile(graph.name, graph.stride, target)
     evaluation = pictures.evaluation(recipe.data)
     teacher = _export_teacher(opened, recipe)
     bundles = {}
@@ -267,13 +289,13 @@ def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence
     return Compiled(folder=opened.root, bundles=bundles, audits=audits, reused=tuple(opened.reused))
 
 
-def _check_tile(graph: _Graph, target: Target) -> None:
-    """Refuse a tile before minutes go into quantizing for it."""
+def check_tile(name: str, stride: int, target: Target) -> None:
+    """Raise UnsupportedError for a tile that a network of this stride does not take, before any work for it."""
     height, width = target.input.height, target.input.width
-    if any(side is not None and side % graph.stride for side in (height, width)):
+    if any(side is not None and side % stride for side in (height, width)):
         raise UnsupportedError(
-            f"target '{target.name}': input {width}x{height} is not a tile that '{graph.name}' can be compiled for",
-            remedy=f"set input.height and input.width, or --tile, to multiples of {graph.stride}",
+            f"target '{target.name}': input {width}x{height} is not a tile that '{name}' can be compiled for",
+            remedy=f"set input.height and input.width, or --tile, to multiples of {stride}",
         )
 
 
@@ -342,6 +364,7 @@ def _bundle(
         inputs=inputs,
         settings=asdict(target)
         | {
+            "stride": graph.stride,
             "noise": asdict(recipe.noise),
             "budgets": asdict(recipe.budgets),
             "quantization": asdict(recipe.quantization),
@@ -384,7 +407,7 @@ def _source(recipe: Recipe, graph: _Graph, quantized: Path | None, target: Targe
         return fuse.fuse(graph.network.net, *networks.example(graph.network.net))
 
     return Source(
-        name=graph.name.replace("-", "_"),
+        name=_identifier(graph.name),
         fp32_onnx=graph.fp32,
         int8_onnx=quantized,
         module=module,
@@ -445,7 +468,7 @@ def _manifest(
     ran: str,
 ) -> Manifest:
     counted = cost.cost(loaded := checks.load_onnx(graph.fp32), GOLDEN_SIDE, GOLDEN_SIDE)
-    field = receptive_field(loaded)
+    field, unknown = _receptive_field(loaded)
     links = list(graph.links)
     if teacher:
         links[0] = dataclasses.replace(links[0], made_from=teacher[1].sha256 if graph.taught else None)
@@ -466,9 +489,10 @@ def _manifest(
             "stride": graph.stride,
             "parameters": counted.parameters,
             "macs_256": counted.macs,
-            "halo_px": field.halo_px,
-            "global_ops": list(field.global_nodes),
-        },
+            "halo_px": field.halo_px if field else None,
+            "global_ops": list(field.global_nodes) if field else [],
+        }
+        | ({} if field else {"halo_unknown": unknown}),
         budgets=asdict(recipe.budgets)
         | {
             "int8_drop_db": int8_drop_db(recipe.budgets, graph.model),
@@ -486,6 +510,15 @@ def _manifest(
         chain=tuple(links),
         files={},
     )
+
+
+def _receptive_field(model: onnx.ModelProto) -> tuple[ReceptiveField | None, str]:
+    """Return how far a graph looks; or None, and why it is not known, and pictures are denoised in one piece."""
+    try:
+        return receptive_field(model), ""
+    except UnsupportedError as error:
+        log.warning("no halo is known, so pictures larger than a tile are refused: %s", error)
+        return None, str(error)
 
 
 def float_graph(net: Denoiser, folder: Path) -> Path:

@@ -78,7 +78,10 @@ def distill(
         InputError: Something of the recipe or the folder is wrong, or the folder is in use.
         IntegrityError: A file of the run, or a checkpoint, changed or is damaged.
     """
-    with run.open_run(folder or run.RUNS / recipe.name, {"recipe": asdict(recipe)}, overwrite=overwrite) as opened:
+    identity: dict[str, object] = {"recipe": asdict(recipe)}
+    if alone and recipe.teacher:
+        identity["alone"] = True
+    with run.open_run(folder or run.RUNS / recipe.name, identity, overwrite=overwrite) as opened:
         return train_student(opened, recipe, progress=progress, alone=alone)
 
 
@@ -119,8 +122,11 @@ def _list_pictures(opened: Run, chosen: Pictures) -> Stage:
     def write(out: Path) -> Mapping[str, object]:
         # In the stage, so that a run that goes on does not look again.
         pictures.refuse_leaks(chosen)
-        named = {s.name: {p.name: p.sha256 for p in s} for s in (chosen.train, chosen.held_out, chosen.evaluation)}
-        write_json(out / "pictures.json", named)
+        listed = {
+            role: [{"name": f"{found.name}/{p.name}", "sha256": p.sha256} for p in found]
+            for role, found in chosen.by_role().items()
+        }
+        write_json(out / "pictures.json", listed)
         return {"train": len(chosen.train), "held_out": len(chosen.held_out), "evaluation": len(chosen.evaluation)}
 
     return opened.stage(

@@ -17,6 +17,7 @@ from edgekit.compress.budget import Budget, Judge, Kept, Loss
 from edgekit.compress.placement import Placement
 from edgekit.compress.quantize import Prepared
 from edgekit.compress.ranges import Calibration
+from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import UnsupportedError
 from edgekit.files import sha256
@@ -84,22 +85,39 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
         if settings.mode == "dynamic":
             quantize.quantize_dynamic(student.fp32, out / FILE)
             return {}
+        if shown is not None and (listed := opened.stages().get("pictures")) and listed.inputs != shown.digests():
+            # The run's folders hold other pictures than when its student was trained.
+            pictures.refuse_leaks(shown)
         return _static(opened, recipe, student, where, out)
 
-    held_out = pictures.held_out(recipe.data)
+    shown = pictures.load(recipe.data) if settings.mode == "static" and settings.qat.steps else None
+    held_out = shown.held_out if shown is not None else pictures.held_out(recipe.data)
+    inputs = {"simplified": sha256(student.fp32), "held_out": sets.digest(held_out)}
+    if shown is not None:
+        inputs["train"] = sets.digest(shown.train)
     stage = opened.stage(
         f"quantize/{PLACEMENTS[engine]}",
         number=6,
-        inputs={"simplified": sha256(student.fp32)} | {p.name: p.sha256 for p in held_out},
+        inputs=inputs,
         settings=asdict(settings)
         | {
+            "stride": student.stride,
             "noise": asdict(recipe.noise),
             "int8_drop_db": int8_drop_db(recipe.budgets, student.name),
             "int8_worst_db": int8_worst_db(recipe.budgets, student.name),
             "threads": torch.get_num_threads() if settings.qat.steps or settings.change_basis else 0,
             "saturates": settings.reduce_range == "auto" and quantize.narrowed(where),
         },
-        code=("compress", "data", "graph", "measure/quality", "pipeline/pictures", "pipeline/int8"),
+        code=(
+            "compress",
+            "data",
+            "graph",
+            "measure/quality",
+            "pipeline/pictures",
+            "pipeline/int8",
+            "training",
+            "recipe",
+        ),
         packages=("onnxruntime", "onnx", "numpy", "torch"),
         work=work,
     )

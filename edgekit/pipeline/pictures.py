@@ -25,8 +25,12 @@ class Pictures:
     evaluation: PictureSet
 
     def digests(self) -> dict[str, str]:
-        """Return the hash of each set."""
-        return {s.name: sets.digest(s) for s in (self.train, self.held_out, self.evaluation)}
+        """Return the hash of each set, by its role."""
+        return {role: sets.digest(pictures) for role, pictures in self.by_role().items()}
+
+    def by_role(self) -> dict[str, PictureSet]:
+        """Return the sets by their role; two may have one name, as folders of the same name have."""
+        return {"train": self.train, "held_out": self.held_out, "evaluation": self.evaluation}
 
 
 def load(data: Data) -> Pictures:

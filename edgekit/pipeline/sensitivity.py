@@ -13,7 +13,7 @@ import numpy as np
 from edgekit.backends import DOORS, load
 from edgekit.compress import export, placement, quantize, sensitivity
 from edgekit.compress.sensitivity import Table
-from edgekit.graph import checks
+from edgekit.graph import checks, cost
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import int8, networks
 from edgekit.recipe import Recipe
@@ -41,10 +41,10 @@ def of_model(
         InputError: Nothing of that name, or a wrong setting. Else as `table`.
     """
     if what.endswith(".onnx"):
-        channels = checks.interface(checks.load_float_onnx(Path(what)), Path(what)).channels
-        return Path(what).stem, table(
-            Path(what), compiling.default_recipe(Path(what).stem, channels, overrides), engine
-        )
+        path = Path(what)
+        model = checks.load_float_onnx(path)
+        recipe = compiling.default_recipe(path.stem, checks.interface(model, path).channels, overrides)
+        return path.stem, table(path, recipe, engine, stride=cost.stride(model, path))
     if Path(what).is_dir():
         network = networks.from_run(Path(what))
     else:
