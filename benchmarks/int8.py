@@ -91,8 +91,10 @@ def kept(record: Path, name: str, measured: Sequence[str]) -> dict[str, object]:
     if not record.is_file():
         return {}
     before = json.loads(record.read_text(encoding="utf-8"))
-    here = asdict(host.describe())["cpu"]["model"]
-    same = before["weights_sha256"] == zoo.card(name).sha256 and before["host"]["cpu"]["model"] == here
+    cpu = host.describe().cpu
+    # Not by the name alone: "AMD EPYC" may have VNNI, or AVX2 and no more.
+    here = {"model": cpu.model, "features": list(cpu.features)}
+    same = before["weights_sha256"] == zoo.card(name).sha256 and before["host"]["cpu"] == here
     return {t: row for t, row in before["engines"].items() if same and t not in measured}
 
 

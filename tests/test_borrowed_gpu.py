@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from PIL import Image
 
 from edgekit.data.synthetic import dead_leaves
@@ -16,6 +17,7 @@ from edgekit.files import sha256
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts/borrowed_gpu.py"
+MISSING_THERE = ("pydantic", "ruamel", "rich", "skimage", "sklearn", "onnx", "onnxruntime", "jinja2", "onnxsim")
 
 
 @pytest.fixture
@@ -28,8 +30,10 @@ def pictures(tmp_path):
     return tmp_path
 
 
-def script(*arguments: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def script(*arguments: str, before: Path | None = None) -> str:
+    """Run the script; return what it says. Modules in the folder `before` take the place of others of that name."""
+    path = os.pathsep.join(str(p) for p in (before, ROOT) if p)
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -68,6 +72,28 @@ def test_a_plan_trains_in_pieces_and_its_weights_come_home_as_they_were_measured
         assert told["taught"] is False  # the plan's teacher was left out
         assert [m["sigma"] for m in told["measured"]] == [15, 25, 50]
         assert all(5000 < m["psnr_mdb"] < 50000 for m in told["measured"])
+
+
+def test_the_weights_come_home_from_a_machine_that_cannot_record_a_baseline(pictures):
+    prepare(pictures, "--only", "teacher")
+    # What a teacher that is done leaves, without the minutes that its training takes.
+    teacher, out, home = pictures / "state/teacher", pictures / "out", pictures / "home"
+    shipped = tiny.write_weights("teacher", teacher / "teacher.shipped.safetensors")
+    outcome = {"sha256": sha256(shipped), "ended_by": "time", "steps": 1}
+    (teacher / "outcome.json").write_text(json.dumps(outcome))
+    (teacher / "done").touch()
+    bare = pictures / "bare"
+    bare.mkdir()
+    (bare / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({MISSING_THERE}))\n")
+    said = script(
+        *("train", str(pictures / "plan"), "--state", str(pictures / "state"), "--out", str(out)), before=bare
+    )
+    assert "baseline: SKIPPED, the teacher was not timed: " in said
+    assert "skimage" in said
+    assert json.loads(said.splitlines()[-1]) == {"teacher": "done"}
+    assert "teacher: time, 1 steps, {'toy 15': " in script("collect", str(out), "-o", str(home))
+    assert sha256(home / "teacher.safetensors") == outcome["sha256"]
+    assert not (home / "baseline.json").exists()
 
 
 def test_a_training_that_fails_is_told_of_and_the_others_go_on(pictures):

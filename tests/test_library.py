@@ -802,6 +802,24 @@ def test_the_python_wrapper_says_what_is_wrong(gray: Bundle, tmp_path: Path) -> 
         denoiser.denoise(pixels)
 
 
+def test_the_python_wrapper_says_that_another_thread_is_in_it(gray: Bundle) -> None:
+    wrapper, pixels, found = gray.python().Denoiser(), _noisy(20, 20, 1), []
+    wrapper.close()
+
+    def again(context: int | None, count: int, task: Callable[[int | None, int], None], job: int | None) -> None:
+        with pytest.raises(RuntimeError, match="another thread is in a call with the same denoiser") as raised:
+            wrapper.denoise(pixels)
+        found.append(raised)
+        task(job, 0)
+
+    # An executor is called while its denoiser is busy; the wrapper takes none.
+    executor, api = EXECUTOR(again), Api(gray)
+    _, wrapper._denoiser = api.create(executor=ctypes.cast(executor, ctypes.c_void_p))
+    assert api.denoise(wrapper._denoiser, pixels, np.empty_like(pixels)) == (0, "no error")
+    assert len(found) == 1
+    wrapper.close()
+
+
 def test_two_models_link_statically_into_one_program(gray: Bundle, tmp_path: Path) -> None:
     if shutil.which("cc") is None:
         pytest.skip("no C compiler is installed")

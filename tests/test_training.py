@@ -80,6 +80,15 @@ def test_a_batch_depends_on_its_seed_alone():
     assert not any(torch.equal(one, two) for one, two in zip(first, other, strict=True))
 
 
+def test_a_seed_may_be_any_whole_number(tmp_path):
+    drawn = [draw(PICTURES, batch=1, patch=16, seed=seed)[0] for seed in (7, 2**64 + 7, 2**64 + 8)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2])
+    for seed in (20241201123456, 2**64, -1):
+        _, outcome = loop.train(job(training=tiny.training(steps=2, seed=seed)), tmp_path, silent)
+        assert outcome.steps == 2
+
+
 def test_patches_come_in_all_eight_orientations_and_no_other():
     picture = np.arange(16 * 16, dtype=np.uint8).reshape(1, 16, 16)
     turned = [np.rot90(p, k) for p in (picture[0], picture[0].T) for k in range(4)]
@@ -891,6 +900,58 @@ def test_two_processes_train_one_network_until_one_clock_says_so(written, photos
     assert last["ended_by"] == "time"
     assert last["images"] == last["steps"] * 2 * 2  # two processes with a batch of two
     weights.load_into(models.create("nano"), out / "nano.safetensors")
+
+
+def two_machines(job: Path, photos: Path, out: Path, rank_0: str = "", rank_1: str = "") -> tuple[int, str]:
+    """Train in two processes, each with a folder and options of its own; return the exit code and what they said."""
+    each = (
+        f'[ "$RANK" = 0 ] && more="{rank_0}" || more="{rank_1}"; exec "{sys.executable}" -m edgekit.training "{job}" '
+        f'--pictures "{photos}/train" --held-out "{photos}/held_out" --out "{out}/$RANK" $more'
+    )
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", "sh", "-c", each)
+    ran = subprocess.run(
+        [sys.executable, *launch],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return ran.returncode, ran.stdout + ran.stderr
+
+
+@pytest.mark.slow
+def test_two_machines_pause_together_and_go_on_from_the_main_ones_checkpoint(written, photos, tmp_path):
+    code, said = two_machines(written, photos, tmp_path / "whole")
+    assert code == 0, said
+    # The pictures are looked through on the main one, which comes later to the first step, and so pauses earlier.
+    code, said = two_machines(written, photos, tmp_path / "parts", "--pause-after 1e-9", "--pause-after 9")
+    assert code == 0, said
+    assert "step 10, loss 0." in said
+    assert "step 20" not in said
+    assert "(paused; the same command goes on)" in said
+    assert [p.parent.name for p in (tmp_path / "parts").rglob("checkpoint.safetensors")] == ["0"]
+    code, said = two_machines(written, photos, tmp_path / "parts")
+    assert code == 0, said
+    assert "going on at step 10\n" in said
+    assert "step 10, loss" not in said
+    whole, parts = ((tmp_path / name / "0" / "nano.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [(0, "damaged checkpoint"), (1, "is there for process 1, not for the main one, which would start over")],
+    ids=["damaged", "of another process alone"],
+)
+def test_each_machine_says_why_it_cannot_go_on(written, photos, tmp_path, rank, told):
+    (tmp_path / str(rank)).mkdir()
+    (tmp_path / str(rank) / "checkpoint.safetensors").write_bytes(b"half")
+    code, said = two_machines(written, photos, tmp_path)
+    assert code != 0
+    assert f"error: {tmp_path}/{rank}/checkpoint.safetensors: {told}" in said
+    assert "Connection closed" not in said
 
 
 @pytest.fixture

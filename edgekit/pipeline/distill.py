@@ -22,7 +22,7 @@ from edgekit.pipeline.networks import Network
 from edgekit.pipeline.pictures import Pictures
 from edgekit.recipe import Recipe
 from edgekit.run import Run, Stage
-from edgekit.training import loop
+from edgekit.training import loop, patches
 from edgekit.training.loop import Moment
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _train(
     out: Path,
     progress: Progress,
 ) -> Mapping[str, object]:
-    torch.manual_seed(recipe.training.seed)
+    torch.manual_seed(recipe.training.seed % patches.SEEDS)
     made = recipe.student
     options = dict(made.options) | ({"channels": recipe.data.channels} if recipe.data.channels != 1 else {})
     net = start.net if start else models.create(made.model, options)

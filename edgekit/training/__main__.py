@@ -32,6 +32,7 @@ from edgekit.models.denoiser import Denoiser
 from edgekit.recipe import Model
 from edgekit.training import job_file, loop
 from edgekit.training.job_file import JobFile
+from edgekit.training.patches import SEEDS
 
 log = logging.getLogger("edgekit.training")
 _WITHOUT_HELD_OUT = Shares(train=85, calibration=15, evaluation=0)
@@ -107,7 +108,7 @@ def train(
     if not checked and not (out / "checkpoint.safetensors").exists() and _is_main_process():
         for chosen in learned:
             overlap.refuse_overlaps(chosen, kept_back)
-    torch.manual_seed(job.training.seed)
+    torch.manual_seed(job.training.seed % SEEDS)
     out.mkdir(parents=True, exist_ok=True)
     main_process = _is_main_process()
 

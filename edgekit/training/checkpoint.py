@@ -28,6 +28,15 @@ class Position:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What a checkpoint holds; `path` is where it was read from."""
+
+    path: Path
+    position: Position
+    tensors: Mapping[str, Tensor]
+
+
 def save(
     path: Path, position: Position, learner: nn.Module, ema: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
@@ -49,6 +58,15 @@ def restore(
         InputError: The checkpoint is of another run.
         IntegrityError: The file is damaged.
     """
+    return load(read(path), job, learner, ema, optimizer)
+
+
+def read(path: Path) -> Saved:
+    """Return what a checkpoint holds.
+
+    Raises:
+        IntegrityError: The file is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             position = Position(**json.loads(file.metadata()["position"]))
@@ -57,21 +75,32 @@ def restore(
         raise IntegrityError(
             f"{path}: damaged checkpoint: {error}", remedy="delete it to start the training again"
         ) from error
-    if position.job != job:
+    return Saved(path=path, position=position, tensors=tensors)
+
+
+def load(
+    saved: Saved, job: str, learner: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> Position:
+    """Put a checkpoint into the learner, the average and the optimizer; return where the run stands.
+
+    Raises:
+        InputError: The checkpoint is of another run.
+    """
+    if saved.position.job != job:
         raise InputError(
-            f"{path}: is the checkpoint of another run (other settings, pictures, weights, code or versions)",
+            f"{saved.path}: is the checkpoint of another run (other settings, pictures, weights, code or versions)",
             remedy="delete it to start the training again, or choose another folder",
         )
-    learner.load_state_dict(_part(tensors, "net/"))
-    for name, value in _part(tensors, "ema/").items():
+    learner.load_state_dict(_part(saved.tensors, "net/"))
+    for name, value in _part(saved.tensors, "ema/").items():
         ema[name].copy_(value)
     for name, parameter in learner.named_parameters():
-        state = _part(tensors, f"optimizer/{name}/")
+        state = _part(saved.tensors, f"optimizer/{name}/")
         # In the parameter's own layout: a loop over another one may round differently in the last bit.
         optimizer.state[parameter] = {
             k: v if k == "step" else torch.empty_like(parameter).copy_(v) for k, v in state.items()
         }
-    return position
+    return saved.position
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
@@ -28,7 +28,7 @@ from edgekit.recipe import Distillation, Training
 from edgekit.training import checkpoint, losses, schedule
 from edgekit.training.distill import Learner, Lesson
 from edgekit.training.optimizer import Muon
-from edgekit.training.patches import PatchBank
+from edgekit.training.patches import SEEDS, PatchBank
 from edgekit.training.rounding import Rounding
 
 log = logging.getLogger(__name__)
@@ -95,14 +95,16 @@ def train(
 
     Args:
         job: What to train.
-        folder: Of the checkpoint.
+        folder: Of the checkpoint. With several processes the main one's counts, for all of them.
         report: Told where training stands.
-        pause_after_seconds: Of this sitting; the state is saved then and the average of that moment returned.
+        pause_after_seconds: Of this sitting; the state is saved then and the average of that moment returned. With
+            several processes the main one's counts.
 
     Raises:
         EdgekitError: The loss or a gradient is not finite; the last checkpoint is from before that.
-        InputError: Memory ran out, the folder holds the checkpoint of another job, the settings never end, or a patch
-            does not fit.
+        InputError: Memory ran out, the folder holds the checkpoint of another job, another process has one and the
+            main one has not, the settings never end, or a patch does not fit.
+        IntegrityError: The checkpoint is damaged.
     """
     settings = job.training
     # Accelerate keeps its mixed precision for the whole process; the next run in it may want another.
@@ -112,7 +114,7 @@ def train(
     device = accelerator.device
     bank = PatchBank(job.pictures, device)
     _check(job, bank.smallest_side)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed % SEEDS)
     learner = Learner(
         job.net,
         job.teacher,
@@ -128,12 +130,15 @@ def train(
 
     path = folder / "checkpoint.safetensors"
     position = checkpoint.Position(job=job.identity, step=0, seconds=0.0)
-    if path.exists():
-        position = checkpoint.restore(path, job.identity, learner, ema, optimizer)
+    if (saved := _saved(path, accelerator)) is not None:
+        position = checkpoint.load(saved, job.identity, learner, ema, optimizer)
         log.info("going on at step %d", position.step)
+    del saved  # As large as the state itself.
     wrapped, prepared = accelerator.prepare(learner, optimizer)
     run = _Run(job, accelerator, wrapped, prepared, bank, ema)
     clock = _Clock(position.seconds, accelerator)
+    # Each process came here at a moment of its own, and none may stop while the others wait for it.
+    (pause_after_seconds,) = broadcast_object_list([pause_after_seconds])
     step, seconds, saved_at = position.step, position.seconds, position.seconds
     psnr_db = math.nan
 
@@ -272,6 +277,31 @@ class _Clock:
         # Whole milliseconds, since not every device has float64.
         agreed = broadcast(torch.tensor([int(1000 * mine)], device=self._accelerator.device))
         return int(agreed.item()) / 1000
+
+
+def _saved(path: Path, accelerator: Accelerator) -> checkpoint.Saved | None:
+    """Return the main process's checkpoint, in every process, or None where there is none.
+
+    The main process alone writes it, and the folder need not be one that the other machines see.
+    """
+    if accelerator.num_processes == 1:
+        return checkpoint.read(path) if path.exists() else None
+    there = gather_object([path.exists()])
+    if any(there) and not there[0]:
+        raise InputError(
+            f"{path}: is there for process {there.index(True)}, not for the main one, which would start over",
+            remedy="give each machine the rank that it had, copy it to that of rank 0, or delete it to begin anew",
+        )
+    found: checkpoint.Saved | EdgekitError | None = None
+    if there[0] and accelerator.is_main_process:
+        try:
+            found = checkpoint.read(path)
+        except EdgekitError as error:
+            found = error
+    (found,) = broadcast_object_list([found])
+    if isinstance(found, EdgekitError):
+        raise found
+    return found
 
 
 def _optimizer(learner: nn.Module, settings: Training, device: torch.device) -> torch.optim.Optimizer:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from edgekit.errors import InputError
 
+SEEDS = 2**64  # What torch takes.
+
 
 class PatchBank:
     """All training pictures in one flat uint8 buffer.
@@ -39,7 +41,7 @@ class PatchBank:
             batch: Number of patches.
             patch: Side in pixels.
             sigma: Range of the noise's standard deviation on the scale of 0 to 255, drawn uniformly for each patch.
-            seed: The batch's own seed.
+            seed: The batch's own seed; any whole number.
 
         Returns:
             clean (batch, c, patch, patch) in [0, 1]; noisy, shaped the same, unclipped; sigma (batch, 1, 1, 1).
@@ -50,7 +52,7 @@ class PatchBank:
                 f"{self.smallest_side}",
                 remedy="set training.patch lower, or remove the picture",
             )
-        generator = torch.Generator(self._device).manual_seed(seed)
+        generator = torch.Generator(self._device).manual_seed(seed % SEEDS)
 
         def rand(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=generator, device=self._device)
