@@ -71,7 +71,7 @@ def print_distilled(result: Distilled) -> None:
         _console().print(Text(f"note: {result.teacher_refused}", style="yellow"), soft_wrap=True)
     if result.kept == "start":
         why = result.harmed or "training did not better the starting weights, which were kept"
-        _console().print(f"note: {why}", style="yellow", highlight=False)
+        _console().print(Text(f"note: {why}", style="yellow"), soft_wrap=True)
 
 
 def print_report(report: Report) -> None:

@@ -44,6 +44,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
     Raises:
         InputError: The disk or the quota is full, or the folder cannot be written to.
+        OSError: What is refused is another file, which the error names.
     """
     try:
         yield
@@ -57,7 +58,7 @@ def storage_errors(path: Path) -> Iterator[None]:
                 f"{path}: no space is left on the disk for it ({free} MiB free without it)",
                 remedy="free some and start the same command again, it goes on where it stopped",
             ) from error
-        if isinstance(error, OSError) and number in REFUSED:
+        if isinstance(error, OSError) and number in REFUSED and _is_of(error, path):
             raise InputError(
                 f"{path}: cannot be written: {error.strerror}", remedy="choose another place with -o"
             ) from error
@@ -118,6 +119,23 @@ def sha256(path: Path) -> str:
 def json_sha256(value: object) -> str:
     """Return the SHA-256 of a value's canonical JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _is_of(error: OSError, path: Path) -> bool:
+    """Return whether an error is of `path`, of a folder above or below, of a temporary beside it, or names no file."""
+    if not isinstance(error.filename, str | Path):
+        return True
+    # shutil.rmtree names what lies in a folder without the folder.
+    if not Path(error.filename).parent.parts and not os.path.lexists(error.filename):
+        return True
+    temporary = re.compile(rf"\.{re.escape(path.name)}\..*\.tmp")
+    for place in (os.path.abspath, os.path.realpath):
+        here, there = Path(place(path)), Path(place(error.filename))
+        if there == here or there in here.parents or here in there.parents:
+            return True
+        if any(p.parent == here.parent and temporary.fullmatch(p.name) for p in (there, *there.parents)):
+            return True
+    return False
 
 
 def _umask() -> int:

@@ -234,7 +234,7 @@ def _read(root: Path) -> tuple[dict[str, object], list[Stage]]:
 
 def exists() -> bool:
     """Return whether there is any run folder below `runs/`."""
-    return any(RUNS.glob(f"*/{_RECORD}"))
+    return any(RUNS.glob(f"[!.]*/{_RECORD}"))
 
 
 def newest() -> Path:
@@ -243,7 +243,7 @@ def newest() -> Path:
     Raises:
         InputError: There is none.
     """
-    records = sorted(RUNS.glob(f"*/{_RECORD}"), key=lambda p: p.stat().st_mtime)
+    records = sorted(RUNS.glob(f"[!.]*/{_RECORD}"), key=lambda p: p.stat().st_mtime)
     if not records:
         raise InputError(f"there is no run in '{RUNS}/'", remedy="start one: edgekit distill")
     return records[-1].parent

@@ -135,6 +135,26 @@ def test_a_phones_record_decides_that_the_bundle_runs_on_its_target(
     assert found.reason.startswith("edgekit Phone 1, adb (native), variant float32, 2 runs, measured 20")
 
 
+def test_what_a_phone_does_without_a_feature_lies_apart_and_decides_nothing(
+    android: Path, phone: Phone, call: Call, tmp_path: Path
+) -> None:
+    here = shutil.copytree(android, tmp_path / "nano")
+    brief = ("--device", "adb", "--runs", "2", "--seconds", "0", "--side", "104")
+    call("bench", here, *brief)
+    first = measurement.beside(here)
+    content = first[0].read_bytes()
+    assert call("bench", here, *brief, "--without", "asimddp").code == 0
+    assert (measurement.beside(here), first[0].read_bytes()) == (first, content)
+    apart = tmp_path / "nano.bench-without-asimddp.adb-edgekit-phone-1.json"
+    found = measurement.read(apart)
+    assert (found.hidden, found.features) == (("asimddp",), ("asimd", "asimdhp"))
+    assert found.protocol.endswith("; the library does not see asimddp")
+    assert runs_on_target(here).verdict == "pass"
+    named = runs_on_target(here, apart)
+    assert named.verdict == "incomplete"
+    assert f"{apart.name}: asimddp was hidden from the library: it is not what edgekit Phone 1 does" in named.reason
+
+
 def test_records_of_emulators_leave_it_undecided_and_say_why(android: Path, server: None, tmp_path: Path) -> None:
     with connected(tmp_path, properties={"ro.kernel.qemu": "1"}):
         emulator = bench.bench(android, "adb", settings=BRIEF)
@@ -209,6 +229,7 @@ def ran() -> bench._Ran:
         variant="",
         features=(),
         peak_memory_kib=None,
+        protocol="",
     )
 
 
@@ -318,8 +339,37 @@ def test_an_artifact_of_an_engine_in_this_process_is_timed_here_only(
     found = json.loads(shown.out)
     assert (found["level"], found["latency"]["runs"], found["latency"]["load_us"]) == ("native", 5, None)
     assert found["quality"]["agreement_mdb"] > 40_000
+    assert found["protocol"] == (
+        "each golden picture once; then 3 warm-up runs and 5 timed ones at least and for 0 s, "
+        "of a whole picture of 256x256 float32 pixels by one thread"
+    )
     assert tree(folder) == before
     call("-q", "bench", folder, "--device", "qemu:cortex-a76").refused(4, "is no library", "--device local")
+    hiding = call("-q", "bench", folder, "--device", "local", "--without", "asimddp")
+    hiding.refused(4, "the feature 'asimddp' cannot be hidden from 'onnxruntime'")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the library has to be for this machine")
+def test_nothing_can_be_hidden_from_a_library_for_x86(android: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(android, tmp_path / "x86")
+    manifest = json.loads((other / bundle.MANIFEST).read_text())
+    manifest["target"]["isa"]["triple"] = "x86_64-linux-gnu"
+    (other / bundle.MANIFEST).write_text(json.dumps(manifest))
+    settings = dataclasses.replace(BRIEF, without=("asimddp",))
+    with pytest.raises(UnsupportedError, match=r"'asimddp' cannot be hidden from .*\.so, which is for x86_64"):
+        bench.bench(other, "local", settings=settings)
+
+
+def test_the_protocol_names_what_was_timed_and_nothing_else() -> None:
+    assert bench._library_protocol(BRIEF, 104, timed=True) == (
+        "each golden picture once; then 0 warm-up runs and 2 timed ones at least and for 0 s, first of one tile by one "
+        "thread, then of a picture of 104x104 pixels of bytes by 2"
+    )
+    assert bench._library_protocol(BRIEF, 0, timed=True).endswith("0 s, of one tile by one thread")
+    shape = bench.Shape(height=64, width=96, halo=0, delivered_pixels=64 * 96)
+    assert bench._session_protocol(BRIEF, shape).endswith(
+        "of a whole picture of 96x64 float32 pixels by one thread, then without warm-up by 2"
+    )
 
 
 def test_one_of_several_bundles_has_to_be_named(finished: Path, call: Call) -> None:

@@ -1,10 +1,12 @@
 import gc
+import os
 import platform
 import re
 import subprocess
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,6 +213,18 @@ def test_without_a_cuda_device_there_is_no_gpu():
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     assert host.gpu() is None
+
+
+@pytest.mark.parametrize("script", ["exec sleep 60", None], ids=["hangs", "does not start"])
+def test_a_driver_that_does_not_tell_its_version_is_no_failure(tmp_path, monkeypatch, script):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("" if script is None else f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(host, "_ANSWER_S", 0.2)
+    assert host._output([str(tool)]) == ""
+    if not Path("/proc/driver/nvidia/version").is_file():
+        assert host._nvidia_driver() is None
 
 
 @pytest.mark.gpu

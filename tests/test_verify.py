@@ -139,6 +139,22 @@ def _offset_artifact(folder: Path, offset: float) -> None:
     onnx.save(model, path)
 
 
+@pytest.mark.parametrize("limit_db", [1.001, 1.003])
+def test_a_drop_that_is_the_limit_keeps_it(copied, made, tmp_path, timed, limit_db):
+    """A thousand times 1.001 is less than 1001 in binary floating point."""
+    most_mdb = round(1000 * limit_db)
+    assert 1000 * limit_db < most_mdb
+    changed(copied, manifest={"budgets": {"student_drop_db": limit_db, "int8_drop_db": limit_db}})
+    student = next(row for row in judged(copied).rows if row.name == "student FP32")
+    golden = timed.quality.pictures_sha256
+    for more, verdict in ((0, "pass"), (1, "fail")):
+        lost = dataclasses.replace(timed.quality, psnr_mdb=student.psnr_mdb - most_mdb - more)
+        record(tmp_path, made, quality={golden: student.psnr_mdb + most_mdb + more})
+        found = verify.verify(copied, settings=QUICK, records=[kept(tmp_path, timed, quality=lost)])
+        device = next(x for x in found.limits if x.name == "int8_drop_db" and x.reason.startswith(timed.name))
+        assert (only(found, "student_drop_db").verdict, device.verdict) == (verdict, verdict)
+
+
 def test_an_artifact_that_gives_other_pictures_than_it_was_packed_with_fails(copied):
     for file in (copied / "golden").glob("*.denoised.f32"):
         values = np.fromfile(file, "<f4")
@@ -434,6 +450,24 @@ def test_emulated_time_decides_nothing_and_says_why(copied, tmp_path, timed, cha
     assert only(found, "megapixel_ms").reason.endswith(found.refused[0])
 
 
+def test_a_record_with_hidden_features_decides_nothing_and_says_why(copied, tmp_path, timed):
+    changed(copied, manifest=limits(megapixel_ms=1e6))
+    file = kept(tmp_path, timed, hidden=("asimddp", "i8mm"))
+    found = verify.verify(copied, settings=QUICK, records=[file])
+    assert (found.devices, found.verdict) == ((), "incomplete")
+    why = f"record.json: asimddp, i8mm was hidden from the library: it is not what {timed.name} does"
+    assert found.refused == (why,)
+    assert only(found, "megapixel_ms").reason.endswith(why)
+
+
+def test_a_record_from_before_hidden_features_were_told_is_read(tmp_path, timed):
+    file = kept(tmp_path, timed)
+    raw = json.loads(file.read_text())
+    del raw["hidden"]
+    file.write_text(json.dumps(raw))
+    assert measurement.read(file) == timed
+
+
 def test_bench_writes_beside_the_bundle_and_verify_finds_it(copied, call):
     shown = call("bench", "bundle", "--device", "local", "--runs", "2", "--seconds", "0")
     (file,) = Path().glob("bundle.bench.local-*.json")
@@ -452,6 +486,18 @@ def test_a_record_beside_the_bundle_of_what_was_compiled_before_is_not_counted(c
     assert (found.verdict, found.devices) == ("pass", ())
     (why,) = found.refused
     assert why.startswith(f"{file.name}: was measured of another artifact (000000000000, here ")
+
+
+@pytest.mark.parametrize("name", ["cut short", "another file", "old", "empty"])
+def test_a_record_beside_the_bundle_that_is_none_decides_nothing(copied, name):
+    content, _, words = BAD_RECORDS[name]
+    Path("bundle.bench.old.json").write_text(content)
+    found = judged(copied)
+    assert (found.verdict, found.devices) == ("pass", ())
+    (why,) = found.refused
+    assert why.startswith("bundle.bench.old.json: ")
+    assert words in why
+    assert str(copied.parent) not in why
 
 
 FOREIGN = {
@@ -558,6 +604,14 @@ def test_a_run_folder_stands_for_all_its_bundles(made, tmp_path):
     assert verify.bundles_of(made) == [made]
     with pytest.raises(InputError, match="is neither a bundle nor a run with bundles"):
         verify.bundles_of(tmp_path)
+
+
+def test_a_bundle_that_is_not_finished_is_none(made, tmp_path):
+    shutil.copytree(made, tmp_path / "bundles" / ".onnx.abc.tmp")
+    with pytest.raises(InputError, match="is neither a bundle nor a run with bundles"):
+        verify.bundles_of(tmp_path)
+    finished = shutil.copytree(made, tmp_path / "bundles" / "onnx")
+    assert verify.bundles_of(tmp_path) == [finished]
 
 
 def test_all_pictures_of_a_fixed_tile_are_timed_in_its_shape(made, tmp_path):
@@ -690,6 +744,16 @@ def test_a_baseline_survives_its_file(measured, tmp_path, monkeypatch):
     by_default = baseline.write(dataclasses.replace(found, device="Some GPU (R) 5"))
     assert by_default == Path("results/baselines/nano-some-gpu-r-5.json")
     assert baseline.recorded() == [dataclasses.replace(found, device="Some GPU (R) 5")]
+
+
+def test_a_runs_record_does_not_replace_that_of_the_shipped_weights(measured, tmp_path, monkeypatch):
+    found, _ = measured
+    monkeypatch.chdir(tmp_path)
+    own = dataclasses.replace(found, teacher_sha256="ab" * 32, device="GPU")
+    paths = [baseline.write(record) for record in (dataclasses.replace(found, device="GPU"), own)]
+    assert [path.name for path in paths] == ["nano-gpu.json", "nano-abababababab-gpu.json"]
+    assert {b.teacher_sha256 for b in baseline.recorded()} == {found.teacher_sha256, own.teacher_sha256}
+    assert baseline.write(dataclasses.replace(own, teacher="mine")).name == "mine-abababababab-gpu.json"
 
 
 def test_records_come_oldest_first_whatever_their_files_are_called(measured, tmp_path):

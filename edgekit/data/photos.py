@@ -24,15 +24,6 @@ EIGHT_BIT_MODES = frozenset(
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-def read_gray(path: Path) -> Pixels:
-    """Return the gray picture in a file, uint8 (h, w); see `read_picture`.
-
-    Raises:
-        InputError: The file is missing, damaged, no picture, or has more than 8 bits a channel.
-    """
-    return read_picture(path, 1)[:, :, 0]
-
-
 def read_picture(path: Path, channels: Channels) -> Pixels:
     """Return the picture in a file, uint8 (h, w, channels), upright.
 

@@ -29,6 +29,7 @@ MACOS_FEATURES = {
     "hw.optional.arm.FEAT_SME": "sme",
     "hw.optional.avx2_0": "avx2",
 }
+_ANSWER_S = 10.0
 PACKAGES = ("numpy", "onnx", "onnxruntime", "openvino", "torch", "apache-tvm", "coremltools", "scikit-image")
 
 
@@ -157,9 +158,9 @@ def _memory_mib() -> int | None:
 
 
 def _nvidia_driver() -> str | None:
-    if smi := shutil.which("nvidia-smi"):
-        listed = _output([smi, "--query-gpu=driver_version", "--format=csv,noheader"]).split()
-        return listed[0] if listed else None
+    smi = shutil.which("nvidia-smi")
+    if smi and (listed := _output([smi, "--query-gpu=driver_version", "--format=csv,noheader"]).split()):
+        return listed[0]
     module = Path("/proc/driver/nvidia/version")
     if module.is_file() and (found := re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", module.read_text(encoding="utf-8"))):
         return found[1]
@@ -167,5 +168,11 @@ def _nvidia_driver() -> str | None:
 
 
 def _output(command: list[str]) -> str:
-    """Return what a command prints; its exit status says nothing here, for a missing key is no failure."""
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=10).stdout
+    """Return what a command prints, nothing where it takes too long or does not start.
+
+    Its exit status says nothing here, for a missing key is no failure.
+    """
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_ANSWER_S).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

@@ -30,15 +30,6 @@ class Interval:
     confidence: float
 
 
-def mean_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """Return the mean of independent values and its interval.
-
-    Raises:
-        InputError: No values, one that is not finite, or a confidence that is not between 0 and 1.
-    """
-    return _interval(_checked(values), _row_means, block=1, confidence=confidence, seed=seed)
-
-
 def median_interval(values: Sequence[float], *, block: int = 1, confidence: float = 0.95, seed: int = 0) -> Interval:
     """Return the median of values in their order of time, and its interval.
 
@@ -50,7 +41,8 @@ def median_interval(values: Sequence[float], *, block: int = 1, confidence: floa
         seed: Of the draws.
 
     Raises:
-        InputError: As `mean_interval`, or a block that is not in 1..len(values).
+        InputError: No values, one that is not finite, a confidence that is not between 0 and 1, or a block that is not
+            in 1..len(values).
     """
     return _interval(_checked(values), _row_medians, block=block, confidence=confidence, seed=seed)
 
@@ -63,7 +55,7 @@ def paired_difference(
     Pictures differ far more from each other than a picture does before and after, so the pairs are drawn together.
 
     Raises:
-        InputError: The lengths differ, or as `mean_interval`.
+        InputError: The lengths differ, or as `median_interval`.
     """
     if len(before) != len(after):
         raise InputError(f"{len(before)} and {len(after)} values are no pairs", remedy="measure both on one set")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from edgekit import zoo
 from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import InputError, IntegrityError
@@ -117,9 +118,14 @@ def measure(
 
 
 def write(record: Baseline, path: Path | None = None) -> Path:
-    """Write a record to a file, `results/baselines/<teacher>-<device>.json` unless told; return where it lies."""
+    """Write a record to a file, `results/baselines/<teacher>-<device>.json` unless told; return where it lies.
+
+    Weights other than the shipped ones have their hash in the name: a run's student may be called like its teacher.
+    """
     name = "-".join(record.device.lower().replace("(", " ").replace(")", " ").split()) or "unknown"
-    path = path or FOLDER / f"{record.teacher}-{name}.json"
+    shipped = record.teacher in zoo.names() and zoo.card(record.teacher).sha256 == record.teacher_sha256
+    teacher = record.teacher if shipped else f"{record.teacher}-{record.teacher_sha256[:12]}"
+    path = path or FOLDER / f"{teacher}-{name}.json"
     write_json(path, {"schema_version": 1, "kind": "edgekit-baseline", **asdict(record)})
     return path
 

@@ -23,12 +23,11 @@ from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import IncompleteError, IntegrityError, ToolMissingError, UnsupportedError
 from edgekit.graph import checks, cost
-from edgekit.graph.reference import agreement_db
 from edgekit.measure import quality
 from edgekit.measure.quality import CEILING_MDB, Array
 from edgekit.pipeline.compile import GOLDEN_SIDE, read_golden
 from edgekit.pipeline.measurement import CostCard, Instructions, Latency, Measurement, Quality, Shape
-from edgekit.pipeline.verify import size_bytes
+from edgekit.pipeline.verify import GOLDEN_DB, golden_agreement_db, size_bytes
 from edgekit.report import Percentiles
 from edgekit.runners import Level, Runner, devices, instructions, qemu
 from edgekit.runners.facts import Facts
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 _NOISY, _DENOISED = "noisy.f32", "denoised.f32"
-# As `verify`: far below what another kind of processor changes in the last bits.
-_GOLDEN_MDB = 40_000
 # With fewer, the 99th percentile is the largest by another name.
 _RUNS_FOR_P99 = 100
 _MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
@@ -86,8 +83,7 @@ class _Opened:
         if height is None or width is None:
             # Whole pictures of any size are taken, so nothing is computed twice.
             return Shape(height=GOLDEN_SIDE, width=GOLDEN_SIDE, halo=0, delivered_pixels=GOLDEN_SIDE**2)
-        stride = int(str(self.manifest.model["stride"]))
-        halo = -(-int(str(self.manifest.model["halo_px"])) // stride) * stride
+        halo = self.manifest.halo(height, width)
         delivered = max(0, height - 2 * halo) * max(0, width - 2 * halo)
         return Shape(height=height, width=width, halo=halo, delivered_pixels=delivered)
 
@@ -98,7 +94,10 @@ class _Opened:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ran:
-    """What came out of a device. times_us: Of tiles. pictures_us: Of pictures of `side` x `side` pixels."""
+    """What came out of a device, and how: `protocol`.
+
+    times_us: Of tiles. pictures_us: Of pictures of `side` x `side` pixels.
+    """
 
     outputs: list[Array]
     times_us: tuple[int, ...]
@@ -111,6 +110,7 @@ class _Ran:
     variant: str
     features: tuple[str, ...]
     peak_memory_kib: int | None
+    protocol: str
 
 
 def bench(path: Path, device: str, *, settings: Settings | None = None, say: Say = log.info) -> Measurement:
@@ -124,7 +124,8 @@ def bench(path: Path, device: str, *, settings: Settings | None = None, say: Say
 
     Raises:
         InputError: No bundle, no such device, or several. ToolMissingError: adb, ssh, QEMU or the engine is missing.
-        UnsupportedError: The artifact is not for this device. IncompleteError: The device went away, or hangs.
+        UnsupportedError: The artifact is not for this device, or a feature cannot be hidden from it.
+        IncompleteError: The device went away, or hangs.
         IntegrityError: A file changed, the artifact crashes, or its pictures are not the golden ones.
     """
     settings = settings or Settings()
@@ -153,9 +154,10 @@ def bench(path: Path, device: str, *, settings: Settings | None = None, say: Say
         cost=_cost(opened, shipped, ran, counted, reason),
         before=before,
         after=after,
-        protocol=_protocol(settings, level),
+        protocol=ran.protocol,
         tools={"edgekit": __version__, **opened.built.tools} | ({"qemu": qemu.version()} if kind == "qemu" else {}),
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        hidden=tuple(sorted(set(settings.without))),
     )
 
 
@@ -237,6 +239,8 @@ def _run_library(opened: _Opened, runner: Runner, device: Facts, settings: Setti
     """Run the bundle's library by a program of its own on the device."""
     module, library = _library(opened)
     _check_machine(library, runner, device)
+    if library.machine != "aarch64":
+        _refuse_hiding(settings, f"{library.file.name}, which is for {library.machine}")
     with tempfile.TemporaryDirectory(prefix="edgekit-bench-") as folder:
         noisy, denoised = Path(folder) / _NOISY, Path(folder) / _DENOISED
         noisy.write_bytes(b"".join(_noisy(opened, p.name).tobytes() for p in opened.golden))
@@ -272,11 +276,13 @@ def _run_library(opened: _Opened, runner: Runner, device: Facts, settings: Setti
         features=told.features or device.features,
         # Under an emulator it is the emulator's.
         peak_memory_kib=(told.peak_kib or None) if timed else None,
+        protocol=_library_protocol(settings, order.side, timed=timed),
     )
 
 
 def _run_session(opened: _Opened, settings: Settings) -> _Ran:
     """Run an artifact whose engine is in this process."""
+    _refuse_hiding(settings, f"'{opened.target.engine}'")
     backend = backends.load(opened.target.engine)
     label, session = backend.open_session(opened.path, opened.built, opened.target, threads=1)[0]
     if session.level != "native":
@@ -304,6 +310,7 @@ def _run_session(opened: _Opened, settings: Settings) -> _Ran:
         variant=label,
         features=Local().facts().features,
         peak_memory_kib=None,
+        protocol=_session_protocol(settings, opened.shape),
     )
 
 
@@ -332,6 +339,14 @@ def _check_machine(library: Library, runner: Runner, device: Facts) -> None:
         raise UnsupportedError(
             f"{library.file.name} is for {library.machine}, and {runner.label} is {found or 'of an unknown kind'}",
             remedy=remedy,
+        )
+
+
+def _refuse_hiding(settings: Settings, name: str) -> None:
+    if settings.without:
+        raise UnsupportedError(
+            f"the feature '{settings.without[0]}' cannot be hidden from {name}",
+            remedy="leave --without out: only libraries for 64-bit ARM take it",
         )
 
 
@@ -371,28 +386,19 @@ def _quality(opened: _Opened, outputs: Sequence[Array]) -> Quality:
         seeds=(seeds[0],),
         stride=int(str(opened.manifest.model["stride"])),
     )
-    agreement = _agreement_mdb(opened, outputs)
-    if agreement is not None and agreement < _GOLDEN_MDB:
+    agreement = golden_agreement_db(opened.path, opened.golden, outputs)
+    if agreement is not None and agreement < GOLDEN_DB:
         raise IntegrityError(
-            f"{opened.target.name}: the device's pictures agree with the golden ones to {agreement / 1000:.1f} dB only",
+            f"{opened.target.name}: the device's pictures agree with the golden ones to {agreement:.1f} dB only",
             remedy="times of wrong pictures mean nothing; is the processor one that the target names?",
         )
     return Quality(
         psnr_mdb=found.psnr_mdb,
-        agreement_mdb=agreement,
+        agreement_mdb=None if agreement is None else round(min(1000 * agreement, CEILING_MDB)),
         pictures=len(opened.golden),
         pictures_sha256=sets.digest(opened.golden),
         sigma255=opened.sigma255,
     )
-
-
-def _agreement_mdb(opened: _Opened, outputs: Sequence[Array]) -> int | None:
-    files = [opened.path / "golden" / f"{picture.name}.denoised.f32" for picture in opened.golden]
-    if not all(file.is_file() for file in files):
-        return None
-    found = [agreement_db(got.ravel(), np.fromfile(file, "<f4")) for file, got in zip(files, outputs, strict=True)]
-    # A picture with a NaN agrees with none.
-    return round(min(0.0 if db != db else min(1000 * db, CEILING_MDB) for db in found))
 
 
 def _counted(opened: _Opened, runner: Runner, settings: Settings, say: Say) -> tuple[Instructions | None, str]:
@@ -459,12 +465,22 @@ def _percentiles(times_us: Sequence[int], scale: float) -> Percentiles:
     return Percentiles(p10_us=p10, p50_us=p50, p90_us=p90, p99_us=p99 if len(times_us) >= _RUNS_FOR_P99 else None)
 
 
-def _protocol(settings: Settings, level: Level) -> str:
+def _library_protocol(settings: Settings, side: int, *, timed: bool) -> str:
     hidden = f"; the library does not see {', '.join(settings.without)}" if settings.without else ""
-    if level == "emulated":
+    if not timed:
         return f"the golden pictures once each, one thread, emulated: no time of it is a latency{hidden}"
+    larger = f", then of a picture of {side}x{side} pixels of bytes by {settings.threads}" if side else ""
+    first = "first of" if side else "of"
+    return f"{_runs(settings)}, {first} one tile by one thread{larger}{hidden}"
+
+
+def _session_protocol(settings: Settings, shape: Shape) -> str:
+    again = f", then without warm-up by {settings.threads}" if settings.threads > 1 else ""
+    return f"{_runs(settings)}, of a whole picture of {shape.width}x{shape.height} float32 pixels by one thread{again}"
+
+
+def _runs(settings: Settings) -> str:
     return (
         f"each golden picture once; then {settings.warm_up} warm-up runs and {settings.runs} timed ones at least and "
-        f"for {settings.seconds} s, first of one tile by one thread, then of a picture of {settings.side}x"
-        f"{settings.side} pixels of bytes by {settings.threads}{hidden}"
+        f"for {settings.seconds} s"
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from edgekit import backends, run
 from edgekit.measure import host
+from edgekit.runners.qemu import PROGRAMS
 from edgekit.target import Engine
 
 _MODULES: dict[Engine, str] = {
@@ -17,7 +18,6 @@ _MODULES: dict[Engine, str] = {
     "tvm": "tvm",
     "coreml": "coremltools",
 }
-_QEMU = ("qemu-aarch64-static", "qemu-aarch64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def examine() -> list[Finding]:
                 fix="" if there else f"pip install 'edgekit[{extra}]'",
             )
         )
-    qemu = next((path for name in _QEMU if (path := shutil.which(name))), None)
+    qemu = next((path for name in PROGRAMS if (path := shutil.which(name))), None)
     findings.append(
         Finding(
             name="qemu-aarch64",

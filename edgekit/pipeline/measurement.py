@@ -110,6 +110,7 @@ class Measurement:
 
     level: `emulated` has no latency. emulated_us: How long the emulator took for one call; says nothing of the device.
     variant: Of the library's, the one that ran. features: What the program was told of the processor.
+    hidden: Features that the library was made to believe the processor lacks.
     before, after: What the device told of itself around the runs; the temperature and the governor are what changes.
     """
 
@@ -132,6 +133,7 @@ class Measurement:
     protocol: str
     tools: Mapping[str, str]
     date: str
+    hidden: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -145,15 +147,27 @@ class Measurement:
         emulated = self.device == "qemu" or self.level == "emulated" or self.before.emulated
         return f"{self.name} was emulated, and emulated time is not latency" if emulated or not self.latency else ""
 
+    @property
+    def not_counted(self) -> str:
+        """Why it decides nothing; empty where it may."""
+        if self.no_latency or not self.hidden:
+            return self.no_latency
+        return f"{', '.join(self.hidden)} was hidden from the library: it is not what {self.name} does"
+
     def as_json(self) -> dict[str, object]:
         """Return the record for a file."""
         return {"schema_version": SCHEMA_VERSION, "kind": KIND, **asdict(self)}
 
 
 def default_path(bundle: Path, measured: Measurement) -> Path:
-    """Return where a record goes: beside its bundle, as `<bundle>.bench.adb-google-pixel-7.json`."""
+    """Return where a record goes: beside its bundle, as `<bundle>.bench.adb-google-pixel-7.json`.
+
+    One that was made with hidden features goes where `beside` does not find it, as
+    `<bundle>.bench-without-asimddp.adb-google-pixel-7.json`.
+    """
     name = "-".join(re.findall(r"[a-z0-9]+", f"{measured.device} {measured.name}".lower()))
-    return bundle.resolve().with_name(f"{bundle.resolve().name}.bench.{name}.json")
+    without = "".join(f"-{feature}" for feature in ("without", *measured.hidden)) if measured.hidden else ""
+    return bundle.resolve().with_name(f"{bundle.resolve().name}.bench{without}.{name}.json")
 
 
 def beside(bundle: Path) -> list[Path]:

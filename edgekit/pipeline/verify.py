@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 _MIN_PAIRS = 8
 # Far below what another kind of processor changes in the last bits, far above what another network gives.
-_GOLDEN_DB = 40.0
+GOLDEN_DB = 40.0
 _SATURATES = "This processor is x86 without VNNI: with these weights, the engine's sums saturate here."
 
 
@@ -67,7 +67,8 @@ def bundles_of(path: Path) -> list[Path]:
     """
     if (path / bundle.MANIFEST).is_file():
         return [path]
-    found = sorted(p.parent for p in (path / "bundles").glob(f"*/{bundle.MANIFEST}"))
+    # What `compile` has not finished has a name with a dot.
+    found = sorted(p.parent for p in (path / "bundles").glob(f"[!.]*/{bundle.MANIFEST}"))
     if not found:
         raise InputError(
             f"{path}: is neither a bundle nor a run with bundles", remedy="make one: edgekit compile --target T"
@@ -83,13 +84,13 @@ def verify(
     Args:
         path: The bundle.
         settings: How latency is measured.
-        records: Of `edgekit bench`, of this very artifact; None: those that lie beside the bundle, where a record of
-            another artifact is not an error but decides nothing.
+        records: Of `edgekit bench`, of this very artifact; None: those that lie beside the bundle, where one that is
+            damaged, old or of another artifact is not an error but decides nothing.
         say: Told what is being done.
 
     Raises:
-        InputError: No bundle, or no record. UnsupportedError: A graph that cannot be evaluated.
-        IntegrityError: A file of the bundle changed, a record is damaged, or is of another artifact.
+        InputError: No bundle, or a named record is none. UnsupportedError: A graph that cannot be evaluated.
+        IntegrityError: A file of the bundle changed; a named record is damaged, or is of another artifact.
     """
     settings = settings or Settings()
     manifest = bundle.read(path)
@@ -239,17 +240,8 @@ class _Judge:
         Args:
             outputs: One (1, c, h, w) for each golden picture and seed, in the order in which `row` asks for them.
         """
-        files = [self._path / "golden" / f"{picture.name}.denoised.f32" for picture in self._golden]
-        if not all(file.is_file() for file in files):
-            return None
-        found = []
         # The golden outputs are of the first seed.
-        for file, output in zip(files, outputs[:: len(self._seeds)], strict=True):
-            recorded = np.fromfile(file, "<f4")
-            if recorded.size != output.size:
-                raise IntegrityError(f"{file}: holds {recorded.size} numbers, not {output.size}")
-            found.append(agreement_db(output.ravel(), recorded))
-        return min(found, key=lambda db: -math.inf if math.isnan(db) else db)
+        return golden_agreement_db(self._path, self._golden, outputs[:: len(self._seeds)])
 
     def _quality(self, denoise: Callable[[Array, float], Array]) -> QualityReport:
         protocol = self._manifest.protocol
@@ -285,11 +277,17 @@ def _measured(
 ) -> _Measured:
     devices, refused = [], []
     for file in measurement.beside(path) if records is None else records:
-        record = measurement.read(file)
+        try:
+            record = measurement.read(file)
+        except (InputError, IntegrityError) as error:
+            if records is not None:
+                raise
+            refused.append(f"{file.name}: {str(error).removeprefix(f'{file}: ')}")
+            continue
         another = _another(record, artifact_sha256, golden, manifest)
         if another and records is not None:
             raise IntegrityError(f"{file}: {another}", remedy=f"measure this one: edgekit bench {path} --device DEVICE")
-        if why := another or record.no_latency:
+        if why := another or record.not_counted:
             refused.append(f"{file.name}: {why}")
         else:
             devices.append(_on_device(file, record))
@@ -429,7 +427,7 @@ def _student_limit(
         name="student_drop_db",
         limit=limit,
         measured=f"{drop / 1000:+.3f} dB",
-        verdict="pass" if drop <= 1000 * budgets.student_drop_db else "fail",
+        verdict="pass" if drop <= round(1000 * budgets.student_drop_db) else "fail",
         reason=source,
     )
 
@@ -450,19 +448,19 @@ def _drop_limits(
         if drop_mdb is None:
             found.append(_not_run(name, limit, f"{how}: its pictures are of one seed of several"))
             continue
-        verdict: Verdict = "pass" if drop_mdb <= 1000 * most_db else "fail"
+        verdict: Verdict = "pass" if drop_mdb <= round(1000 * most_db) else "fail"
         found.append(Limit(name=name, limit=limit, measured=f"{drop_mdb / 1000:+.3f} dB", verdict=verdict, reason=how))
     return found
 
 
 def _golden_limits(agreements: Sequence[tuple[str, float | None]], missing: str) -> list[Limit]:
-    name, limit = "golden_outputs", f"at least {_GOLDEN_DB:g} dB alike"
+    name, limit = "golden_outputs", f"at least {GOLDEN_DB:g} dB alike"
     found = [_not_run(name, limit, missing)] if missing or not agreements else []
     for how, agreement in agreements:
         if agreement is None:
             found.append(_not_run(name, limit, "the bundle records no outputs; compile it where it can be run"))
             continue
-        verdict: Verdict = "pass" if agreement >= _GOLDEN_DB else "fail"
+        verdict: Verdict = "pass" if agreement >= GOLDEN_DB else "fail"
         measured = "equal" if agreement == math.inf else f"{agreement:.1f} dB"
         found.append(Limit(name=name, limit=limit, measured=measured, verdict=verdict, reason=how))
     return found
@@ -583,6 +581,30 @@ def _at_most(name: str, limit: float, found: float, unit: str, reason: str) -> L
     return Limit(
         name=name, limit=f"at most {limit:g} {unit}", measured=f"{found:.2f} {unit}", verdict=verdict, reason=reason
     )
+
+
+def golden_agreement_db(path: Path, golden: PictureSet, outputs: Sequence[Array]) -> float | None:
+    """Return the least agreement of outputs with a bundle's golden ones; None where the bundle has none.
+
+    Args:
+        path: The bundle.
+        golden: Its pictures.
+        outputs: One for each, of the first seed. One with a NaN agrees by 0 dB.
+
+    Raises:
+        IntegrityError: A golden output has another size.
+    """
+    files = [path / "golden" / f"{picture.name}.denoised.f32" for picture in golden]
+    if not all(file.is_file() for file in files):
+        return None
+    found = []
+    for file, output in zip(files, outputs, strict=True):
+        recorded = np.fromfile(file, "<f4")
+        if recorded.size != output.size:
+            raise IntegrityError(f"{file}: holds {recorded.size} numbers, not {output.size}")
+        agreement = agreement_db(output.ravel(), recorded)
+        found.append(0.0 if math.isnan(agreement) else agreement)
+    return min(found)
 
 
 def size_bytes(files: Sequence[Path]) -> int:
