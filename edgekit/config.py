@@ -184,7 +184,8 @@ def _explain(
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{where}: key '{dotted}' is missing; add it"
         case _:
-            same = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in errors if _location(e) == location)
+            told = (e["msg"].removeprefix("Value error, ") for e in errors if _location(e) == location)
+            same = dict.fromkeys(text.removeprefix("Input should be ") for text in told)
             expected = "expected " if error["msg"].startswith("Input should be") else ""
             return f"{where}: '{dotted}' is {found}; {expected}{' or '.join(same)}"
 

@@ -6,33 +6,15 @@ YAML file against them strictly, and names the line of whatever is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from edgekit.target import STRICT
+from edgekit.target import STRICT, Bound, Check
 
 Option = bool | int | str
 LEAST_CALIBRATION_PICTURES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bound:
-    """The range that a number of a recipe must lie in."""
-
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-
-    def __get_pydantic_core_schema__(
-        self, source: object, handler: Callable[[object], dict[str, object]]
-    ) -> dict[str, object]:
-        """Return pydantic's schema of the number with this range; called by pydantic, which need not be installed."""
-        limits = {"ge": self.least, "gt": self.above, "le": self.most}
-        return handler(source) | {name: value for name, value in limits.items() if value is not None}
-
-
 Count = Annotated[int, Bound(least=1)]
 Fraction = Annotated[float, Bound(least=0.0, most=1.0)]
 NotNegative = Annotated[float, Bound(least=0.0)]
@@ -67,7 +49,7 @@ class Data:
     """
 
     __pydantic_config__: ClassVar = STRICT
-    train: tuple[str, ...] = ("embedded",)
+    train: Annotated[tuple[str, ...], Bound(entries=1)] = ("embedded",)
     evaluation: str = "embedded"
     calibration: str | None = None
     channels: Literal[1, 3] = 1
@@ -76,12 +58,17 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """Gaussian noise; standard deviations are on the scale of 0 to 255."""
+    """Gaussian noise; standard deviations are on the scale of 0 to 255.
+
+    train: The lowest and the highest that is learned. seed: Of the noise that is measured with (`data/noise.py`).
+    """
 
     __pydantic_config__: ClassVar = STRICT
-    train: tuple[Sigma, Sigma] = (0.0, 55.0)
+    train: Annotated[
+        tuple[Sigma, Sigma], Check(lambda ends: ends[0] <= ends[1], "give the lower noise level first")
+    ] = (0.0, 55.0)
     evaluate: Sigma = 25.0
-    seed: int = 0
+    seed: Annotated[int, Bound(least=0, most=4000)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,15 +6,60 @@ against them strictly.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
 from edgekit.errors import InputError
 
 Precision = Literal["float32", "float16", "int8"]
 Engine = Literal["onnxruntime", "openvino", "tvm", "coreml"]
 STRICT = {"extra": "forbid", "strict": True}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """The range that a number must lie in; entries: how many a list must have at least."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    entries: int | None = None
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: Callable[[object], dict[str, object]]
+    ) -> dict[str, object]:
+        """Return pydantic's schema of the value with this range; called by pydantic, which need not be installed."""
+        limits = {"ge": self.least, "gt": self.above, "le": self.most, "min_length": self.entries}
+        return handler(source) | {name: value for name, value in limits.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Check(Generic[T]):
+    """What must hold between the parts of a value, and what is told where it does not."""
+
+    holds: Callable[[T], bool]
+    told: str
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: Callable[[object], dict[str, object]]
+    ) -> dict[str, object]:
+        """Return pydantic's schema of the value with this check; as `Bound`'s."""
+        return {
+            "type": "function-after",
+            "function": {"type": "no-info", "function": self._checked},
+            "schema": handler(source),
+        }
+
+    def _checked(self, value: T) -> T:
+        if not self.holds(value):
+            raise ValueError(self.told)
+        return value
+
+
+Side = Annotated[int, Bound(least=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +77,8 @@ class InputShape:
     """Height and width in pixels of the artifact's input; None where any multiple of the stride is taken."""
 
     __pydantic_config__: ClassVar = STRICT
-    height: int | None = None
-    width: int | None = None
+    height: Side | None = None
+    width: Side | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +128,15 @@ class Target:
     description: str
     engine: Engine
     precision: Precision
-    input: InputShape = field(default_factory=InputShape)
+    input: Annotated[
+        InputShape,
+        Check(lambda shape: (shape.height is None) == (shape.width is None), "give both height and width, or neither"),
+    ] = field(default_factory=InputShape)
     isa: Isa | None = None
-    runner: Runner
+    runner: Annotated[
+        Runner,
+        Check(lambda runner: runner.kind != "qemu" or bool(runner.cpus), "qemu needs cpus, such as [cortex-a76]"),
+    ]
     limits: Limits = field(default_factory=Limits)
     student: str | None = None
 

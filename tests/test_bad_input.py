@@ -15,16 +15,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import call_process, command, tree, write_target
+from conftest import LIMITS, call_process, command, tree, write_target
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from edgekit import backends, models, run, zoo
+from edgekit import backends, models, run, target, zoo
 from edgekit.compress import export, quantize
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, IntegrityError
 from edgekit.graph import checks
 from edgekit.models import weights
+from edgekit.pipeline import denoise as denoising
 
 ROOT = Path(__file__).parent.parent
 HOLD = """
@@ -35,6 +36,13 @@ from edgekit import run
 with run.open_run(Path(sys.argv[1]), {"recipe": {"name": "tiny"}}):
     print("holding", flush=True)
     sys.stdin.read()
+"""
+TWO_PLANES = """
+import torch
+
+class Net(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Conv2d(2, 2, 3))
 """
 
 
@@ -123,6 +131,7 @@ def test_a_picture_that_cannot_be_used_is_named(call, cwd, leaves, how, told):
 
 def test_a_picture_that_is_missing_is_named(call, cwd):
     call("denoise", "none.png").refused(2, "none.png: no such picture")
+    call("denoise", ".").refused(2, ".: is not a file")
 
 
 def test_a_folder_without_pictures_is_named(call, cwd, tiny):
@@ -165,6 +174,28 @@ def test_a_dry_run_refuses_a_wrong_setting(call, cwd):
     call("compile", "nano", "-t", "onnx", "--dry-run", "--set", "budgets.int8_drop=1").refused(2, told)
 
 
+def test_a_dry_run_refuses_what_compiling_would(call, cwd, finished):
+    call("compile", "nosuch", "--dry-run").refused(2, "no weights are shipped for 'nosuch'")
+    call("compile", finished, "--set", "budgets.int8_drop_db=1", "--dry-run").refused(2, "the settings of its recipe")
+    call("compile", "base-color", "--set", "data.channels=1", "--dry-run").refused(2, "'base-color' takes 3")
+    call("compile", "edgekit.models.plain:DnCnn", "--dry-run").refused(2, "needs its weights")
+    call("compile", "-t", "ios-arm64", "--dry-run").refused(2, "the targets name no one student")
+    edit(write_target(cwd / "odd.yaml", "odd", LIMITS["kept"]), "runner:", "input: {height: 20, width: 64}\nrunner:")
+    onnx_file = finished / "05-simplify/student.fp32.onnx"
+    for model in ("nano", finished, onnx_file):
+        call("compile", model, "-t", "odd.yaml", "--dry-run").refused(4, "input 64x20 is not a tile", "multiples of 8")
+    assert list(tree(cwd)) == ["odd.yaml"]
+
+
+def test_a_dry_run_takes_what_compiling_would(call, cwd, finished):
+    for model in ("base-color", finished, finished / "05-simplify/student.fp32.onnx"):
+        settings = ("--set", "data.channels=3") if model == "base-color" else ()
+        shown = call("compile", model, *settings, "--dry-run")
+        assert (shown.code, shown.out, shown.err) == (0, f"would compile {model} for onnx\n", "")
+    assert call("-q", "compile", "--dry-run").out == f"would compile {target.load('onnx').student} for onnx\n"
+    assert not list(cwd.iterdir())
+
+
 def test_a_model_is_not_trained_on_what_it_is_judged_on(call, cwd, leaves):
     for name, sizes in (("train", (0, 0)), ("judged", (8, 8))):
         (cwd / name).mkdir()
@@ -181,6 +212,20 @@ def test_a_run_has_its_own_settings(call, cwd, finished):
         2, "edgekit distill"
     )
     assert "has the settings of its recipe" in told
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["asked first", "found by writing"])
+def test_a_format_that_cannot_hold_the_picture_is_refused(call, cwd, monkeypatch, known):
+    if not known:
+        monkeypatch.setattr(denoising, "_MOST_PIXELS", {})
+    Image.fromarray(np.zeros((8, 16_400), np.uint8)).save(cwd / "wide.png")
+    call("denoise", "wide.png", "-o", "x.webp").refused(2, "x.webp: WEBP cannot hold 16400x8 pixels; use .png")
+    assert list(tree(cwd)) == ["wide.png"]
+
+
+def test_a_photograph_that_is_too_wide_for_jpeg_is_refused(call, cwd):
+    Image.fromarray(np.zeros((8, 65_504), np.uint8)).save(cwd / "wide.png")
+    call("denoise", "wide.png", "-o", "x.jpg").refused(2, "x.jpg: JPEG cannot hold 65504x8 pixels; use .png")
 
 
 def test_a_result_that_is_no_picture_format_is_refused(call, cwd, leaves):
@@ -330,8 +375,8 @@ def test_shipped_weights_whose_bytes_changed_are_refused(cwd, monkeypatch):
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        ("no.such_module:Net", "'no.such_module:Net' cannot be made: No module named 'no'"),
-        ("edgekit.models.plain:Nothing", "cannot be made: module 'edgekit.models.plain' has no attribute 'Nothing'"),
+        ("no.such_module:Net", "'no.such_module:Net' cannot be made: ModuleNotFoundError: No module named 'no'"),
+        ("edgekit.models.plain:Nothing", "AttributeError: module 'edgekit.models.plain' has no attribute 'Nothing'"),
         ("json:dumps", "'json:dumps' cannot be made: "),
         ("collections:OrderedDict", "'collections:OrderedDict' is a OrderedDict, not a torch.nn.Module"),
     ],
@@ -339,6 +384,68 @@ def test_shipped_weights_whose_bytes_changed_are_refused(cwd, monkeypatch):
 def test_a_class_that_is_no_network_is_refused(call, cwd, what, told):
     name = net_file(cwd, "w.safetensors").name
     call("compile", what, "--weights", name, "-t", "onnx").refused(2, told)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "told"),
+    [
+        ("broken", "class Net(:\n", "'broken:Net' cannot be made: SyntaxError: "),
+        ("leaves0", "import sys\nsys.exit()\n", "'leaves0:Net' cannot be made: SystemExit"),
+        ("leaves1", "import sys\nsys.exit(1)\n", "'leaves1:Net' cannot be made: SystemExit: 1"),
+        ("raises", "def Net():\n    raise ValueError('no settings')\n", "cannot be made: ValueError: no settings"),
+        ("two_planes", TWO_PLANES, "'two_planes:Net' denoises no picture: RuntimeError: "),
+        ("uneven", f"{TWO_PLANES}    stride = 1, 2\n", "'uneven:Net' denoises no picture: TypeError: "),
+    ],
+    ids=["syntax", "exit", "exit with 1", "constructor", "forward", "stride"],
+)
+@pytest.mark.parametrize("verb", ["lint", "compile"])
+def test_what_a_users_own_code_does_is_told_in_one_line(call, cwd, verb, name, code, told):
+    (cwd / f"{name}.py").write_text(code, encoding="utf-8")
+    save_file({"0.weight": torch.zeros(2, 2, 3, 3), "0.bias": torch.zeros(2)}, cwd / "w.safetensors")
+    call("-q", verb, f"{name}:Net", "--weights", "w.safetensors").refused(2, told)
+    assert not Path("runs").exists()
+
+
+def test_an_error_of_edgekits_own_passes_through_a_users_code(call, cwd):
+    code = "from edgekit.errors import UnsupportedError\ndef Net():\n    raise UnsupportedError('too new')\n"
+    (cwd / "too_new.py").write_text(code, encoding="utf-8")
+    assert call("lint", "too_new:Net").refused(4) == "error: too new"
+
+
+# What another kind of model would heed
+
+
+@pytest.mark.parametrize("what", ["shipped", "run", "onnx"])
+@pytest.mark.parametrize("verb", ["compile", "denoise", "lint", "sensitivity"])
+def test_weights_for_what_has_its_own_are_refused(call, cwd, finished, leaves, verb, what):
+    model = {"shipped": "nano", "run": finished, "onnx": finished / "05-simplify/student.fp32.onnx"}[what]
+    arguments = [leaves / "leaves-1.png", "-m", model] if verb == "denoise" else [model]
+    call(verb, *arguments, "--weights", "w.safetensors").refused(2, f"--weights w.safetensors: '{model}' has its own")
+    assert not list(cwd.iterdir())
+
+
+def test_weights_for_no_model_at_all_are_refused(call, cwd):
+    call("compile", "--weights", "w.safetensors").refused(
+        2, "--weights w.safetensors: the targets' student has its own"
+    )
+
+
+@pytest.mark.parametrize("what", ["run", "onnx", "class"])
+def test_an_option_for_what_has_none_is_refused(call, finished, what):
+    model = {"run": finished, "onnx": finished / "05-simplify/student.fp32.onnx", "class": "test_lint:Small"}[what]
+    call("lint", model, "--option", "activation=hardswish").refused(
+        2, f"--option activation=hardswish: '{model}' is what it is; options are for a name of: edgekit models"
+    )
+
+
+@pytest.mark.parametrize("given", [["-o", "elsewhere"], ["--overwrite"]], ids=["-o", "--overwrite"])
+def test_another_folder_for_the_bundles_of_a_run_is_refused(call, cwd, finished, given):
+    shutil.copytree(finished, "runs/copy")
+    before = tree(cwd)
+    told = f"{' '.join(given)}: "
+    call("compile", "runs/copy", *given).refused(2, f"{told}'runs/copy' keeps its bundles in itself; leave")
+    call("compile", *given).refused(2, f"{told}the newest run keeps its bundles in itself; leave")
+    assert tree(cwd) == before
 
 
 # ONNX files

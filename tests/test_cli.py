@@ -137,7 +137,7 @@ def test_a_plan_says_what_is_made_and_what_is_to_do(call, tiny, finished):
     assert {s["state"] for s in answer(call("plan", tiny, "--json").out)["items"]} == {"to do"}
     steps = {s["name"]: s for s in answer(call("plan", tiny, "-o", finished, "--json").out)["items"]}
     assert (steps["student"]["state"], steps["fuse"]["state"]) == ("made", "made")
-    assert steps["bundles/onnx"]["state"] == "to do"
+    assert (steps["quantize/onnxruntime"]["state"], steps["bundles/onnx"]["state"]) == ("made", "to do")
     assert "from shipped weights, 3 steps, taught by 'nano'" in steps["student"]["what"]
 
 
@@ -158,7 +158,44 @@ def test_a_plan_says_which_target_is_blocked_by_a_missing_engine(call, tiny, mon
 
 
 def test_a_plan_refuses_a_teacher_that_does_not_exist(call, tiny):
-    call("plan", tiny, "--set", "teacher.model=tacher").refused(2, "unknown model 'tacher'; did you mean 'teacher'?")
+    told = "no weights are shipped for 'tacher'; did you mean 'teacher'?"
+    call("plan", tiny, "--set", "teacher.model=tacher").refused(2, told)
+    assert call("train", tiny, "--set", "teacher.model=tacher", "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_a_plan_counts_the_student_of_the_recipe_and_names_a_teacher_only_where_there_is_one(call, name):
+    steps = {s["name"]: s["what"] for s in answer(call("plan", name, "--json").out)["items"]}
+    loaded = recipe.load(name)
+    options = dict(loaded.student.options) | {"channels": loaded.data.channels}
+    if "channels" not in models.options(loaded.student.model):
+        options.pop("channels")
+    count = models.parameter_count(models.create(loaded.student.model, options))
+    assert f"({count:,} parameters)" in steps["student"]
+    assert ("teacher" in steps, "taught by" in steps["student"]) == ((loaded.teacher is not None,) * 2)
+
+
+def test_a_plan_takes_a_student_that_ships_as_a_variant_and_a_teacher_without_weights_for_none(call, tiny):
+    told = ("--set", "student.model=base-v3", "--set", "teacher.weights=random")
+    steps = {s["name"]: s["what"] for s in answer(call("plan", tiny, *told, "--json").out)["items"]}
+    assert f"train 'base-v3' ({zoo.card('base-v3').parameters:,} parameters)" in steps["student"]
+    assert ("teacher" in steps, "taught by" in steps["student"]) == (False, False)
+
+
+def test_a_plan_lists_the_int8_graph_of_each_engine_once_before_its_first_target(call, tiny):
+    targets = [x for name in ("android-arm64", "onnx", "linux-arm64", "ios-arm64") for x in ("-t", name)]
+    steps = [s["name"] for s in answer(call("plan", tiny, *targets, "--json").out)["items"]]
+    assert steps[steps.index("teacher") + 1 :] == [
+        *("quantize/arm", "bundles/android-arm64", "quantize/onnxruntime", "bundles/onnx"),
+        *("bundles/linux-arm64", "bundles/ios-arm64"),
+    ]
+
+
+def test_a_plan_refuses_a_tile_that_the_student_does_not_take(call, cwd, tiny):
+    path = write_target(cwd / "odd.yaml", "odd", LIMITS["kept"])
+    path.write_text(path.read_text().replace("runner:", "input: {height: 20, width: 20}\nrunner:"), encoding="utf-8")
+    for arguments in (["plan", tiny], ["run", tiny, "--dry-run"]):
+        call(*arguments, "-t", "odd.yaml").refused(4, "input 20x20 is not a tile that 'nano' can be compiled for")
 
 
 @pytest.mark.parametrize("kind", ["recipe", "target"])
@@ -208,7 +245,7 @@ def test_a_dry_run_writes_nothing(call, cwd, tiny, arguments):
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(call, tiny):
     call("distill", tiny, "--dry-run", "--set", "student.model=nanoo").refused(
-        2, "unknown model 'nanoo'; did you mean 'nano'?"
+        2, "no weights are shipped for 'nanoo'; did you mean 'nano'?"
     )
     call("compile", "nano", "-t", "onxx", "--dry-run").refused(2, "unknown target 'onxx'; did you mean 'onnx'?")
 
@@ -359,3 +396,14 @@ def test_a_terminal_that_knows_no_unicode_gets_ascii():
     done = subprocess.run(command("targets"), env=environment, capture_output=True, text=True, check=True)
     assert "android-arm64" in done.stdout
     assert done.stdout.isascii()
+
+
+def test_a_pictures_name_is_shown_with_its_brackets(capsys):
+    from edgekit import display
+    from edgekit.pipeline.distill import Distilled
+
+    harmed = "scan[bold].png lost 3 dB, so the starting weights were kept"
+    psnr = {"noisy_mdb": 20_000, "nlm_mdb": 27_000, "start_mdb": 30_000, "student_mdb": 30_000, "teacher_mdb": None}
+    result = Distilled(folder=Path("runs/mine"), teacher_refused="", kept="start", harmed=harmed, **psnr)
+    display.print_distilled(result)
+    assert f"note: {harmed}" in capsys.readouterr().out.splitlines()

@@ -1,9 +1,12 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import LIMITS, write_target
 
 from edgekit import config, recipe, target
+from edgekit.data.noise import add_gaussian
 from edgekit.errors import InputError, IntegrityError
 from edgekit.recipe import Recipe
 from edgekit.target import Target
@@ -75,6 +78,12 @@ def test_a_name_that_is_not_shipped_is_refused_with_the_nearest_one():
         ("float32", "float16", "precision", "'training.precision' is 'float16'; expected 'bf16' or 'float32'"),
         ("schema_version: 1", "schema_version: 2", "schema_version", "'schema_version' is 2; expected 1"),
         ("\nname: tiny", "", "schema_version", "key 'name' is missing; add it"),
+        (
+            "budgets:",
+            "noise:\n  train: [55, 0]\nbudgets:",
+            "train: [55",
+            "'noise.train' is [55, 0]; give the lower noise level first",
+        ),
         ("  warmup_steps: 1", "  steps: 5", "steps: 5", "key 'steps' stands here a second time; remove one"),
         ("  steps: 3", "  steps: [3", "batch", "broken YAML: expected ',' or ']', but got ':'"),
         ("  steps: 3", "\tsteps: 3", "\tsteps", "broken YAML: found character '\\t' that cannot start any token"),
@@ -151,6 +160,10 @@ def test_the_last_of_several_overrides_wins(tiny):
         ("noise.seed=often", "'noise.seed' is 'often'; expected a valid integer"),
         ("data.train=[1]", "'data.train.0' is 1; expected a valid string"),
         ("noise.train=[1, 2, 3]", "'noise.train' is [1, 2, 3]; Tuple should have at most 2 items"),
+        ("data.train=[]", "'data.train' is []; Tuple should have at least 1 item"),
+        ("noise.train=[55, 0]", "'noise.train' is [55, 0]; give the lower noise level first"),
+        ("noise.seed=4001", "'noise.seed' is 4001; expected less than or equal to 4000"),
+        ("noise.seed=-1", "'noise.seed' is -1; expected greater than or equal to 0"),
         ("training.steps=", "'training.steps' is None; expected a valid integer"),
         ("name.x=1", "'name' is {'x': 1}; expected a valid string"),
         ("training.steps=[", "the value is not YAML"),
@@ -162,6 +175,45 @@ def test_the_last_of_several_overrides_wins(tiny):
 )
 def test_a_wrong_override_is_named(tiny, override, told):
     assert refusal(tiny, "training.batch=2", override).startswith(f"--set {override}: {told}")
+
+
+def test_noise_takes_the_largest_seed_that_a_recipe_may_have(tiny):
+    seed = recipe.load(tiny, ("noise.seed=4000",)).noise.seed
+    assert add_gaussian(np.zeros((1, 8, 8), np.uint8), 25.0, index=1_000_000, seed=seed).std() > 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "told"),
+    [
+        (
+            "runner:",
+            "input: {height: -64, width: -64}\nrunner:",
+            "input",
+            "'input.height' is -64; expected greater than",
+        ),
+        (
+            "runner:",
+            "input: {height: 0, width: 0}\nrunner:",
+            "input",
+            "'input.height' is 0; expected greater than or eq",
+        ),
+        ("runner:", "input: {height: 64}\nrunner:", "input", "'input' is {'height': 64}; give both height and width"),
+        ("runner:", "input: {width: 64}\nrunner:", "input", "'input' is {'width': 64}; give both height and width"),
+        ("kind: local", "kind: qemu", "runner", "'runner' is {'kind': 'qemu'}; qemu needs cpus, such as [cortex-a76]"),
+        (
+            "kind: local",
+            "kind: qemu\n  cpus: []",
+            "runner",
+            "'runner' is {'kind': 'qemu', 'cpus': []}; qemu needs cpus",
+        ),
+    ],
+    ids=["negative", "nought", "height alone", "width alone", "qemu", "qemu of no core"],
+)
+def test_a_target_that_cannot_be_is_refused_with_its_line(cwd, old, new, line, told):
+    path = replaced(write_target(cwd / "mine.yaml", "mine", LIMITS["kept"]), old, new)
+    with pytest.raises(InputError) as refused:
+        target.load(path)
+    assert str(refused.value).startswith(f"{path}:{line_of(path, line)}: {told}")
 
 
 def test_an_error_in_the_file_is_not_blamed_on_an_override(tiny):

@@ -130,6 +130,10 @@ def test_a_float_target_does_not_mind_what_only_integers_mind():
     assert len(lint.lint("base", target.load("onnx"), options=options)) == 3
 
 
+def test_an_option_changes_a_variant_too():
+    assert "smooth_activation" in found("base-color", activation="hardswish")
+
+
 def test_the_command_tells_and_ends_well():
     ran = CliRunner().invoke(cli, ["lint", "base", "--option", "activation=hardswish", "--json"])
     assert ran.exit_code == 0, ran.output

@@ -476,6 +476,16 @@ def test_a_network_whose_reach_is_not_known_is_compiled_for_pictures_in_one_piec
         tile(noisy, 0.1)
 
 
+def test_bundles_of_a_student_that_was_trained_anew_are_not_verified_for_it(copied, recipe):
+    assert [folder.name for folder in verify.bundles_of(copied)] == ["onnx", "onnx-float32"]
+    with run.open_run(copied, None) as opened:
+        distill.train_student(opened, recipe, progress=distill.silent, alone=True)
+    with pytest.raises(InputError, match=r"bundles/onnx: was compiled from another student .* --target onnx"):
+        verify.bundles_of(copied)
+    compiling.compile_model(str(copied), [ONNX, FLOAT])
+    assert [folder.name for folder in verify.bundles_of(copied)] == ["onnx", "onnx-float32"]
+
+
 def test_two_targets_of_one_name_are_refused_unless_they_are_the_same(copied):
     other = dataclasses.replace(FLOAT, limits=Limits(size_mib=1.0))
     with pytest.raises(InputError, match="two different targets are called 'onnx-float32'"):

@@ -106,23 +106,17 @@ def compile_model(
         InputError: Nothing of that name, or a broken file. UnsupportedError: The target does not take the model.
         ToolMissingError: The target's engine is not installed. IntegrityError: A file changed, or outputs moved.
     """
-    for target in targets:
-        backends.load(target.engine)
-    _check_names(targets)
+    check_targets(targets)
     if what is None:
         what = str(run.newest()) if run.exists() else student_of(targets)
     root = Path(what)
     if root.is_dir():
-        if overrides:
-            raise InputError(
-                f"--set {overrides[0]}: the run '{root}' has the settings of its recipe",
-                remedy="start a run with other settings: edgekit distill RECIPE --set NAME=VALUE -o FOLDER",
-            )
+        refuse_overrides(root, overrides)
         with run.open_run(root, None) as opened:
             return compile_student(opened, _recipe_of(root), networks.from_run(root), targets)
     if what.endswith(".onnx"):
         return _compile_onnx(Path(what), targets, overrides, folder, overwrite)
-    network = networks.from_class(what, weights) if ":" in what else networks.shipped(what)
+    network = networks.named(what, weights)
     recipe = _told_recipe(network.name, network.net.channels, overrides)
     identity = {"recipe": asdict(recipe), "compiles": {"model": what, "sha256": network.sha256}}
     with run.open_run(folder or run.RUNS / network.name, identity, overwrite=overwrite) as opened:
@@ -131,12 +125,27 @@ def compile_model(
         return compile_student(opened, recipe, network, targets)
 
 
-def _check_names(targets: Sequence[Target]) -> None:
-    """Raise InputError where two targets of one name are not the same: one's bundle would replace the other's."""
+def check_targets(targets: Sequence[Target]) -> None:
+    """Look at all targets before anything is made for one.
+
+    Raises:
+        InputError: Two have one name and are not the same: one's bundle would replace the other's.
+        ToolMissingError: The engine of one is not installed.
+    """
     known: dict[str, Target] = {}
     for target in targets:
+        backends.load(target.engine)
         if known.setdefault(target.name, target) != target:
             raise InputError(f"two different targets are called '{target.name}'", remedy="give one another 'name:'")
+
+
+def refuse_overrides(root: Path, overrides: Sequence[str]) -> None:
+    """Raise InputError where settings are given for a run, which has its own."""
+    if overrides:
+        raise InputError(
+            f"--set {overrides[0]}: the run '{root}' has the settings of its recipe",
+            remedy="start a run with other settings: edgekit distill RECIPE --set NAME=VALUE -o FOLDER",
+        )
 
 
 def student_of(targets: Sequence[Target]) -> str:

@@ -13,7 +13,7 @@ from edgekit.backends import Built
 from edgekit.data import noise, photos
 from edgekit.errors import InputError
 from edgekit.files import atomic_file
-from edgekit.graph import checks
+from edgekit.graph import checks, cost
 from edgekit.measure import quality
 from edgekit.measure.quality import Array, Denoise
 from edgekit.pipeline import networks
@@ -28,6 +28,7 @@ _FORMATS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
 }
+_MOST_PIXELS = {"WEBP": 16_383, "JPEG": 65_500}  # of a side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +63,11 @@ def open_model(what: str, *, weights: Path | None = None, threads: int = 2) -> O
     if (path / bundle.MANIFEST).is_file():
         return _open_bundle(path, threads)
     if what.endswith(".onnx"):
-        interface = checks.interface(checks.load_onnx(path), path)
+        model = checks.load_onnx(path)
+        channels, stride = checks.interface(model, path).channels, cost.stride(model, path)
         session = backends.load_onnx("onnxruntime").open_onnx(path, threads=threads)
-        return Opened(denoise=session, channels=interface.channels, stride=8, how="onnxruntime")
-    if path.is_dir():
-        network = networks.from_run(path)
-    else:
-        network = networks.from_class(what, weights) if ":" in what else networks.shipped(what)
+        return Opened(denoise=session, channels=channels, stride=stride, how="onnxruntime")
+    network = networks.named(what, weights)
     return Opened(
         denoise=networks.as_function(network.net), channels=network.net.channels, stride=network.net.stride, how="torch"
     )
@@ -85,17 +84,24 @@ def denoise_file(opened: Opened, source: Path, to: Path, *, sigma255: float, add
         add_noise: Add this noise (seed 0) to the picture first, to see the effect on a clean one.
 
     Raises:
-        InputError: The picture cannot be read, or the ending names no format.
+        InputError: The picture cannot be read, the ending names no format, or its format cannot hold the picture.
     """
-    if to.suffix.lower() not in _FORMATS:
+    if (form := _FORMATS.get(to.suffix.lower())) is None:
         raise InputError(f"{to}: '{to.suffix}' is no picture format", remedy=f"use one of {', '.join(_FORMATS)}")
     channels: photos.Channels = 1 if opened.channels == 1 else 3
     pixels = photos.read_picture(source, channels).transpose(2, 0, 1)
+    height, width = pixels.shape[1:]
+    too_large = InputError(f"{to}: {form} cannot hold {width}x{height} pixels", remedy="use .png")
+    if max(height, width) > _MOST_PIXELS.get(form, max(height, width)):
+        raise too_large
     noisy = noise.add_gaussian(pixels, sigma255, index=0) if add_noise else pixels.astype(np.float32) / np.float32(255)
     denoised = noise.clipped_uint8(opened(np.ascontiguousarray(noisy[None]), sigma255 / 255))[0]
     plane = denoised[0] if channels == 1 else denoised.transpose(1, 2, 0)
     with atomic_file(to) as temporary:
-        Image.fromarray(plane).save(temporary, format=_FORMATS[to.suffix.lower()])
+        try:
+            Image.fromarray(plane).save(temporary, format=form)
+        except ValueError as error:
+            raise too_large from error
     return to
 
 
@@ -105,12 +111,13 @@ def _open_bundle(path: Path, threads: int) -> Opened:
     built = config.checked(manifest.built, Built, path / bundle.MANIFEST)
     label, session = backends.load(target.engine).open_session(path, built, target, threads=threads)[0]
     stride = int(str(manifest.model["stride"]))
-    fixed = target.input.height is not None and target.input.width is not None
+    height, width = target.input.height, target.input.width
+    tile = (height, width) if height is not None and width is not None else None
     return Opened(
         denoise=session,
         channels=int(str(manifest.model["channels"])),
         stride=stride,
         how=f"{label} ({session.level})",
-        tile=(target.input.height or 0, target.input.width or 0) if fixed else None,
-        halo=-(-int(str(manifest.model["halo_px"])) // stride) * stride,
+        tile=tile,
+        halo=manifest.halo(*tile) if tile else 0,
     )

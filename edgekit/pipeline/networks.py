@@ -6,7 +6,8 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgekit import models, recipe, run, zoo
-from edgekit.errors import InputError
+from edgekit.errors import EdgekitError, InputError
 from edgekit.files import sha256, write_json
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
@@ -66,10 +67,27 @@ def from_recipe(wanted: recipe.Model, channels: int) -> Network | None:
     """
     if wanted.weights == "random":
         return None
-    options = {**wanted.options, **({"channels": channels} if channels != 1 else {})}
+    options = _options(wanted, channels)
     if wanted.weights == "shipped":
         return shipped(wanted.model, options)
     return _load(wanted.model, wanted.model, options, Path(wanted.weights))
+
+
+def architecture(wanted: recipe.Model, channels: int) -> Denoiser:
+    """Return the network of a recipe with random weights, whatever weights it is to have.
+
+    Raises:
+        InputError: Unknown name or option, or shipped weights that were trained with others.
+    """
+    options = _options(wanted, channels)
+    if wanted.weights != "shipped":
+        return models.create(wanted.model, options)
+    card = zoo.fitting(wanted.model, options)
+    return models.create(card.model, card.options)
+
+
+def _options(wanted: recipe.Model, channels: int) -> dict[str, models.Option]:
+    return {**wanted.options, **({"channels": channels} if channels != 1 else {})}
 
 
 def shipped(name: str, options: Mapping[str, models.Option] | None = None) -> Network:
@@ -99,6 +117,17 @@ def from_run(folder: Path) -> Network:
     raise InputError(f"{folder}: its student is not finished", remedy="start the same edgekit distill again")
 
 
+def named(what: str, path: Path | None = None) -> Network:
+    """Return the network of a run folder, a shipped name, or `package.module:Class` with the weights at `path`.
+
+    Raises:
+        InputError: As `from_run`, `shipped` and `from_class`.
+    """
+    if Path(what).is_dir():
+        return from_run(Path(what))
+    return from_class(what, path) if ":" in what else shipped(what)
+
+
 def describe(folder: Path, model: str, options: Mapping[str, models.Option]) -> None:
     """Write which network the weights in a folder belong to."""
     write_json(folder / _DESCRIPTION, {"model": model, "options": dict(options)})
@@ -113,24 +142,24 @@ def from_class(name: str, path: Path | None) -> Network:
     """Return the network of `package.module:Class`, made without arguments, with the weights of a file.
 
     Raises:
-        InputError: No such class, no weights, or weights that do not fit.
+        InputError: No such class, one that cannot be made, no weights, or weights that do not fit.
     """
     if path is None:
         raise InputError(f"'{name}' needs its weights", remedy="add --weights FILE.safetensors")
     made = _made(name)
     weights.load_into(made, path)
-    net = _behind_interface(made)
+    net = _behind_interface(name, made)
     label = name.partition(":")[2].lower()
-    return Network(name=label, model="", net=net.eval(), options={}, weights=path, sha256=sha256(path))
+    return Network(name=label, model="", net=net, options={}, weights=path, sha256=sha256(path))
 
 
 def untrained(name: str) -> Denoiser:
     """Return the network of `package.module:Class` as its constructor leaves it.
 
     Raises:
-        InputError: No such class.
+        InputError: No such class, or one that cannot be made.
     """
-    return _behind_interface(_made(name)).eval()
+    return _behind_interface(name, _made(name))
 
 
 def example(net: Denoiser) -> tuple[Tensor, Tensor | None]:
@@ -142,22 +171,36 @@ def example(net: Denoiser) -> tuple[Tensor, Tensor | None]:
 
 def _made(name: str) -> nn.Module:
     module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise InputError(f"'{name}' names no class", remedy="give package.module:Class")
     # The console script's own folder stands on the path, not the one that the user's network lies in.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
-    try:
+    with _users_code(f"'{name}' cannot be made", "name an importable class without arguments"):
         made = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"'{name}' cannot be made: {error}", remedy="name an importable class without arguments"
-        ) from error
     if not isinstance(made, nn.Module):
         raise InputError(f"'{name}' is a {type(made).__name__}, not a torch.nn.Module")
     return made
 
 
-def _behind_interface(made: nn.Module) -> Denoiser:
-    return made if isinstance(made, Denoiser) else _adapt(made)
+@contextmanager
+def _users_code(told: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a user's own code raises, or leaves with, into an InputError."""
+    try:
+        yield
+    except EdgekitError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{told}: {type(error).__name__}: {error}", remedy=remedy) from error
+
+
+def _behind_interface(name: str, made: nn.Module) -> Denoiser:
+    """Return a user's network in eval mode, after it has denoised a picture."""
+    remedy = "forward(noisy), or forward(noisy, sigma), takes (n, channels, h, w); set the class's channels and stride"
+    with _users_code(f"'{name}' denoises no picture", remedy), torch.no_grad():
+        net = (made if isinstance(made, Denoiser) else _adapt(made)).eval()
+        net(*(given for given in example(net) if given is not None))
+    return net
 
 
 def _adapt(made: nn.Module) -> Foreign:

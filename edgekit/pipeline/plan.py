@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from edgekit import models, run
 from edgekit.errors import InputError
-from edgekit.pipeline import doctor
-from edgekit.recipe import Recipe
+from edgekit.graph import checks, cost
+from edgekit.pipeline import compile as compiling
+from edgekit.pipeline import doctor, int8, networks
+from edgekit.recipe import Model, Recipe
 from edgekit.target import Target
 
 
@@ -26,20 +29,51 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: Path | None = None) 
     """Return the steps of a recipe for its targets in their order; nothing is written.
 
     Raises:
-        InputError: Unknown model or option. IntegrityError: The folder's record is damaged.
+        InputError: Unknown model or option. UnsupportedError: The target's tile does not fit the student.
+        IntegrityError: The folder's record is damaged.
     """
+    stride = networks.architecture(recipe.student, recipe.data.channels).stride
+    for target in targets:
+        compiling.check_tile(recipe.student.model, stride, target)
     made = _made(folder or run.RUNS / recipe.name)
     steps = plan_training(recipe, folder)
     steps += [Step(name=n, what=w, state=_state(n, made)) for n, w in _COMPRESSION]
+    if _has_weights(recipe.teacher):
+        steps.append(Step(name="teacher", what=_TEACHER, state=_state("teacher", made)))
     found = {finding.name for finding in doctor.examine() if finding.found}
+    named = {step.name: step for step in steps}
     for target in targets:
-        name = f"bundles/{target.name}"
-        what = (
-            f"{target.engine}, {target.precision}, verified by: {' '.join((target.runner.kind, *target.runner.cpus))}"
-        )
-        state = _state(name, made) if target.engine in found else "blocked"
-        steps.append(Step(name=name, what=what, state=state))
-    return steps
+        for name, what in _of_target(target):
+            state = _state(name, made) if target.engine in found else "blocked"
+            # Targets of one engine share its INT8 graph.
+            named.setdefault(name, Step(name=name, what=what, state=state))
+    return list(named.values())
+
+
+def check_model(
+    what: str | None, targets: Sequence[Target], *, weights: Path | None = None, overrides: Sequence[str] = ()
+) -> str:
+    """Return the MODEL or run folder that `compile` would compile; nothing is written.
+
+    Raises:
+        EdgekitError: As `compile.compile_model` for what it looks at before it makes anything, but for the pictures.
+    """
+    compiling.check_targets(targets)
+    if what is None:
+        what = str(run.newest()) if run.exists() else compiling.student_of(targets)
+    path = Path(what)
+    if path.is_dir():
+        compiling.refuse_overrides(path, overrides)
+    if what.endswith(".onnx") and not path.is_dir():
+        graph = checks.load_float_onnx(path)
+        name, channels, stride = path.stem, checks.interface(graph, path).channels, cost.stride(graph, path)
+    else:
+        network = networks.named(what, weights)
+        name, channels, stride = network.name, network.net.channels, network.net.stride
+    compiling.default_recipe(name, channels, overrides)
+    for target in targets:
+        compiling.check_tile(name, stride, target)
+    return what
 
 
 def plan_training(recipe: Recipe, folder: Path | None = None, *, alone: bool = False) -> list[Step]:
@@ -50,8 +84,8 @@ def plan_training(recipe: Recipe, folder: Path | None = None, *, alone: bool = F
         folder: The run folder; `runs/<recipe>` unless told.
         alone: Train without the recipe's teacher.
     """
-    if recipe.teacher:
-        models.options(recipe.teacher.model)
+    if recipe.teacher and not alone:
+        networks.architecture(recipe.teacher, recipe.data.channels)
     made = _made(folder or run.RUNS / recipe.name)
     return [
         Step(name="pictures", what=_pictures(recipe), state=_state("pictures", made)),
@@ -63,14 +97,30 @@ _COMPRESSION = (
     ("fuse", "fold BatchNorm into the convolutions"),
     ("export", "ONNX with dynamic height and width"),
     ("simplify", "onnxsim, checked by outputs"),
-    ("teacher", "the FP32 teacher as ONNX, to compare with"),
 )
+_TEACHER = "the FP32 teacher as ONNX, to compare with"
+
+
+def _of_target(target: Target) -> Iterator[tuple[str, str]]:
+    """Give the name of each step of a target, and what it does."""
+    if target.precision == "int8" and target.engine in int8.PLACEMENTS:
+        yield (
+            f"quantize/{int8.PLACEMENTS[target.engine]}",
+            f"INT8 for {target.engine}, trained with its rounding where it loses too much",
+        )
+    runner = " ".join((target.runner.kind, *target.runner.cpus))
+    yield f"bundles/{target.name}", f"{target.engine}, {target.precision}, verified by: {runner}"
+
+
+def _has_weights(teacher: Model | None) -> TypeGuard[Model]:
+    """Return whether there is a teacher to learn from and compare with."""
+    return teacher is not None and teacher.weights != "random"
 
 
 def _student(recipe: Recipe, alone: bool) -> str:
-    count = models.parameter_count(models.create(recipe.student.model, recipe.student.options))
+    count = models.parameter_count(networks.architecture(recipe.student, recipe.data.channels))
     limit = f"{recipe.training.steps} steps" if recipe.training.steps else f"{recipe.training.max_minutes:g} minutes"
-    teacher = f", taught by '{recipe.teacher.model}'" if recipe.teacher and not alone else ""
+    teacher = f", taught by '{recipe.teacher.model}'" if not alone and _has_weights(recipe.teacher) else ""
     return (
         f"train '{recipe.student.model}' ({count:,} parameters) from {recipe.student.weights} weights, {limit}{teacher}"
     )

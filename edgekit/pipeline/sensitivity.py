@@ -45,10 +45,7 @@ def of_model(
         model = checks.load_float_onnx(path)
         recipe = compiling.default_recipe(path.stem, checks.interface(model, path).channels, overrides)
         return path.stem, table(path, recipe, engine, stride=cost.stride(model, path))
-    if Path(what).is_dir():
-        network = networks.from_run(Path(what))
-    else:
-        network = networks.from_class(what, weights) if ":" in what else networks.shipped(what)
+    network = networks.named(what, weights)
     with tempfile.TemporaryDirectory() as folder:
         fp32 = compiling.float_graph(network.net, Path(folder))
         recipe = compiling.default_recipe(network.name, network.net.channels, overrides)

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from edgekit import backends, bundle, config
+from edgekit import backends, bundle, config, run
 from edgekit.backends import Built, Session
 from edgekit.bundle import Manifest
 from edgekit.compress.quantize import saturates
@@ -24,7 +24,7 @@ from edgekit.graph.reference import agreement_db
 from edgekit.measure import host, latency, quality
 from edgekit.measure.latency import Paired, Ratio
 from edgekit.measure.quality import Array, QualityReport
-from edgekit.pipeline import baseline, measurement, worth
+from edgekit.pipeline import baseline, measurement, networks, worth
 from edgekit.pipeline.baseline import Baseline
 from edgekit.pipeline.compile import GOLDEN_SIDE, read_golden
 from edgekit.pipeline.measurement import Measurement
@@ -63,7 +63,7 @@ def bundles_of(path: Path) -> list[Path]:
     """Return the bundle at a path, or all bundles of a run folder.
 
     Raises:
-        InputError: It is neither.
+        InputError: It is neither, or the run has another student by now than a bundle was compiled from.
     """
     if (path / bundle.MANIFEST).is_file():
         return [path]
@@ -73,7 +73,25 @@ def bundles_of(path: Path) -> list[Path]:
         raise InputError(
             f"{path}: is neither a bundle nor a run with bundles", remedy="make one: edgekit compile --target T"
         )
+    if student := _student_of(path):
+        for folder in found:
+            made_from = next((link.sha256 for link in bundle.read(folder).chain if link.kind == "student"), student)
+            if made_from != student:
+                raise InputError(
+                    f"{folder}: was compiled from another student than the run has by now",
+                    remedy=f"compile it again, or remove it: edgekit compile {path} --target {folder.name}",
+                )
     return found
+
+
+def _student_of(root: Path) -> str:
+    """Return the hash of a run's student; empty where the folder has none."""
+    try:
+        stages = run.read_stages(root, check=False)
+    except InputError:
+        return ""
+    files = next((stage.files for stage in stages if stage.name == "student"), {})
+    return next((digest for name, digest in files.items() if name.endswith(networks.WEIGHTS)), "")
 
 
 def verify(

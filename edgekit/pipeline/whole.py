@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgekit import backends, run
+from edgekit import run
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import distill, networks, verify
 from edgekit.pipeline.compile import Compiled
@@ -40,8 +40,10 @@ def run_recipe(
     Raises:
         EdgekitError: As `distill.distill`, `compile.compile_model` and `verify.verify`.
     """
+    stride = networks.architecture(recipe.student, recipe.data.channels).stride
+    compiling.check_targets(targets)
     for target in targets:
-        backends.load(target.engine)
+        compiling.check_tile(recipe.student.model, stride, target)
     root = folder or run.RUNS / recipe.name
     with run.open_run(root, {"recipe": asdict(recipe)}, overwrite=overwrite) as opened:
         distilled = distill.train_student(opened, recipe, progress=progress)
