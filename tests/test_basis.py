@@ -118,6 +118,35 @@ def test_a_graph_that_cannot_be_followed_stays_as_it_is_and_says_so(nano, caplog
     assert "Softplus" in caplog.text
 
 
+def test_a_graph_whose_operators_are_followed_with_other_settings_only_stays_as_it_is(tmp_path, caplog):
+    class Aligned(torch.nn.Module):
+        channels, takes_sigma, stride = 1, False, 8
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.coarse = torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.Conv2d(1, 8, 2, 2)
+            self.tail = torch.nn.Conv2d(8, 1, 3, padding=1)
+
+        def forward(self, noisy):
+            coarse = self.coarse(noisy)
+            large = torch.nn.functional.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=True)
+            return noisy - self.tail(self.head(noisy) + large)
+
+    model = checks.load_onnx(exported(Aligned(), tmp_path))
+    assert trunks(model)
+    with caplog.at_level("INFO", logger="edgekit"):
+        assert other_bases(model, PICTURES) == ()
+    assert "residual trunks keep their basis: node" in caplog.text
+
+
+def test_a_graph_with_constants_among_its_nodes_gets_another_basis(nano, monkeypatch):
+    monkeypatch.setattr(basis, "DESCENTS", descents(1))
+    model = checks.load_onnx(nano)
+    half = numpy_helper.from_array(np.float32(0.5))
+    model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["half"], "half", value=half))
+    assert len(other_bases(model, PICTURES[:1])) == len(basis.DESCENTS)
+
+
 def test_equal_inputs_give_equal_bytes(nano, monkeypatch):
     monkeypatch.setattr(basis, "DESCENTS", descents(10))
     model = checks.load_onnx(nano)

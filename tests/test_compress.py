@@ -151,6 +151,13 @@ class Branching(Net):
         return noisy - self.body(noisy) if noisy.mean() > 0 else noisy
 
 
+class Measuring(Net):
+    """Looks at the number of dimensions."""
+
+    def forward(self, noisy):
+        return noisy - self.body(noisy) if len(noisy.shape) == 4 else noisy
+
+
 def conv_and_norm() -> tuple[nn.Module, nn.Module]:
     return nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1)
 
@@ -180,6 +187,7 @@ def conv_and_norm() -> tuple[nn.Module, nn.Module]:
             id="grouped transposed",
         ),
         pytest.param(lambda: Branching(*conv_and_norm()), "Branching.*cannot be traced", id="branches on pixels"),
+        pytest.param(lambda: Measuring(*conv_and_norm()), "Measuring.*cannot be traced: 'len'", id="asks for a length"),
     ],
 )
 def test_a_batchnorm_that_cannot_be_folded_is_refused_by_name(make, said):
@@ -288,6 +296,72 @@ def test_simplifying_is_the_same_every_time_and_leaves_no_notes(tmp_path, nano_o
     model = onnx.load(again)
     assert not model.metadata_props
     assert not model.graph.value_info
+
+
+def hand_made(opset: int = 17, *, domain: str = "", inputs: int = 1) -> onnx.ModelProto:
+    """Return two convolutions, the first one's weights of a Constant node, the second one of so many inputs."""
+    random = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(random.standard_normal(shape).astype(np.float32) / 9, name)
+        for name, shape in (("w", (8, 1, 3, 3)), ("v", (1, 8 * inputs, 3, 3)))
+    ]
+    make, size = onnx.helper.make_node, [1, 1, "h", "w"]
+    nodes = [
+        make("Constant", [], ["w"], "constant", value=weights[0]),
+        make("Conv", [checks.NOISY, "w"], ["a"], "first", pads=[1] * 4, kernel_shape=[3, 3]),
+        make("Relu", ["a"], ["b"], "relu", domain=domain),
+        make("Conv", ["b", "v"], ["c"], "second", pads=[1] * 4, kernel_shape=[3, 3]),
+        make("Sub", [checks.NOISY, "c"], [checks.DENOISED], "last"),
+    ]
+    given, got = (onnx.helper.make_tensor_value_info(n, 1, size) for n in (checks.NOISY, checks.DENOISED))
+    opsets = [onnx.helper.make_opsetid("", opset), *([onnx.helper.make_opsetid(domain, 1)] if domain else [])]
+    return onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "made", [given], [got], weights[1:]), opset_imports=opsets, ir_version=8
+    )
+
+
+def test_simplifying_stores_constants_as_weights(tmp_path):
+    (tmp_path / "made.onnx").write_bytes(hand_made().SerializeToString())
+    model = checks.load_onnx(simplify(tmp_path / "made.onnx", tmp_path / "s.onnx", simplifier=lambda model: model))
+    assert "Constant" not in checks.op_counts(model)
+    assert {tuple(tensor.dims) for tensor in model.graph.initializer} == {(8, 1, 3, 3), (1, 8, 3, 3)}
+
+
+@pytest.mark.parametrize("opset", [9, 11, 12, 13, 18])
+def test_a_graph_of_any_opset_goes_all_the_way_to_int8(tmp_path, opset):
+    (tmp_path / "made.onnx").write_bytes(hand_made(opset).SerializeToString())
+    fp32 = simplify(tmp_path / "made.onnx", tmp_path / "s.onnx")
+    assert checks.opset(checks.load_onnx(fp32)) == (17 if opset < 13 else opset)
+    assert quantize_static(fp32, PICTURES, tmp_path / "int8.onnx", EVERYTHING).integer_macs_permille == 1000
+
+
+def test_an_old_graph_that_cannot_be_converted_is_refused(tmp_path):
+    model = hand_made(9)
+    # An experiment of the first opsets.
+    model.graph.node[2].CopyFrom(onnx.helper.make_node("Affine", ["a"], ["b"], "affine", alpha=2.0, beta=0.5))
+    (tmp_path / "made.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnsupportedError, match=r"made\.onnx: is of opset 9 and cannot be converted to 17"):
+        simplify(tmp_path / "made.onnx", tmp_path / "s.onnx")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        pytest.param(hand_made(domain="my.own"), "cannot load it.*my.own", id="an operator of its own"),
+        pytest.param(hand_made(inputs=2), "cannot (load it|run it on a picture of 64x96)", id="shapes that do not fit"),
+        pytest.param(hand_made(30), "cannot load it.*Opset 30", id="an opset to come"),
+    ],
+)
+def test_what_onnx_runtime_does_not_run_is_refused_by_name(tmp_path, model, said):
+    (tmp_path / "made.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match=rf"made\.onnx: ONNX Runtime {said}"):
+        simplify(tmp_path / "made.onnx", tmp_path / "s.onnx")
+
+
+def test_pictures_may_have_to_be_multiples_of_32(tmp_path):
+    net = Net(nn.Conv2d(1, 4, 32, 32), nn.ReLU(), nn.ConvTranspose2d(4, 1, 32, 32))
+    net.stride = 32
+    assert simplify(export(net.eval(), tmp_path / "deep.onnx"), tmp_path / "s.onnx").is_file()
 
 
 def dequantized(model: onnx.ModelProto, tensor: str) -> tuple[np.ndarray, np.ndarray] | None:

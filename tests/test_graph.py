@@ -144,6 +144,27 @@ def test_a_file_that_is_not_whole_is_refused_by_name(tmp_path, content, said):
     assert str(path) in str(error.value)
 
 
+def weighted() -> onnx.ModelProto:
+    weights = {"w": np.ones((4, 1, 64, 64), np.float32), "v": np.ones((1, 4, 1, 1), np.float32)}
+    nodes = [helper.make_node("Conv", ["noisy", "w"], ["x"], "a"), helper.make_node("Conv", ["x", "v"], ["denoised"])]
+    return graph(nodes, weights=weights)
+
+
+def test_data_that_lies_beside_the_file_and_is_cut_short_is_refused(tmp_path):
+    onnx.save(weighted(), tmp_path / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=0)
+    checks.load_onnx(tmp_path / "m.onnx")
+    (tmp_path / "m.bin").write_bytes((tmp_path / "m.bin").read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"m\.onnx: is not a whole ONNX model.*for tensor 'w'"):
+        checks.load_onnx(tmp_path / "m.onnx")
+
+
+def test_a_weight_with_more_data_than_its_shape_says_is_refused(tmp_path):
+    model = weighted()
+    model.graph.initializer[0].dims[0] = 3
+    with pytest.raises(InputError, match=r"m\.onnx: weight 'w' has other data than its shape \(3, 1, 64, 64\) says"):
+        checks.load_onnx(saved(model, tmp_path / "m.onnx"))
+
+
 @pytest.mark.parametrize(
     ("model", "error", "said"),
     [
@@ -269,6 +290,35 @@ def test_quantizing_changes_the_bytes_but_not_the_count(tmp_path):
     before, after = cost.cost(float_model, 64, 64), cost.cost(checks.load_onnx(tmp_path / "int8.onnx"), 64, 64)
     assert (after.macs, after.parameters) == (before.macs, before.parameters)
     assert after.model_bytes < before.model_bytes
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"value": numpy_helper.from_array(np.ones((4, 1, 3, 3), np.float32))},
+        {"value_floats": [1.0] * 36},
+        {"value_float": 1.0},
+        {"value_ints": [1, 2]},
+        {"value_int": 3},
+        {"value_string": "text"},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_constants_hold_is_stored_and_counted(given):
+    model = graph([helper.make_node("Constant", [], ["c"], "constant", **given), IDENTITY])
+    stored = walk.constants_stored(model)
+    (kind,) = given
+    if kind == "value_string":
+        assert stored == model
+        return
+    assert [n.op_type for n in stored.graph.node] == ["Identity"]
+    (tensor,) = stored.graph.initializer
+    got, want = numpy_helper.to_array(tensor), given[kind]
+    want = numpy_helper.to_array(want) if kind == "value" else np.array(want)
+    assert tensor.name == "c"
+    assert got.shape == want.shape
+    assert np.array_equal(got, want)
+    assert cost.parameters(model) == (0 if "int" in kind else want.size)
 
 
 def test_a_size_that_does_not_fit_the_graph_has_no_cost(tmp_path):

@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from onnx import numpy_helper
 
 from edgekit import backends, models, target
 from edgekit.backends import Source, onnxruntime, onnxruntime_graph
@@ -10,7 +11,8 @@ from edgekit.backends.weight_bits import weight_bits
 from edgekit.compress.export import export_onnx
 from edgekit.compress.quantize import quantize_dynamic, quantize_static
 from edgekit.compress.simplify import simplify
-from edgekit.errors import InputError, UnsupportedError
+from edgekit.errors import InputError, IntegrityError, UnsupportedError
+from edgekit.graph import walk
 from edgekit.graph.checks import read_onnx
 from edgekit.graph.reference import agreement_db, probe
 from edgekit.recipe import Quantization
@@ -63,6 +65,19 @@ def test_the_artifact_is_the_file_of_the_targets_precision(tmp_path, source, wan
     assert (label, session.level) == ("onnxruntime", "native")
     noisy = probe(40, 72, 1, seed=50)
     assert agreement_db(session(noisy, SIGMA), torch_output(source, noisy)) > least_db
+
+
+def test_a_rewriting_that_changes_the_picture_stops(tmp_path, source, monkeypatch):
+    def with_channels_mixed_up(model):
+        changed = walk.copied(model)
+        tensor = next(t for t in changed.graph.initializer if t.name.startswith("tail") and len(t.dims) == 4)
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[:, ::-1].copy(), tensor.name))
+        return changed
+
+    monkeypatch.setattr(onnxruntime_graph, "rewritten", with_channels_mixed_up)
+    with pytest.raises(IntegrityError, match=r"int8\.onnx: as ONNX Runtime computes it quickest it is [\d.]+ dB"):
+        onnxruntime.build(source, ONNX, tmp_path)
+    assert not (tmp_path / "model.int8.onnx").exists()
 
 
 def test_integers_are_counted_in_the_graph_that_is_run(tmp_path, source):

@@ -2,14 +2,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import helper, numpy_helper
+from torch.nn.functional import pixel_shuffle
 
 from edgekit.backends import onnxruntime_graph
 from edgekit.compress import placement, quantize
 from edgekit.compress.export import export_onnx
 from edgekit.compress.simplify import simplify
 from edgekit.graph.checks import DENOISED, NOISY
-from edgekit.graph.reference import probe, session_options
+from edgekit.graph.reference import Reference, probe, session_options
 from edgekit.pipeline import networks
 from edgekit.recipe import Quantization
 
@@ -114,3 +116,38 @@ def graph_of_a_shuffle(result: str, more: list[onnx.NodeProto]) -> onnx.ModelPro
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
     return model
+
+
+class TwoShuffles(torch.nn.Module):
+    """Shuffles twice, the second time what has passed a ReLU, which stays as it is."""
+
+    channels, takes_sigma, stride = 1, False, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.down = torch.nn.Conv2d(1, 16, 4, 4), torch.nn.Conv2d(4, 16, 1)
+        self.middle, self.tail = torch.nn.Conv2d(16, 16, 1), torch.nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, noisy):
+        half = pixel_shuffle(self.middle(torch.relu(self.head(noisy))), 2)
+        return noisy - self.tail(pixel_shuffle(torch.relu(self.down(half)), 2))
+
+
+def placed(net: torch.nn.Module, folder) -> onnx.ModelProto:
+    traced = export_onnx(net.eval(), channels=1, takes_sigma=False, stride=net.stride, out=folder / "traced.onnx")
+    pictures = [(probe(48, 64, 1, seed=i), SIGMA) for i in range(8)]
+    settings = Quantization(calibration_pictures=8, change_basis=False)
+    prepared = quantize.prepare(simplify(traced, folder / "simple.onnx"), pictures, settings)
+    return placement.place(prepared.model, prepared.ranges, placement.PLACEMENTS["onnxruntime"])
+
+
+def test_no_name_is_given_twice(tmp_path):
+    torch.manual_seed(0)
+    before = placed(TwoShuffles(), tmp_path)
+    shuffles = [n.name for n in before.graph.node if n.op_type == "DepthToSpace"]
+    assert shuffles == ["/DepthToSpace", "/DepthToSpace_1"]
+    after = onnxruntime_graph.rewritten(before)
+    assert [n.name for n in after.graph.node if n.op_type == "DepthToSpace"] == shuffles[1:]
+    assert len({n.name for n in after.graph.node}) == len(after.graph.node)
+    noisy = probe(48, 64, 1, seed=3)
+    assert np.array_equal(Reference(after)(noisy, SIGMA), Reference(before)(noisy, SIGMA))

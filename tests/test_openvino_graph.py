@@ -105,6 +105,67 @@ def test_without_zero_points_the_integers_are_the_same(tail_pads, left):
     assert np.array_equal(Reference(after)(noisy, SIGMA), expected)
 
 
+@pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER"])
+def test_a_border_of_a_width_that_the_engine_finds_keeps_its_zero(auto_pad):
+    before = exact_graph(1)
+    tail = next(n for n in before.graph.node if n.name == "tail")
+    del tail.attribute[:]
+    tail.attribute.append(helper.make_attribute("auto_pad", auto_pad))
+    assert zero_points(openvino_graph.without_zero_points(before)) == {"first": 0, "wide": 0, "sum": 76}
+
+
+def test_weights_that_are_constants_among_the_nodes_are_found():
+    weights = [(np.random.default_rng(0).standard_normal((4, 1, 3, 3)) / 9).astype(np.float32), np.float32(0.1)]
+    make = helper.make_node
+    nodes = [
+        *(make("Constant", [], [n], n, value=numpy_helper.from_array(w)) for n, w in zip("ws", weights, strict=True)),
+        make("SpaceToDepth", [NOISY], ["spread"], "spread", blocksize=2),
+        make("Conv", ["spread", "w"], ["parts"], "conv", group=4, pads=[1] * 4),
+        make("Mul", ["parts", "s"], ["scaled"], "mul"),
+        make("DepthToSpace", ["scaled"], ["noise"], "shuffle", blocksize=2, mode="CRD"),
+        make("Sub", [NOISY, "noise"], [DENOISED], "sub"),
+    ]
+    value = helper.make_tensor_value_info
+    shape = [1, 1, 8, 8]
+    graph = helper.make_graph(
+        nodes, "made", [value(NOISY, TensorProto.FLOAT, shape)], [value(DENOISED, TensorProto.FLOAT, shape)]
+    )
+    before = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    after = openvino_graph.rewritten(before)
+    onnx.checker.check_model(after)
+    assert {tensor.name for tensor in after.graph.initializer} >= {"w", "s"}
+    noisy = probe(8, 8, 1, seed=3)
+    assert np.abs(Reference(after)(noisy, SIGMA) - Reference(before)(noisy, SIGMA)).max() < 1e-6
+
+
+@pytest.mark.parametrize("groups", [1, 2, 16])
+def test_a_shuffle_behind_groups_keeps_its_order(groups):
+    random = np.random.default_rng(0)
+    weights = {"v": (16, 1, 1, 1), "w": (16, 16 // groups, 3, 3), "u": (1, 4, 1, 1)}
+    make = helper.make_node
+    nodes = [
+        make("Conv", [NOISY, "v"], ["a"], "first"),
+        make("Conv", ["a", "w"], ["b"], "second", group=groups, pads=[1] * 4, strides=[2, 2]),
+        make("DepthToSpace", ["b"], ["c"], "shuffle", blocksize=2, mode="CRD"),
+        make("Conv", ["c", "u"], [DENOISED], "last"),
+    ]
+    value = helper.make_tensor_value_info
+    shape = [1, 1, 8, 8]
+    graph = helper.make_graph(
+        nodes,
+        "made",
+        [value(NOISY, TensorProto.FLOAT, shape)],
+        [value(DENOISED, TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(random.standard_normal(s).astype(np.float32), n) for n, s in weights.items()],
+    )
+    before = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    after = openvino_graph.channels_by_plane(before)
+    mode = walk.attribute(after.graph.node[2], "mode")
+    assert mode == (b"DCR" if groups == 1 else b"CRD")
+    noisy = probe(8, 8, 1, seed=3)
+    assert np.abs(Reference(after)(noisy, SIGMA) - Reference(before)(noisy, SIGMA)).max() < 1e-5
+
+
 def test_a_map_that_something_else_reads_too_stays():
     before = exact_graph(0)
     before.graph.node.append(helper.make_node("Relu", ["sum_dq"], ["seen"]))

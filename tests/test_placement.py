@@ -16,7 +16,7 @@ from edgekit.compress.placement import PLACEMENTS, place, release
 from edgekit.compress.ranges import observe
 from edgekit.compress.simplify import simplify
 from edgekit.compress.torch_graph import TorchGraph
-from edgekit.errors import InputError
+from edgekit.errors import InputError, UnsupportedError
 from edgekit.graph import checks, walk
 from edgekit.graph.reference import Reference, agreement_db, feeds, probe, relative_change, session_options
 from edgekit.measure import host
@@ -372,6 +372,154 @@ def test_a_convolution_that_writes_the_output_itself_is_equalized_and_quantized(
     path = export_onnx(net.eval(), channels=1, takes_sigma=False, stride=1, out=tmp_path / "plain.onnx")
     report = quantize.quantize_static(simplify(path, tmp_path / "s.onnx"), PICTURES, tmp_path / "int8.onnx", SETTINGS)
     assert len(report.integer_nodes) == 2
+
+
+class Small(torch.nn.Module):
+    """A blind network of a few channels around a middle, by default one convolution of so many groups."""
+
+    channels, takes_sigma, stride = 1, False, 2
+
+    def __init__(self, *, middle: int = 16, groups: int = 1, tail: int = 1) -> None:
+        super().__init__()
+        self.head = torch.nn.Conv2d(1, 16, 3, padding=1)
+        self.middle = torch.nn.Conv2d(16, middle, 3, padding=1, groups=groups)
+        self.tail = torch.nn.Conv2d(middle, tail, 3, padding=1)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.middle(x))
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        return noisy - self.tail(self.features(torch.relu(self.head(noisy))))
+
+
+class Scaled(Small):
+    """Scales a residual, which simplifying folds into constants of its own."""
+
+    def features(self, x):
+        return x + 0.1 * self.middle(x)
+
+
+class Again(Small):
+    """Runs one convolution three times."""
+
+    def features(self, x):
+        for _ in range(3):
+            x = torch.relu(self.middle(x))
+        return x
+
+
+class ZeroBiases(Small):
+    """Has equal biases, which the exporter stores once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for conv in (self.head, self.middle):
+            torch.nn.init.zeros_(conv.bias)
+
+
+class Shuffled(Small):
+    """Ends in a PixelShuffle."""
+
+    def __init__(self) -> None:
+        super().__init__(tail=4)
+
+    def forward(self, noisy):
+        x = torch.relu(self.middle(torch.relu(self.head(noisy))))
+        return torch.nn.functional.pixel_shuffle(self.tail(x[:, :, ::2, ::2]), 2)
+
+
+class Attentive(Small):
+    """Adds vectors of channels: attention by its mean and its largest value (CBAM)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = torch.nn.Linear(16, 16)
+
+    def features(self, x):
+        gate = torch.sigmoid(self.mix(x.mean((2, 3))) + self.mix(x.amax((2, 3))))
+        return x * gate[:, :, None, None]
+
+
+class Tokens(Attentive):
+    """Adds what has a token for each pixel."""
+
+    def features(self, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        return (tokens + self.mix(torch.relu(self.mix(tokens)))).transpose(1, 2).reshape(x.shape)
+
+
+UNUSUAL = {
+    "groups": lambda: Small(groups=4),
+    "groups of other widths": lambda: Small(middle=32, groups=4),
+    "depthwise, twice as many": lambda: Small(middle=32, groups=16),
+    "scaled residual": Scaled,
+    "run three times": Again,
+    "equal biases": ZeroBiases,
+    "shuffled last": Shuffled,
+    "vectors added": Attentive,
+    "tokens added": Tokens,
+}
+
+
+@pytest.fixture(scope="module", params=UNUSUAL.values(), ids=UNUSUAL.keys())
+def unusual(request, tmp_path_factory):
+    torch.manual_seed(0)
+    return exported(request.param(), tmp_path_factory.mktemp("unusual"))
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_unusual_networks_are_placed_close_to_the_float_one(unusual, name):
+    settings = dataclasses.replace(SETTINGS, change_basis=False)
+    made = quantize.prepare(unusual, PICTURES, settings, dataclasses.replace(PLACEMENTS[name], saturates=False))
+    model = placed(made, name)
+    onnx.checker.check_model(model, full_check=True)
+    noisy = probe(48, 64, 1, seed=30)
+    assert agreement_db(Reference(model, exact=True)(noisy, SIGMA), opened(made.model)(noisy, SIGMA)) > 35
+
+
+def test_equalizing_an_unusual_network_keeps_the_function(unusual):
+    with_it, without = (
+        quantize.prepare(unusual, PICTURES, dataclasses.replace(SETTINGS, change_basis=False, equalize=equal)).model
+        for equal in (True, False)
+    )
+    noisy = probe(64, 48, 1, seed=30)
+    assert relative_change(opened(with_it)(noisy, SIGMA), opened(without)(noisy, SIGMA)) < 1e-4
+    assert relative_change(opened(without)(noisy, SIGMA), opened(checks.load_onnx(unusual))(noisy, SIGMA)) < 1e-5
+
+
+def test_the_channels_of_groups_are_brought_together(tmp_path):
+    torch.manual_seed(0)
+    net = Small(groups=4)
+    with torch.no_grad():
+        scale = 8 ** (2 * torch.rand(16) - 1)
+        net.head.weight *= scale[:, None, None, None]
+        net.head.bias *= scale
+        net.middle.weight /= scale.reshape(4, 1, 4).expand(4, 4, 4).reshape(16, 4, 1, 1)
+    model = checks.load_onnx(exported(net, tmp_path))
+    before = observe(model, PICTURES, "minmax").peaks
+    after = observe(equalize(model, before), PICTURES, "minmax").peaks
+    (read,) = {n.input[0] for n in model.graph.node if "middle" in n.name}
+    spread = [p.max() / np.median(p) for p in (before[read], after[read])]
+    assert spread[1] < 0.7 * spread[0]
+
+
+def test_no_convolution_shares_its_weights_with_another_and_the_rest_stays(tmp_path, nano):
+    torch.manual_seed(0)
+    made = quantize.prepare(exported(Again(), tmp_path), PICTURES, SETTINGS).model
+    readers = walk.consumers(made)
+    weights = [name for node in made.graph.node if node.op_type == "Conv" for name in node.input[1:]]
+    assert len(weights) == 10
+    assert all(len(readers[name]) == 1 for name in weights)
+    plain = dataclasses.replace(SETTINGS, equalize=False, change_basis=False)
+    assert quantize.prepare(nano, PICTURES, plain).model == checks.load_onnx(nano)
+
+
+def test_a_graph_whose_weights_cannot_be_quantized_by_channel_is_refused(nano, tmp_path):
+    model = checks.load_onnx(nano)
+    model.opset_import[0].version = 12
+    (tmp_path / "old.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnsupportedError, match=r"old\.onnx: is of opset 12; INT8 needs 13 or more; simplify it first"):
+        quantize.prepare(tmp_path / "old.onnx", PICTURES, SETTINGS)
 
 
 def test_equalizing_brings_int8_of_uneven_channels_closer_to_the_float_graph(tmp_path):

@@ -507,6 +507,16 @@ def test_settings_that_cannot_work_are_refused(nano, tmp_path, changes, said):
         tune(nano, tmp_path / "out.onnx", dataclasses.replace(FEW, **changes))
 
 
+def test_a_patch_that_is_no_multiple_of_the_graphs_stride_is_refused(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 32, 32), torch.nn.ReLU(), torch.nn.ConvTranspose2d(8, 1, 32, 32))
+    raw = export_onnx(net.eval(), channels=1, takes_sigma=False, stride=32, out=tmp_path / "raw.onnx")
+    fp32 = simplify(raw, tmp_path / "fp32.onnx")
+    with pytest.raises(InputError, match=r"quantization.qat.patch is 48, no multiple of 32"):
+        tune((fp32, quantized(fp32)), tmp_path / "out.onnx", dataclasses.replace(FEW, patch=48))
+    # Held-out pictures of 64x80 are padded to what the graph takes.
+    assert tune((fp32, quantized(fp32)), tmp_path / "out.onnx", dataclasses.replace(FEW, steps=1)).onnx.is_file()
+
+
 def test_graphs_in_each_others_place_are_refused(nano, tmp_path):
     fp32, qdq = nano
     with pytest.raises(InputError, match="has no quantized operator"):

@@ -40,6 +40,7 @@ def shuffles_with_channels_last(model: onnx.ModelProto) -> onnx.ModelProto:
     made_by, readers, stored = producers(changed), consumers(changed), initializers(changed)
     nodes: list[onnx.NodeProto] = []
     rounded_again: set[str] = set()
+    taken = {node.name for node in changed.graph.node} | {name for node in changed.graph.node for name in node.output}
     for node in changed.graph.node:
         channels = _channels_between_pairs(node, made_by, readers, stored)
         if channels is None:
@@ -48,7 +49,7 @@ def shuffles_with_channels_last(model: onnx.ModelProto) -> onnx.ModelProto:
         integers, result = made_by[node.input[0]].input[0], readers[node.output[0]][0].output[0]
         rounded_again |= {node.input[0], result}
         fewer = channels // attribute(node, "blocksize") ** 2
-        moves = _moves(node, integers, result, fewer)
+        moves = _moves(node, integers, result, fewer, taken)
         nodes += moves.nodes
         changed.graph.initializer.extend(moves.shapes)
     kept = [n for n in nodes if n.op_type not in PAIR or rounded_again.isdisjoint(n.output)]
@@ -76,11 +77,12 @@ def _channels_between_pairs(
     return int(stored[weights[0]].dims[0]) if weights else None
 
 
-def _moves(node: onnx.NodeProto, source: str, result: str, channels: int) -> _Moves:
+def _moves(node: onnx.NodeProto, source: str, result: str, channels: int, taken: set[str]) -> _Moves:
     """Return what a DepthToSpace to so many channels is with its channels last, of any height h and width w.
 
     (1, bbc, h, w) -> (1, h, w, b, bc) -> (h, 1, b, w, bc) -> (h, b, wb, c) -> (1, hb, wb, c) -> (1, c, hb, wb).
-    A shape of zero keeps what is there, in the same place; so one batch more would have no place.
+    A shape of zero keeps what is there, in the same place; so one batch more would have no place. The new nodes and
+    tensors have names that are not `taken`, and are added to them.
     """
     block = attribute(node, "blocksize")
     steps = [
@@ -93,8 +95,8 @@ def _moves(node: onnx.NodeProto, source: str, result: str, channels: int) -> _Mo
     ]
     nodes, shapes = [], []
     for index, (kind, numbers) in enumerate(steps):
-        name = f"{node.name}_{index}"
-        made = result if index == len(steps) - 1 else f"{result}_{index}"
+        name = _free(f"{node.name}_{index}", taken)
+        made = result if index == len(steps) - 1 else _free(f"{result}_{index}", taken)
         if kind == "Transpose":
             nodes.append(helper.make_node(kind, [source], [made], name, perm=numbers))
         else:
@@ -102,3 +104,11 @@ def _moves(node: onnx.NodeProto, source: str, result: str, channels: int) -> _Mo
             nodes.append(helper.make_node(kind, [source, shapes[-1].name], [made], name))
         source = made
     return _Moves(nodes, shapes)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """Return the name, longer where it is taken, and take it."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name

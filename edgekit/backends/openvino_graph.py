@@ -21,12 +21,21 @@ from onnx import helper, numpy_helper
 
 from edgekit.graph.checks import DENOISED
 from edgekit.graph.shuffle import channels_by_plane
-from edgekit.graph.walk import PAIR, attribute, consumers, copied, initializers, producers, stored_behind
+from edgekit.graph.walk import (
+    PAIR,
+    attribute,
+    constants_stored,
+    consumers,
+    copied,
+    initializers,
+    producers,
+    stored_behind,
+)
 
 
 def rewritten(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a float or QDQ graph that computes the same with all of these; what has none of them stays as it is."""
-    return without_zero_points(subtraction_before_shuffle(channels_by_plane(model)))
+    return without_zero_points(subtraction_before_shuffle(channels_by_plane(constants_stored(model))))
 
 
 def subtraction_before_shuffle(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -111,7 +120,7 @@ class _Moves:
         """Return the maps that cannot move because of a node that reads or makes them."""
         read, made = [self._raw(name) for name in node.input], [str(name) for name in node.output]
         if node.op_type == "Conv" and self._has_bias(node):
-            return read[:1] if any(attribute(node, "pads") or ()) else []
+            return read[:1] if _has_border(node) else []
         if node.op_type == "Add" and self._with_bias(node) is not None:
             return []
         return [*read, *made]
@@ -120,7 +129,7 @@ class _Moves:
         """Put into biases what the maps that a node reads and makes are moved by."""
         given = sum(shifts.get(self._raw(name), 0.0) for name in node.input[: 1 if node.op_type == "Conv" else None])
         wanted = shifts.get(str(node.output[0]), 0.0)
-        if node.op_type == "Conv":
+        if node.op_type == "Conv" and (given or wanted):
             weights = self._weights(node.input[1])
             self._add_to_bias(node, wanted - given * weights.reshape(len(weights), -1).sum(1))
         elif node.op_type == "Add" and wanted != given:
@@ -179,6 +188,12 @@ class _Moves:
             self._model.graph.initializer.append(moved)
             self._stored[name] = self._model.graph.initializer[-1]
         node.input[2] = name
+
+
+def _has_border(convolution: onnx.NodeProto) -> bool:
+    """Return whether a convolution reads beyond the edges of its map, or may, as `auto_pad` does at some sizes."""
+    automatic = attribute(convolution, "auto_pad") not in (None, b"NOTSET", b"VALID")
+    return automatic or any(attribute(convolution, "pads") or ())
 
 
 def _negated(convolution: onnx.NodeProto | None, model: onnx.ModelProto) -> bool:

@@ -94,13 +94,13 @@ def other_bases(model: onnx.ModelProto, pictures: Calibration) -> tuple[onnx.Mod
     if not found:
         return ()
     try:
-        graph = TorchGraph(model)
+        learned = _learned(model, TorchGraph(model), found, pictures)
     except UnsupportedError as error:
         log.info("residual trunks keep their basis: %s", error)
         return ()
     noisy = probe(64, 96, pictures[0][0].shape[1], seed=0)
     before, changed = Reference(model)(noisy, 25 / 255), list[onnx.ModelProto]()
-    for bases in _learned(model, graph, found, pictures):
+    for bases in learned:
         other = _written(model, bases)
         change = relative_change(Reference(other)(noisy, 25 / 255), before)
         if change <= MOST_CHANGE:
@@ -298,7 +298,7 @@ def _written(model: onnx.ModelProto, bases: Mapping[str, Tensor]) -> onnx.ModelP
 
     matrices = {name: basis.double().numpy() for name, basis in bases.items()}
     for node in changed.graph.node:
-        made, reads = node.output[0] in matrices, node.input[0] in matrices
+        made, reads = node.output[0] in matrices, not matrices.keys().isdisjoint(node.input[:1])
         if node.op_type == "Conv" and reads:
             change(node.input[1], "oihw,ij->ojhw", np.linalg.inv(matrices[node.input[0]]))
         if node.op_type == "Conv" and made:

@@ -94,8 +94,8 @@ def _grouped(model: onnx.ModelProto, peaks: Peaks) -> dict[Channel, Channel]:
             for number, name in enumerate(reads):
                 for channel in range(counts[number]):
                     tie((name, channel), (result, sum(counts[:number]) + channel))
-        elif node.op_type == "DepthToSpace" and attribute(node, "mode") == b"CRD":
-            squares = len(peaks[node.input[0]]) // len(peaks[result])
+        elif node.op_type == "DepthToSpace" and attribute(node, "mode") == b"CRD" and result in peaks:
+            squares = attribute(node, "blocksize") ** 2
             for channel in range(len(peaks[node.input[0]])):
                 tie((node.input[0], channel), (result, channel // squares))
         else:
@@ -120,7 +120,7 @@ def _factors(model: onnx.ModelProto, peaks: Peaks, groups: Mapping[Channel, Chan
         largest = max(loudest[group] for group in members)
         for group in members:
             room[group] = max(room.get(group, 0.0), largest)
-    read = _weights_reading(model, groups)
+    read = _weights_reading(model, peaks, groups)
     return {
         group: 1.0
         if group == _FIXED
@@ -129,15 +129,15 @@ def _factors(model: onnx.ModelProto, peaks: Peaks, groups: Mapping[Channel, Chan
     }
 
 
-def _weights_reading(model: onnx.ModelProto, groups: Mapping[Channel, Channel]) -> dict[Channel, float]:
+def _weights_reading(model: onnx.ModelProto, peaks: Peaks, groups: Mapping[Channel, Channel]) -> dict[Channel, float]:
     """Return group -> the largest weight that reads it, as a share of its output channel's largest."""
     stored, read = initializers(model), dict[Channel, float]()
     for node in model.graph.node:
-        if node.op_type != "Conv" or _is_depthwise(node):
+        if node.op_type != "Conv" or node.input[0] not in peaks or _is_depthwise(node, stored):
             continue
         weights = np.abs(numpy_helper.to_array(stored[node.input[1]]))
-        shares = (weights / np.maximum(weights.max(axis=(1, 2, 3), keepdims=True), _LEAST_PEAK)).max(axis=(0, 2, 3))
-        for channel, share in enumerate(shares):
+        shares = (weights / np.maximum(weights.max(axis=(1, 2, 3), keepdims=True), _LEAST_PEAK)).max(axis=(2, 3))
+        for channel, share in enumerate(shares.reshape(_groups(node), -1, shares.shape[1]).max(axis=1).ravel()):
             group = groups.get((node.input[0], channel), _FIXED)
             read[group] = max(read.get(group, 1e-3), float(share))
     return read
@@ -153,13 +153,13 @@ def _scaled(model: onnx.ModelProto, factors: Mapping[str, NDArray[np.float64]]) 
         tensor.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(tensor) * by).astype(np.float32), tensor.name))
 
     for node in scaled.graph.node:
-        if node.op_type == "Conv":
+        if node.op_type == "Conv" and node.input[0] in factors:
             # A convolution may write the output itself, whose channels keep their scale and have no peaks.
             results = factors.get(node.output[0], np.ones(stored[node.input[1]].dims[0]))
-            reads = factors[node.input[0]]
-            by = results if _is_depthwise(node) else results[:, None] / reads[None, :]
-            by = by / reads if _is_depthwise(node) else by
-            multiply(1, node, by.reshape(*by.shape, *(1,) * (4 - by.ndim)))
+            # What the output channels of each group read, all those of a group alike.
+            reads = factors[node.input[0]].reshape(_groups(node), -1)
+            by = results[:, None] / np.repeat(reads, len(results) // len(reads), axis=0)
+            multiply(1, node, by[:, :, None, None])
             if len(node.input) > 2:
                 multiply(2, node, results)
         elif _is_noise_level(node, stored):
@@ -171,5 +171,10 @@ def _is_noise_level(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]
     return node.op_type == "Mul" and node.input[0] == SIGMA and node.input[1] in stored
 
 
-def _is_depthwise(node: onnx.NodeProto) -> bool:
-    return int(attribute(node, "group") or 1) > 1
+def _is_depthwise(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
+    """Return whether each output channel reads one of several input channels."""
+    return _groups(node) > 1 and stored[node.input[1]].dims[1] == 1
+
+
+def _groups(node: onnx.NodeProto) -> int:
+    return int(attribute(node, "group") or 1)

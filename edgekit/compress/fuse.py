@@ -62,7 +62,7 @@ def _trace(net: nn.Module, takes_sigma: bool) -> fx.Graph:
     try:
         absent = {} if takes_sigma or not _has_sigma(net) else {"sigma": None}
         return fx.Tracer().trace(net, concrete_args=absent)
-    except (fx.proxy.TraceError, TypeError, ValueError) as error:
+    except (fx.proxy.TraceError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedError(
             f"{type(net).__name__}: it has BatchNorm and cannot be traced: {str(error).splitlines()[0]}",
             remedy="write forward() without branches on tensors, or fold its BatchNorm yourself",

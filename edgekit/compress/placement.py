@@ -146,18 +146,19 @@ def place(
     return _Writer(model, ranges, placement, weight_limit).written()
 
 
-def computes_in_integers(model: onnx.ModelProto, placement: Placement) -> frozenset[str]:
+def computes_in_integers(model: onnx.ModelProto, ranges: Mapping[str, Range], placement: Placement) -> frozenset[str]:
     """Return the names of the convolutions and additions of a float graph that are quantized.
 
-    Transposed convolutions are only where the engine has nothing else than integers: the others compute them in float.
+    Only maps of four dimensions have ranges; what else is added stays in float. Transposed convolutions are only where
+    the engine has nothing else than integers: the others compute them in float.
     """
     features, gates = derived_from(model, NOISY), _gates(model)
     convolutions = {"Conv"} if placement.floats else CONVOLUTIONS
     return frozenset(
         node.name
         for node in model.graph.node
-        if (node.op_type in convolutions and node.input[0] not in gates)
-        or (node.op_type == "Add" and NOISY not in node.input and features.issuperset(node.input))
+        if (node.op_type in convolutions and node.input[0] in ranges and node.input[0] not in gates)
+        or (node.op_type == "Add" and NOISY not in node.input and (features & ranges.keys()).issuperset(node.input))
     )
 
 
@@ -248,7 +249,7 @@ class _Writer:
             model.ir_version = max(model.ir_version, _IR_16_BITS)
         self._model, self._placement, self._weight_limit = model, placement, weight_limit
         self._stored, self._made_by, self._readers = initializers(model), producers(model), consumers(model)
-        self._integer = computes_in_integers(model, placement)
+        self._integer = computes_in_integers(model, ranges, placement)
         self._relus = _fused_relus(model, self._integer)
         self._only_integers = {self._result(n) for n in model.graph.node if n.name in self._integer}
         self._ranges = dict(ranges)

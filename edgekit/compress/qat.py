@@ -22,6 +22,7 @@ from edgekit.compress.torch_graph import TorchGraph, WeightQuantizer, lowest
 from edgekit.data.noise import add_gaussian
 from edgekit.errors import EdgekitError, InputError, IntegrityError
 from edgekit.files import atomic_file, json_sha256, sha256
+from edgekit.graph import cost
 from edgekit.graph.checks import DENOISED, interface, is_quantized, load_onnx
 from edgekit.graph.reference import Reference
 from edgekit.measure.quality import crop, pad_to_multiple, psnr
@@ -35,7 +36,7 @@ Array: TypeAlias = NDArray[np.float32]
 Pictures: TypeAlias = Sequence[NDArray[np.uint8]]
 Range: TypeAlias = tuple[float, float]
 
-# A multiple of the strides of all our networks.
+# A multiple of the strides of all our networks; that of others may be larger.
 STRIDE = 16
 _LOOK_EVERY = 10
 _FITTED = 16
@@ -120,7 +121,8 @@ def finetune(
     """
     integer, floating = _read(qdq, fp32)
     bank = PatchBank(pictures, torch.device("cpu"))
-    _check(settings, bank.smallest_side, held_out)
+    stride = max(STRIDE, cost.stride(floating, fp32))
+    _check(settings, stride, bank.smallest_side, held_out)
     student, teacher = TorchGraph(integer), TorchGraph(floating).requires_grad_(False)
     take_float_weights(student, teacher)
     _fit_ranges(student, bank, sigma, settings)
@@ -139,10 +141,10 @@ def finetune(
     average = _train(student, lesson, bank, sigma, settings, folder / "checkpoint.safetensors", identity, report)
     student.load_state_dict(average, strict=False)
     written = student.written()
-    reference = _psnr(Reference(floating), held_out, sigma)
-    before = _loss(reference, _psnr(Reference(integer, exact=exact), held_out, sigma))
-    trained = _psnr(Reference(written, exact=exact), held_out, sigma)
-    _check_same(student, trained, held_out, sigma, out)
+    reference = _psnr(Reference(floating), held_out, sigma, stride)
+    before = _loss(reference, _psnr(Reference(integer, exact=exact), held_out, sigma, stride))
+    trained = _psnr(Reference(written, exact=exact), held_out, sigma, stride)
+    _check_same(student, trained, held_out, sigma, stride, out)
     after = _loss(reference, trained)
     better = after.mean_millidb < before.mean_millidb
     if better:
@@ -293,11 +295,11 @@ def _read(qdq: Path, fp32: Path) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     return integer, floating
 
 
-def _check(settings: Qat, smallest_side: int, held_out: Pictures) -> None:
+def _check(settings: Qat, stride: int, smallest_side: int, held_out: Pictures) -> None:
     if not settings.steps:
         raise InputError("quantization.qat.steps is 0", remedy="set it to 1000 or more")
-    if settings.patch % STRIDE:
-        raise InputError(f"quantization.qat.patch is {settings.patch}, no multiple of {STRIDE}")
+    if settings.patch % stride:
+        raise InputError(f"quantization.qat.patch is {settings.patch}, no multiple of {stride}")
     if settings.patch > smallest_side:
         raise InputError(
             f"quantization.qat.patch is {settings.patch}, and the smallest training picture has a side of "
@@ -318,7 +320,9 @@ def _check_finite(student: TorchGraph, losses: Sequence[float], step: int, path:
     )
 
 
-def _check_same(student: TorchGraph, written: Sequence[float], held_out: Pictures, sigma: Range, out: Path) -> None:
+def _check_same(
+    student: TorchGraph, written: Sequence[float], held_out: Pictures, sigma: Range, stride: int, out: Path
+) -> None:
     """Raise IntegrityError where ONNX Runtime computes other pictures than those that were trained."""
 
     def denoise(noisy: Array, level: float) -> Array:
@@ -327,7 +331,7 @@ def _check_same(student: TorchGraph, written: Sequence[float], held_out: Picture
         return found
 
     # Roundings that fall the other way move a picture by less than this; a saturated sum moves it by more.
-    trained = _psnr(denoise, held_out[:_CHECKED], sigma)
+    trained = _psnr(denoise, held_out[:_CHECKED], sigma, stride)
     apart = max(abs(a - b) for a, b in zip(trained, written, strict=False))
     if not apart <= _MOST_APART_DB:
         raise IntegrityError(
@@ -336,14 +340,14 @@ def _check_same(student: TorchGraph, written: Sequence[float], held_out: Picture
         )
 
 
-def _psnr(denoise: Callable[[Array, float], Array], pictures: Pictures, sigma: Range) -> list[float]:
+def _psnr(denoise: Callable[[Array, float], Array], pictures: Pictures, sigma: Range, stride: int) -> list[float]:
     """Return the PSNR in dB of each picture at each noise level, the levels of a picture behind each other."""
     low, high = sigma
     levels = [s for s in _SIGMAS if low <= s <= high] or [high]
     found = []
     for index, picture in enumerate(pictures):
         for level in levels:
-            noisy = pad_to_multiple(add_gaussian(picture, level, index=index, seed=_SEED)[None], STRIDE)
+            noisy = pad_to_multiple(add_gaussian(picture, level, index=index, seed=_SEED)[None], stride)
             got = crop(denoise(noisy, level / 255), *picture.shape[1:])
             found.append(psnr(got[0], picture / np.float32(255)))
     return found

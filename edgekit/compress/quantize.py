@@ -20,11 +20,20 @@ from edgekit.compress.equalize import equalize
 from edgekit.compress.export import strip, write
 from edgekit.compress.placement import Placement, Range
 from edgekit.compress.ranges import Calibration, observe
-from edgekit.errors import InputError, IntegrityError
-from edgekit.graph.checks import DENOISED, NOISY, Interface, interface, load_float_onnx
+from edgekit.errors import InputError, IntegrityError, UnsupportedError
+from edgekit.graph.checks import DENOISED, LEAST_OPSET, NOISY, SIGMA, Interface, interface, load_float_onnx
 from edgekit.graph.cost import integer_permille
 from edgekit.graph.reference import Reference, agreement_db
-from edgekit.graph.walk import CONVOLUTIONS, first_convolutions, float_convolutions, last_convolutions
+from edgekit.graph.walk import (
+    CONVOLUTIONS,
+    constants_stored,
+    consumers,
+    copied,
+    first_convolutions,
+    float_convolutions,
+    initializers,
+    last_convolutions,
+)
 from edgekit.measure import host
 from edgekit.recipe import Quantization
 
@@ -99,6 +108,7 @@ def quantize_static(
     Raises:
         InputError: The graph is quantized already, has no convolution, or has NaN in its weights; or there are too few
             calibration pictures, or one is constant, not finite or of the wrong shape.
+        UnsupportedError: The graph's opset is too old.
         IntegrityError: The quantized graph's output is further than 25 dB from the float graph's.
     """
     prepared = prepare(fp32, calibration, settings, placement)
@@ -115,7 +125,13 @@ def prepare(
 ) -> Prepared:
     """Return what a placement is written from, in the basis that loses least there; raises as `quantize_static`."""
     model = load_float_onnx(fp32)
-    pictures = _check_calibration(calibration, settings.calibration_pictures, interface(model, fp32))
+    face = interface(model, fp32)
+    if face.opset < LEAST_OPSET:
+        raise UnsupportedError(
+            f"{fp32}: is of opset {face.opset}; INT8 needs {LEAST_OPSET} or more", remedy="simplify it first"
+        )
+    model = _with_own_weights(constants_stored(model))
+    pictures = _check_calibration(calibration, settings.calibration_pictures, face)
     if settings.equalize:
         model = equalize(model, observe(model, pictures, "minmax").peaks)
     reduced = settings.reduce_range == "always" or (settings.reduce_range == "auto" and narrowed(placement))
@@ -136,6 +152,30 @@ def prepare(
         return _agreement(model, placed, one)
 
     return max(prepared, key=agreement) if others else prepared[0]
+
+
+def _with_own_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph in which no convolution, or multiplication of the noise level, shares its constants.
+
+    Each is scaled, mixed and rounded by what its own node reads and makes.
+    """
+    changed = copied(model)
+    stored, readers = initializers(changed), consumers(changed)
+    taken = {*stored, *(name for node in changed.graph.node for name in node.output)}
+    for name, nodes in readers.items():
+        if name not in stored:
+            continue
+        owners = [n for n in nodes if n.op_type in CONVOLUTIONS or (n.op_type == "Mul" and n.input[0] == SIGMA)]
+        # One of them keeps the tensor where nothing else reads it.
+        for number, node in enumerate(owners[1:] if len(owners) == len(nodes) else owners, 1):
+            own = f"{name}_{number}"
+            while own in taken:
+                own += "_"
+            taken.add(own)
+            changed.graph.initializer.add().CopyFrom(stored[name])
+            changed.graph.initializer[-1].name = own
+            node.input[list(node.input).index(name)] = own
+    return changed
 
 
 def written(quantized: onnx.ModelProto, prepared: Prepared, fp32: Path, out: Path) -> QuantizationReport:

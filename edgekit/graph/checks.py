@@ -17,6 +17,8 @@ from edgekit.errors import InputError, UnsupportedError
 NOISY = "noisy"
 SIGMA = "sigma"
 DENOISED = "denoised"
+# The first in which weights are dequantized by channel.
+LEAST_OPSET = 13
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 QUANTIZED_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger"}
@@ -49,7 +51,13 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     model = read_onnx(path)
     interface(model, path)
     for tensor in model.graph.initializer:
-        values = numpy_helper.to_array(tensor)
+        try:
+            values = numpy_helper.to_array(tensor)
+        except ValueError as error:
+            raise InputError(
+                f"{path}: weight '{tensor.name}' has other data than its shape {tuple(tensor.dims)} says: {error}",
+                remedy="export it again, or copy it again with the files that lie beside it",
+            ) from error
         if values.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(values)))):
             raise InputError(
                 f"{path}: weight '{tensor.name}' has {bad} of {values.size} values that are NaN or infinite",
@@ -70,7 +78,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(model)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (DecodeError, onnx.checker.ValidationError) as error:
+    except (DecodeError, ValueError, onnx.checker.ValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "it cannot be decoded"
         raise InputError(
             f"{path}: is not a whole ONNX model ({path.stat().st_size} bytes): {reason}",

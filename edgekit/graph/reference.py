@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
+from edgekit.errors import InputError, UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
 
 Array = NDArray[np.float32]
@@ -31,6 +35,40 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
+@contextmanager
+def runtime_errors(what: str, remedy: str) -> Iterator[None]:
+    """Tell ONNX Runtime's errors in edgekit's.
+
+    Args:
+        what: It failed to do, a sentence to which the reason is added.
+        remedy: What the reader can do now.
+
+    Raises:
+        UnsupportedError: An operator that ONNX Runtime does not have.
+        InputError: Anything else that it does not load or run.
+    """
+    state = onnxruntime.capi.onnxruntime_pybind11_state
+    try:
+        yield
+    except state.NotImplemented as error:
+        raise UnsupportedError(f"{what}: {_reason(error)}") from error
+    except (
+        state.Fail,
+        state.InvalidProtobuf,
+        state.InvalidGraph,
+        state.InvalidArgument,
+        state.NoSuchFile,
+        state.RuntimeException,
+    ) as error:
+        raise InputError(f"{what}: {_reason(error)}", remedy=remedy) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error without ONNX Runtime's code, and place in its source, in front."""
+    line = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error).splitlines()[0])
+    return re.sub(r"^/\S+:\d+ .*?\) (?=[A-Z])", "", line)
+
+
 class Reference:
     """A graph opened in ONNX Runtime on the CPU with one thread.
 
@@ -38,19 +76,28 @@ class Reference:
         model: The graph.
         exact: Compute quantized operators in floats, between the pairs as the graph has them. Else ONNX Runtime makes
             8-bit kernels of them, whose sums of two products saturate on x86 without VNNI.
+        name: Of the graph, for the errors.
+
+    Raises:
+        InputError: It cannot be opened, or run on a picture.
+        UnsupportedError: An operator that ONNX Runtime does not have.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, exact: bool = False) -> None:
+    def __init__(self, model: onnx.ModelProto, *, exact: bool = False, name: str = "the graph") -> None:
+        self._name = name
         options = session_options(1)
         options.add_session_config_entry("session.disable_quant_qdq", str(int(exact)))
-        self._session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        with runtime_errors(f"{name}: ONNX Runtime cannot load it", "export it again"):
+            self._session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
         self._takes_sigma = SIGMA in {i.name for i in self._session.get_inputs()}
 
     def __call__(self, noisy: Array, sigma: float) -> Array:
         """Return the denoised picture, shaped as `noisy` (1, c, h, w)."""
-        (denoised,) = self._session.run([DENOISED], feeds(noisy, sigma, takes_sigma=self._takes_sigma))
+        what = f"{self._name}: ONNX Runtime cannot run it on a picture of {noisy.shape[2]}x{noisy.shape[3]}"
+        with runtime_errors(what, "export a network whose pictures may have sides of any multiple of 32"):
+            (denoised,) = self._session.run([DENOISED], feeds(noisy, sigma, takes_sigma=self._takes_sigma))
         return np.asarray(denoised, np.float32)
 
 

@@ -14,8 +14,8 @@ from edgekit.graph.walk import PAIR, attribute, consumers, copied, initializers,
 def channels_by_plane(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a float or QDQ graph that computes the same, whose DepthToSpace take the channels of a plane together.
 
-    The output channels of the convolutions before them change places. What else reads such a convolution, or has a
-    shape that does not tell its channels, stays.
+    The output channels of the convolutions before them change places. What else reads such a convolution, has groups,
+    or has a shape that does not tell its channels, stays.
     """
     changed = copied(model)
     made_by, readers, stored = producers(changed), consumers(changed), initializers(changed)
@@ -24,7 +24,7 @@ def channels_by_plane(model: onnx.ModelProto) -> onnx.ModelProto:
             continue
         way = way_up(node, made_by, stored)
         source = made_by.get(way[-1])
-        if source is None or source.op_type != "Conv":
+        if source is None or source.op_type != "Conv" or (attribute(source, "group") or 1) != 1:
             continue
         parts = [stored_behind(name, made_by, stored) for name in source.input[1:]]
         tensors = [name for part in parts for name in part]

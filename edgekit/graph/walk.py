@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -41,6 +42,29 @@ def consumers(model: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
 def initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     """Return the initializers by name."""
     return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def constants_stored(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph whose Constant nodes are initializers; those of text, or sparse, stay."""
+    changed = copied(model)
+    for node in model.graph.node:
+        values = _constant(node) if node.op_type == "Constant" else None
+        if values is not None:
+            changed.graph.node.remove(node)
+            changed.graph.initializer.add().CopyFrom(values)
+            changed.graph.initializer[-1].name = node.output[0]
+    return changed
+
+
+def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """Return what a Constant node holds."""
+    (given,) = node.attribute
+    if given.name == "value":
+        return given.t
+    kind = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    if given.name not in kind:
+        return None
+    return numpy_helper.from_array(np.array(helper.get_attribute_value(given), kind[given.name]))
 
 
 def stored_behind(
