@@ -519,7 +519,8 @@ def shim(folder: Path, module: str, body: str) -> Path:
         ),
         (
             "raise OSError('libtvm.so: undefined symbol')",
-            "the engine 'tvm' is installed but does not load: libtvm.so: undefined symbol; reinstall it: pip install",
+            "the engine 'tvm' is installed but does not load: libtvm.so: undefined symbol; reinstall it: "
+            "pip uninstall --yes apache-tvm && pip install 'edgekit[tvm]'",
         ),
     ],
     ids=["missing", "broken"],

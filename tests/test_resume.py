@@ -139,8 +139,13 @@ def test_a_run_does_not_go_on_without_the_teacher_that_it_began_with(tmp_path, p
     )
     with pytest.raises(StopError):
         distill.distill(recipe, tmp_path / "run", progress=stop_at({20}))
-    with pytest.raises(InputError, match="is the checkpoint of another run"):
+    with pytest.raises(InputError, match=r"holds another run \(alone is None there, True here\)"):
         distill.distill(recipe, tmp_path / "run", alone=True)
+    with (
+        run.open_run(tmp_path / "run", None) as opened,
+        pytest.raises(InputError, match="is the checkpoint of another run"),
+    ):
+        distill.train_student(opened, recipe, progress=distill.silent, alone=True)
 
 
 def test_a_run_is_not_continued_with_other_settings(tmp_path, pictures):
