@@ -26,7 +26,7 @@ from edgekit.graph.reference import agreement_db
 from edgekit.models import weights
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import denoise as denoising
-from edgekit.pipeline import distill, networks, pictures, verify, whole
+from edgekit.pipeline import distill, int8, networks, pictures, verify, whole
 from edgekit.recipe import Data, Distillation, Model, Noise, Quantization, Recipe
 from edgekit.target import InputShape, Limits
 
@@ -474,6 +474,19 @@ def test_a_network_whose_reach_is_not_known_is_compiled_for_pictures_in_one_piec
     assert tile(noisy[..., :40, :], 0.1).shape == (1, 3, 40, 44)
     with pytest.raises(InputError, match="halo"):
         tile(noisy, 0.1)
+
+
+def test_int8_that_training_does_not_follow_is_made_without_it(own_weights, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(int8, "_UNTRAINED", {"int8": -1e6, "int16": -1e6})  # So that there is a loss to train away.
+    overrides = ["budgets.int8_drop_db=10.0", "data.evaluation_pictures=1", "teacher=null"]
+    compiled = compiling.compile_model(
+        "test_pipeline:Mixed", [ONNX], weights=own_weights, folder=tmp_path / "run", overrides=overrides
+    )
+    assert any("(Softmax): an operator, which quantization-aware training does not" in told for told in caplog.messages)
+    made = next(s for s in run.read_stages(compiled.folder) if s.name == "quantize/onnxruntime")
+    assert made.facts["trained"] is False
+    assert made.facts["integer_macs_permille"] > 500
+    assert not list(compiled.folder.glob("qat-*"))
 
 
 def test_bundles_of_a_student_that_was_trained_anew_are_not_verified_for_it(copied, recipe):

@@ -65,7 +65,7 @@ class Node:
         """Return the error that names this node."""
         return UnsupportedError(
             f"node '{self.name}' ({self.operator}): {what}, which quantization-aware training does not follow",
-            remedy="set quantization.qat.steps=0, or export the network without it",
+            remedy="export the network without it to have it trained",
         )
 
 
@@ -576,6 +576,11 @@ def _clip(node: Node, given: Given) -> Tensor:
     )
 
 
+def _prelu(node: Node, given: Given) -> Tensor:
+    x = _tensor(node, given, 0)
+    return torch.where(x > 0, x, x * _tensor(node, given, 1))
+
+
 def _hard_sigmoid(node: Node, given: Given) -> Tensor:
     return (_tensor(node, given, 0) * node.number("alpha", 0.2) + node.number("beta", 0.5)).clamp(0, 1)
 
@@ -662,6 +667,7 @@ _ARITHMETIC: dict[str, Callable[[Node, Given], Tensor]] = {
     "Add": _arithmetic(torch.add),
     "Div": _arithmetic(torch.div),
     "Mul": _arithmetic(torch.mul),
+    "Pow": _arithmetic(torch.pow),
     "Sub": _arithmetic(torch.sub),
 }
 _OPERATORS: dict[str, Callable[[Node, Given], Tensor]] = _ARITHMETIC | {
@@ -670,18 +676,27 @@ _OPERATORS: dict[str, Callable[[Node, Given], Tensor]] = _ARITHMETIC | {
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "DepthToSpace": _depth_to_space,
+    "Elu": lambda node, given: functional.elu(_tensor(node, given, 0), node.number("alpha", 1.0)),
+    "Erf": _elementwise(torch.erf),
+    "Exp": _elementwise(torch.exp),
     "Gather": _gather,
     "GlobalAveragePool": _elementwise(lambda x: x.mean((2, 3), keepdim=True)),
     "GlobalMaxPool": _elementwise(lambda x: x.amax((2, 3), keepdim=True)),
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _elementwise(functional.hardswish),
     "Identity": _elementwise(lambda x: x),
+    "LeakyRelu": lambda node, given: functional.leaky_relu(_tensor(node, given, 0), node.number("alpha", 0.01)),
     "MaxPool": _max_pool,
+    "Neg": _elementwise(torch.neg),
+    "PRelu": _prelu,
     "ReduceMax": _reduce_max,
     "ReduceMean": _reduce_mean,
     "Relu": _elementwise(torch.relu),
     "Reshape": _reshape,
     "Resize": _resize,
     "Sigmoid": _elementwise(torch.sigmoid),
+    "Softplus": _elementwise(functional.softplus),
     "SpaceToDepth": _space_to_depth,
+    "Sqrt": _elementwise(torch.sqrt),
+    "Tanh": _elementwise(torch.tanh),
 }

@@ -190,7 +190,11 @@ def within_budget(
     trained = bool(recipe.quantization.qat.steps) and not untrained.holds(before)
     if trained:
         log.info("INT8 loses %.3f dB before any training: training it with its rounding", before.mean_mdb / 1000)
-        graph = _train(recipe, ends_in_float(graph, prepared, where), prepared, out, checkpoints)
+        try:
+            graph = _train(recipe, ends_in_float(graph, prepared, where), prepared, out, checkpoints)
+        except UnsupportedError as error:
+            log.warning("it is not trained, and layers go back to float where it loses too much: %s", error)
+            trained = False
     kept = budget.keep(graph, prepared.model, where, judge, limit, trained=trained, say=log.info)
     return Reached(before=before, kept=kept, trained=trained)
 
@@ -230,23 +234,31 @@ def _added_for(model: onnx.ModelProto, convolutions: Collection[str]) -> tuple[s
 
 
 def _train(recipe: Recipe, graph: onnx.ModelProto, prepared: Prepared, out: Path, checkpoints: Path) -> onnx.ModelProto:
-    """Return the graph after training with its rounding; an interrupted training goes on from its checkpoint."""
+    """Return the graph after training with its rounding; an interrupted training goes on from its checkpoint.
+
+    Raises:
+        UnsupportedError: An operator that training does not follow.
+    """
     export.write(graph, out / "untrained.int8.onnx")
     folder = checkpoints / f"qat-{sha256(out / 'untrained.int8.onnx')[:12]}"
     folder.mkdir(exist_ok=True)
     shown = pictures.load(recipe.data)
-    qat.finetune(
-        qdq=out / "untrained.int8.onnx",
-        fp32=out / EQUALIZED,
-        pictures=_pixels(shown.train),
-        held_out=_pixels(shown.held_out),
-        sigma=recipe.noise.train,
-        settings=recipe.quantization.qat,
-        out=out / "trained.int8.onnx",
-        folder=folder,
-        report=_log_every(100),
-        exact=prepared.exact,
-    )
+    try:
+        qat.finetune(
+            qdq=out / "untrained.int8.onnx",
+            fp32=out / EQUALIZED,
+            pictures=_pixels(shown.train),
+            held_out=_pixels(shown.held_out),
+            sigma=recipe.noise.train,
+            settings=recipe.quantization.qat,
+            out=out / "trained.int8.onnx",
+            folder=folder,
+            report=_log_every(100),
+            exact=prepared.exact,
+        )
+    except UnsupportedError:
+        shutil.rmtree(folder)
+        raise
     shutil.rmtree(folder)
     return checks.load_onnx(out / "trained.int8.onnx")
 
