@@ -480,6 +480,25 @@ def test_keeping_everything_in_float_is_not_called_int8(tmp_path):
         quantize_static(path, PICTURES, tmp_path / "int8.onnx", FLOAT_ENDS)
 
 
+class Computed(nn.Module):
+    """A convolution whose weights follow from the picture."""
+
+    channels, takes_sigma, stride = 1, False, 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Conv2d(1, 1, 3, padding=1), nn.Parameter(torch.rand(1, 1, 3, 3))
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(self.first(noisy), self.weight * noisy.mean(), padding=1)
+
+
+def test_weights_that_are_computed_are_not_for_int8(tmp_path):
+    path = simplify(export(Computed(), tmp_path / "net.onnx"), tmp_path / "simple.onnx")
+    with pytest.raises(UnsupportedError, match=r"simple\.onnx: '.*' \(Conv\) computes its weights"):
+        quantize_static(path, PICTURES, tmp_path / "int8.onnx", EVERYTHING)
+
+
 def outlier_net() -> Net:
     """Carries the picture beside a channel that is a million times larger and read by nobody."""
     net = Net(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False))

@@ -108,7 +108,7 @@ def quantize_static(
     Raises:
         InputError: The graph is quantized already, has no convolution, or has NaN in its weights; or there are too few
             calibration pictures, or one is constant, not finite or of the wrong shape.
-        UnsupportedError: The graph's opset is too old.
+        UnsupportedError: The graph's opset is too old, or a convolution computes its weights.
         IntegrityError: The quantized graph's output is further than 25 dB from the float graph's.
     """
     prepared = prepare(fp32, calibration, settings, placement)
@@ -131,6 +131,7 @@ def prepare(
             f"{fp32}: is of opset {face.opset}; INT8 needs {LEAST_OPSET} or more", remedy="simplify it first"
         )
     model = _with_own_weights(constants_stored(model))
+    _check_weights(model, fp32)
     pictures = _check_calibration(calibration, settings.calibration_pictures, face)
     if settings.equalize:
         model = equalize(model, observe(model, pictures, "minmax").peaks)
@@ -152,6 +153,17 @@ def prepare(
         return _agreement(model, placed, one)
 
     return max(prepared, key=agreement) if others else prepared[0]
+
+
+def _check_weights(model: onnx.ModelProto, path: Path) -> None:
+    """Raise UnsupportedError where a convolution's weights are made while the graph runs."""
+    stored = initializers(model)
+    for node in model.graph.node:
+        if node.op_type in CONVOLUTIONS and any(name and name not in stored for name in node.input[1:]):
+            raise UnsupportedError(
+                f"{path}: '{node.name}' ({node.op_type}) computes its weights, and INT8 needs them beforehand",
+                remedy="set the target's precision to float32, or export weights that are constant",
+            )
 
 
 def _with_own_weights(model: onnx.ModelProto) -> onnx.ModelProto:
