@@ -479,9 +479,10 @@ def test_a_network_whose_reach_is_not_known_is_compiled_for_pictures_in_one_piec
 def test_int8_that_training_does_not_follow_is_made_without_it(own_weights, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(int8, "_UNTRAINED", {"int8": -1e6, "int16": -1e6})  # So that there is a loss to train away.
     overrides = ["budgets.int8_drop_db=10.0", "data.evaluation_pictures=1", "teacher=null"]
-    compiled = compiling.compile_model(
-        "test_pipeline:Mixed", [ONNX], weights=own_weights, folder=tmp_path / "run", overrides=overrides
-    )
+    with caplog.at_level(logging.WARNING, logger="edgekit"):
+        compiled = compiling.compile_model(
+            "test_pipeline:Mixed", [ONNX], weights=own_weights, folder=tmp_path / "run", overrides=overrides
+        )
     assert any("(Softmax): an operator, which quantization-aware training does not" in told for told in caplog.messages)
     made = next(s for s in run.read_stages(compiled.folder) if s.name == "quantize/onnxruntime")
     assert made.facts["trained"] is False
