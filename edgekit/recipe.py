@@ -36,6 +36,10 @@ class Model:
     weights: str = "shipped"
     options: Mapping[str, Option] = field(default_factory=dict)
 
+    def options_for(self, channels: int) -> dict[str, Option]:
+        """Return the options, with the data's channels where they are not a network's default."""
+        return {**self.options, **({"channels": channels} if channels != 1 else {})}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:

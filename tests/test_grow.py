@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -10,17 +8,10 @@ import torch
 
 from edgekit.errors import InputError
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
 def grow() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("grow_student", ROOT / "scripts" / "grow_student.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tiny.script("scripts/grow_student.py")
 
 
 @pytest.mark.parametrize(("names"), [("nano", "small"), ("small", "base"), ("base", "large")], ids="-".join)

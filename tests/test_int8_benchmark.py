@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny
 
 from edgekit import zoo
 from edgekit.files import write_json
 from edgekit.measure import host
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
 def int8() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("int8_benchmark", ROOT / "benchmarks" / "int8.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tiny.script("benchmarks/int8.py")
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from edgekit.models.denoiser import Denoiser
 from edgekit.recipe import Budgets, Data, Model, Noise, Quantization, Recipe, Training
 
 SIDE = 64
+_ROOT = Path(__file__).parent.parent
 _SETS = {"train": 6, "held_out": 8, "evaluation": 2}
 
 
@@ -42,6 +45,16 @@ def like_named(pictures: Path) -> Data:
         (pictures / name).mkdir()
         images[name] = str((pictures / "images").rename(pictures / name / "images"))
     return Data(train=(images["train"],), calibration=images["held_out"], evaluation=images["evaluation"])
+
+
+def script(path: str) -> ModuleType:
+    """Return a file that is in no package, as `benchmarks/int8.py`, as a module."""
+    spec = importlib.util.spec_from_file_location(path.removesuffix(".py").replace("/", "_"), _ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def recipe(pictures: Path, *, channels: int = 1, name: str = "tiny", **changes: object) -> Recipe:

@@ -70,10 +70,8 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
                 remedy="export the network with convolutions, SpaceToDepth, DepthToSpace and element-wise operators",
             )
         height, width = _union(node, operands)
-        rule, attributes = (
-            _RULES[node.op_type],
-            _attributes(node) | _resizing(node, constants) | _shift(node, constants),
-        )
+        rule = _RULES[node.op_type]
+        attributes = _attributes(node) | _resizing(node, constants) | _shift(node, constants)
         for name in node.output:
             spans[name] = (rule(height, attributes, 0), rule(width, attributes, 1))
     if DENOISED not in spans:

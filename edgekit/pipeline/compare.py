@@ -181,15 +181,14 @@ def plan(
     finished = [w for w in given if w.endswith(".onnx") and checks.is_quantized(checks.load_onnx(Path(w)))]
     peers = [*peers, *(Peer(name=Path(w).stem, path=Path(w)) for w in finished)]
     models = [_model(w) for w in given if w not in finished]
-    channels = {m.channels for m in models}
-    peer_interfaces = {p.name: _onnx_interface(p.path) for p in peers}
-    peer_channels = {name: of_peer for name, (of_peer, _) in peer_interfaces.items()}
+    interfaces = [_onnx_interface(p.path) for p in peers]
+    channels = {m.channels for m in models} | {of_peer for of_peer, _ in interfaces}
     _check_names(["noisy", "NLM", "BM3D", *(m.name for m in models), *(p.name for p in peers)])
-    chosen = {c: _pictures(pictures, c) for c in sorted(channels | set(peer_channels.values()))}
+    chosen = {c: _pictures(pictures, c) for c in sorted(channels)}
     for model in models:
         _check_unseen(model, chosen[model.channels])
     entries = [entry for found in chosen.values() for entry in _classics(found, settings)]
-    entries += [_peer(p, chosen[peer_channels[p.name]], peer_interfaces[p.name][1], settings) for p in peers]
+    entries += [_peer(p, chosen[c], stride, settings) for p, (c, stride) in zip(peers, interfaces, strict=True)]
     entries += [e for m in models for e in _networks(m, chosen[m.channels], settings, folder)]
     return Plan(entries=tuple(entries), settings=settings, folder=folder)
 

@@ -146,7 +146,7 @@ def _train(
 ) -> Mapping[str, object]:
     torch.manual_seed(recipe.training.seed % patches.SEEDS)
     made = recipe.student
-    options = dict(made.options) | ({"channels": recipe.data.channels} if recipe.data.channels != 1 else {})
+    options = made.options_for(recipe.data.channels)
     net = start.net if start else models.create(made.model, options)
     sigma255 = recipe.noise.evaluate
 

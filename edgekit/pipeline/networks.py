@@ -67,7 +67,7 @@ def from_recipe(wanted: recipe.Model, channels: int) -> Network | None:
     """
     if wanted.weights == "random":
         return None
-    options = _options(wanted, channels)
+    options = wanted.options_for(channels)
     if wanted.weights == "shipped":
         return shipped(wanted.model, options)
     return _load(wanted.model, wanted.model, options, Path(wanted.weights))
@@ -79,15 +79,11 @@ def architecture(wanted: recipe.Model, channels: int) -> Denoiser:
     Raises:
         InputError: Unknown name or option, or shipped weights that were trained with others.
     """
-    options = _options(wanted, channels)
+    options = wanted.options_for(channels)
     if wanted.weights != "shipped":
         return models.create(wanted.model, options)
     card = zoo.fitting(wanted.model, options)
     return models.create(card.model, card.options)
-
-
-def _options(wanted: recipe.Model, channels: int) -> dict[str, models.Option]:
-    return {**wanted.options, **({"channels": channels} if channels != 1 else {})}
 
 
 def shipped(name: str, options: Mapping[str, models.Option] | None = None) -> Network:

@@ -84,7 +84,7 @@ def read(path: Path) -> JobFile:
 
 def _beside(wanted: Model, role: str, channels: int, path: Path, files: dict[str, str]) -> Model:
     """Return a model whose weights are named relative to the job file, and copy them there."""
-    options = {**wanted.options, **({"channels": channels} if channels != 1 else {})}
+    options = wanted.options_for(channels)
     resolved = replace(wanted, options=options)
     if wanted.weights == "shipped":
         card = zoo.fitting(wanted.model, options)
