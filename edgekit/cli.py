@@ -227,11 +227,12 @@ def compile_(
     from edgekit import target
 
     wanted = [target.load(t) if tile is None else target.load(t).with_tile(tile) for t in targets]
-    _refuse_ignored(model, weights=weights, folder=output, overwrite=overwrite)
     if dry_run:
         from edgekit.pipeline import plan as planning
 
-        named = planning.check_model(model, wanted, weights=weights, overrides=overrides)
+        named = planning.check_model(
+            model, wanted, weights=weights, overrides=overrides, folder=output, overwrite=overwrite
+        )
         _emit([asdict(t) for t in wanted], as_json, lambda: _say_targets(named, [t.name for t in wanted]))
         return
     from edgekit.pipeline import compile as compiling
@@ -584,7 +585,6 @@ def denoise(
     """
     if not image.is_file():
         raise InputError(f"{image}: {'is not a file' if image.exists() else 'no such picture'}")
-    _refuse_ignored(model, weights=weights)
     from edgekit.pipeline import denoise as denoising
 
     opened = denoising.open_model(model, weights=weights)
@@ -610,7 +610,6 @@ def lint(model: str, target_name: str | None, options: tuple[str, ...], weights:
     from edgekit.pipeline import lint as linting
 
     chosen = target.load(target_name) if target_name else None
-    _refuse_ignored(model, weights=weights, options=options)
     findings = linting.lint(model, chosen, options=config.options(options), weights=weights)
     rows = [(f.rule, f.what, f.cost, f.advice) for f in findings]
     nothing = f"{model}: nothing found that would hurt" + (f" on {target_name}" if target_name else "")
@@ -643,7 +642,6 @@ def sensitivity(
     edgekit sensitivity nano --engine onnxruntime
     edgekit sensitivity mynet.onnx --set data.calibration=photos
     """
-    _refuse_ignored(model, weights=weights)
     from edgekit.compress.sensitivity import markdown, write
     from edgekit.pipeline import sensitivity as measuring
 
@@ -858,31 +856,6 @@ def _print_steps(steps: Sequence[Step], as_json: bool) -> None:
 
 def _say_targets(model: str, names: list[str]) -> None:
     click.echo(f"would compile {model} for {', '.join(names)}")
-
-
-def _refuse_ignored(
-    model: str | None,
-    *,
-    weights: Path | None = None,
-    options: Sequence[str] = (),
-    folder: Path | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Raise InputError for what only another kind of MODEL heeds; None is `compile`'s newest run, or none."""
-    from edgekit import run
-
-    is_run = Path(model).is_dir() if model is not None else run.exists()
-    is_class = model is not None and ":" in model and not is_run and not model.endswith(".onnx")
-    shown = f"'{model}'" if model is not None else "the newest run" if is_run else "the targets' student"
-    if weights is not None and not is_class:
-        raise InputError(f"--weights {weights}: {shown} has its own", remedy="leave --weights out; a class takes them")
-    if options and (is_run or is_class or (model or "").endswith(".onnx")):
-        raise InputError(
-            f"--option {options[0]}: {shown} is what it is", remedy="options are for a name of: edgekit models"
-        )
-    if is_run and (folder is not None or overwrite):
-        given = f"-o {folder}" if folder is not None else "--overwrite"
-        raise InputError(f"{given}: {shown} keeps its bundles in itself", remedy=f"leave {given} out, or name a MODEL")
 
 
 def _exit_with(context: click.Context, reports: Sequence[Report], allow_unverified: bool) -> None:

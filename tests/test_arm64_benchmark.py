@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from edgekit.measure import host
+from tests import tiny
 
 pytest.importorskip("tvm")
 ROOT = Path(__file__).parent.parent
@@ -19,14 +17,8 @@ pytestmark = pytest.mark.backend
 
 
 @pytest.fixture(scope="module")
-def arm64() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("arm64_benchmark", ROOT / "benchmarks" / "arm64.py")
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def arm64() -> ModuleType:
+    return tiny.script("benchmarks/arm64.py")
 
 
 @pytest.mark.parametrize("table", ["table_of_instructions", "table_of_quality"])

@@ -434,7 +434,7 @@ def test_weights_for_no_model_at_all_are_refused(call, cwd):
 def test_an_option_for_what_has_none_is_refused(call, finished, what):
     model = {"run": finished, "onnx": finished / "05-simplify/student.fp32.onnx", "class": "test_lint:Small"}[what]
     call("lint", model, "--option", "activation=hardswish").refused(
-        2, f"--option activation=hardswish: '{model}' is what it is; options are for a name of: edgekit models"
+        2, f"--option activation: '{model}' is what it is; options are for a name of: edgekit models"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
+import importlib
 import io
 import json
 import platform
@@ -627,12 +627,7 @@ def test_amx_multiplies_tiles_and_vnni_the_rest_by_their_machine_code(nano: Sour
 def test_the_benchmark_times_every_kernel_of_every_variant(
     nano: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = Path(__file__).parent.parent / "benchmarks" / "x86_kernels.py"
-    spec = importlib.util.spec_from_file_location("x86_kernels", path)
-    assert spec is not None
-    assert spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    benchmark = tiny.script("benchmarks/x86_kernels.py")
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["x86_kernels.py", "nano", str(nano.int8_onnx), "--side", "64", "--rounds", "3"])
     benchmark.main()

@@ -103,10 +103,12 @@ def compile_model(
         overwrite: Replace another run that is in the folder.
 
     Raises:
-        InputError: Nothing of that name, or a broken file. UnsupportedError: The target does not take the model.
+        InputError: Nothing of that name, a broken file, or what `what` does not heed.
+        UnsupportedError: The target does not take the model.
         ToolMissingError: The target's engine is not installed. IntegrityError: A file changed, or outputs moved.
     """
     check_targets(targets)
+    networks.refuse_ignored(what, weights=weights, folder=folder, overwrite=overwrite)
     if what is None:
         what = str(run.newest()) if run.exists() else student_of(targets)
     root = Path(what)

@@ -57,8 +57,10 @@ def open_model(what: str, *, weights: Path | None = None, threads: int = 2) -> O
     """Return a bundle, run folder, shipped model, ONNX file or torch class, ready to denoise.
 
     Raises:
-        InputError: Nothing of that name. ToolMissingError: The bundle's engine or runner is not there.
+        InputError: Nothing of that name, or weights for what has its own.
+        ToolMissingError: The bundle's engine or runner is not there.
     """
+    networks.refuse_ignored(what, weights=weights)
     path = Path(what)
     if (path / bundle.MANIFEST).is_file():
         return _open_bundle(path, threads)

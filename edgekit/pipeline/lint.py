@@ -35,9 +35,11 @@ def lint(
         weights: Of a class; random ones do as well.
 
     Raises:
-        InputError: Nothing of that name, an unknown option, or a graph that is quantized already.
+        InputError: Nothing of that name, an unknown option, options or weights for what does not heed them, or a graph
+            that is quantized already.
         UnsupportedError: A graph that edgekit cannot export or read.
     """
+    networks.refuse_ignored(what, weights=weights, options=options)
     found = rules.lint(_graph(what, dict(options or {}), weights))
     if target is None or target.precision == "int8":
         return found

@@ -124,6 +124,34 @@ def named(what: str, path: Path | None = None) -> Network:
     return from_class(what, path) if ":" in what else shipped(what)
 
 
+def refuse_ignored(
+    what: str | None,
+    *,
+    weights: Path | None = None,
+    options: Mapping[str, models.Option] | None = None,
+    folder: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Refuse what only another kind of MODEL heeds; None is the newest run, or the targets' student where none is.
+
+    Raises:
+        InputError: Weights, options, a folder or leave to overwrite that would be ignored.
+    """
+    is_run = Path(what).is_dir() if what is not None else run.exists()
+    is_class = what is not None and ":" in what and not is_run and not what.endswith(".onnx")
+    shown = f"'{what}'" if what is not None else "the newest run" if is_run else "the targets' student"
+    if weights is not None and not is_class:
+        raise InputError(f"--weights {weights}: {shown} has its own", remedy="leave --weights out; a class takes them")
+    if options and (is_run or is_class or (what or "").endswith(".onnx")):
+        raise InputError(
+            f"--option {next(iter(options))}: {shown} is what it is",
+            remedy="options are for a name of: edgekit models",
+        )
+    if is_run and (folder is not None or overwrite):
+        given = f"-o {folder}" if folder is not None else "--overwrite"
+        raise InputError(f"{given}: {shown} keeps its bundles in itself", remedy=f"leave {given} out, or name a MODEL")
+
+
 def describe(folder: Path, model: str, options: Mapping[str, models.Option]) -> None:
     """Write which network the weights in a folder belong to."""
     write_json(folder / _DESCRIPTION, {"model": model, "options": dict(options)})

@@ -51,7 +51,13 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: Path | None = None) 
 
 
 def check_model(
-    what: str | None, targets: Sequence[Target], *, weights: Path | None = None, overrides: Sequence[str] = ()
+    what: str | None,
+    targets: Sequence[Target],
+    *,
+    weights: Path | None = None,
+    overrides: Sequence[str] = (),
+    folder: Path | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Return the MODEL or run folder that `compile` would compile; nothing is written.
 
@@ -59,6 +65,7 @@ def check_model(
         EdgekitError: As `compile.compile_model` for what it looks at before it makes anything, but for the pictures.
     """
     compiling.check_targets(targets)
+    networks.refuse_ignored(what, weights=weights, folder=folder, overwrite=overwrite)
     if what is None:
         what = str(run.newest()) if run.exists() else compiling.student_of(targets)
     path = Path(what)

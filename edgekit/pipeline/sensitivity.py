@@ -38,8 +38,9 @@ def of_model(
         overrides: Dotted settings of the recipe, such as `data.calibration=photos`.
 
     Raises:
-        InputError: Nothing of that name, or a wrong setting. Else as `table`.
+        InputError: Nothing of that name, a wrong setting, or weights for what has its own. Else as `table`.
     """
+    networks.refuse_ignored(what, weights=weights)
     if what.endswith(".onnx"):
         path = Path(what)
         model = checks.load_float_onnx(path)
