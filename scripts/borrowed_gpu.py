@@ -9,14 +9,18 @@ goes on exactly where it stopped, as long as the folder of the state is there:
 
     PYTHONPATH=. python scripts/borrowed_gpu.py train gpu --state /tmp/state --out result --minutes 9
 
-Here again:
+`result` is written anew after each wave, and holds the weights of every training that has any: those that it ended or
+paused with, or, where it died, the averages of its last checkpoint. Here again:
 
     python scripts/borrowed_gpu.py collect result -o weights
     python scripts/ship_weights.py nano weights/nano.safetensors --trained weights/nano.trained.json ...
+
+with --half for the teacher, and --model and --options for the variants of `base`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -24,7 +28,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -35,17 +41,21 @@ from edgekit import models
 from edgekit.data import overlap, sets
 from edgekit.data.photos import list_pictures
 from edgekit.data.sets import PictureSet
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, InputError
 from edgekit.files import atomic_file, sha256, write_json
 from edgekit.models import weights
-from edgekit.recipe import Model
+from edgekit.recipe import Model, Recipe
 from edgekit.training import __main__ as training
-from edgekit.training import job_file
+from edgekit.training import checkpoint, job_file
 
+ROOT = Path(__file__).resolve().parents[1]
 FILE_MIB = 14
 SIGMAS, SEEDS = (15, 25, 50), 3
-LEAST_SIDE = 192  # the largest patch of the recipes
-LEFT_FOR_PACKING_S = 20
+# What the end of a piece takes: the trainings' last words, the files, and the latencies of the teacher.
+ENDING_S, PACKING_S, BASELINE_S = 25, 15, 75
+TRY_AGAIN = 75  # The exit code of a training that ran out of memory: alone on the GPU it may not.
+# What the files or the weights of one training can raise; those of the others come home all the same.
+BROKEN = (EdgekitError, OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +105,9 @@ def main() -> None:
 @click.option("--held-out", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("-e", "--evaluate", multiple=True, metavar="NAME=DIR", help="Gray sets that the weights are measured on.")
 @click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Change a setting of every recipe.")
-@click.option("--scale", type=float, default=1.0, help="Multiplies the time and the steps of each training.")
+@click.option("--scale", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Of all times and steps.")
 @click.option("--only", multiple=True, metavar="NAME", help="Leave out all other trainings.")
+@click.option("--limit-mib", type=float, default=64, show_default=True, help="Most that travels, with the checkout.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 def prepare(
     pictures: Sequence[Path],
@@ -105,6 +116,7 @@ def prepare(
     overrides: Sequence[str],
     scale: float,
     only: Sequence[str],
+    limit_mib: float,
     output: Path,
 ) -> None:
     """Write the plan, the settings as plain JSON, and the pictures into one folder."""
@@ -113,25 +125,35 @@ def prepare(
     kept = [e for e in PLAN if not only or e.name in only]
     if unknown := set(only) - {e.name for e in PLAN}:
         raise click.UsageError(f"no training '{min(unknown)}'; known: {', '.join(e.name for e in PLAN)}")
-    train, small = _copy(pictures, output / "pictures/train")
+    folders = _named(evaluate)
+    made = {e.name: recipe.load(e.recipe, tuple(overrides)) for e in kept}
+    least = max(_largest_patch(m) for m in made.values())
+    train, small = _copy(pictures, output / "pictures/train", least=least)
+    if not train:
+        raise InputError(
+            f"none of the {small} pictures has sides of {least} pixels, the largest patch of the recipes",
+            remedy="give larger pictures, or --set training.patch and --set training.late_patch lower",
+        )
     others, _ = _copy([held_out], output / "pictures/held_out", every=60)
-    folders = dict(entry.split("=", 1) for entry in evaluate)
     for name, folder in folders.items():
-        _copy([Path(folder)], output / "pictures" / name, least=1)
+        _copy([folder], output / "pictures" / name)
     learned = sets.folder(output / "pictures/train", channels=1)
     kept_back = [sets.folder(output / "pictures" / name, channels=1) for name in ("held_out", *folders)]
     sets.check_disjoint(learned, *kept_back)
     overlap.refuse_overlaps(learned, *kept_back)
-    click.echo(f"{train} pictures to learn from ({small} under {LEAST_SIDE} pixels left out), {others} held out")
+    click.echo(f"{train} pictures to learn from ({small} under {least} pixels left out), {others} held out")
     for entry in kept:
-        made = recipe.load(entry.recipe, tuple(overrides))
         # The teacher's weights are made there; here only its architecture is known.
         teacher = Model(model="teacher", weights=job_file.RANDOM) if entry.taught else None
-        job_file.write(replace(made, teacher=teacher), output / "jobs" / entry.name / "job.json")
+        job_file.write(replace(made[entry.name], teacher=teacher), output / "jobs" / entry.name / "job.json")
+    if "teacher" not in made and (alone := [e.name for e in kept if e.taught]):
+        click.echo(f"UNTAUGHT, since the teacher is left out: {', '.join(alone)}")
     plan = [asdict(replace(e, minutes=e.minutes * scale, steps=round(e.steps * scale))) for e in kept]
-    write_json(output / "plan.json", {"schema_version": 1, "plan": plan, "evaluate": sorted(folders)})
-    size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
-    click.echo(f"{output}: {size / 2**20:.1f} MiB, {sum(e['minutes'] for e in _longest(plan)):.1f} minutes")
+    about = f"{train} photographs ({', '.join(folder.resolve().name for folder in pictures)})"
+    record = {"schema_version": 1, "plan": plan, "evaluate": sorted(folders), "pictures": about}
+    write_json(output / "plan.json", record)
+    click.echo(f"{output}: {sum(e['minutes'] for e in _longest(plan)):.1f} minutes")
+    _check_size(output, limit_mib)
 
 
 @main.command()
@@ -139,27 +161,32 @@ def prepare(
 @click.option("--state", type=click.Path(path_type=Path), required=True, help="Checkpoints; stays on that machine.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="What is brought home.")
 @click.option("--minutes", type=float, default=9.0, show_default=True, help="Length of this piece.")
-@click.option("--baseline/--no-baseline", default=True, help="Time the trained teacher, too, given scikit-image.")
-def train(folder: Path, state: Path, out: Path, minutes: float, baseline: bool) -> None:
+@click.option("--least-seconds", type=float, default=60.0, show_default=True, help="Start no wave with less time left.")
+@click.option(
+    "--baseline/--no-baseline",
+    default=True,
+    help=f"Time the trained teacher, too, given scikit-image; {BASELINE_S} s of a piece are kept for it until it is.",
+)
+def train(folder: Path, state: Path, out: Path, minutes: float, least_seconds: float, baseline: bool) -> None:
     """Go on with the plan for some minutes, and write what there is by then."""
-    until = time.monotonic() + 60 * minutes - LEFT_FOR_PACKING_S
-    plan, evaluate = _read_plan(folder)
+    ends = time.monotonic() + 60 * minutes
+    plan = _read_plan(folder)
+    owed = baseline and _lacks_baseline(state, plan)
     for wave in sorted({e.wave for e in plan}):
+        until = ends - ENDING_S - PACKING_S - (BASELINE_S if owed else 0)
         waiting = [e for e in plan if e.wave == wave and not _ended(state, e)]
-        if not waiting:
-            continue
-        if time.monotonic() >= until:
-            break
-        started = {e.name: _start(folder, state, e.name, until) for e in waiting}
-        for name, process in started.items():
-            if process.wait() != 0:
-                # The others of the plan are worth having without it.
-                (state / name / "failed").touch()
-                click.echo(f"{name}: FAILED, left out from now on; its last words are in results.json")
-    measured = _evaluate(folder, state, plan, evaluate, until)
-    _pack(folder, state, out, plan, measured)  # Before anything that weights need not wait for.
-    if baseline and (state / "teacher/done").is_file() and not (state / "baseline.json").exists() and _baseline(state):
-        _pack(folder, state, out, plan, measured)
+        if waiting and until - time.monotonic() >= least_seconds:
+            _train_together(folder, state, waiting, until, least_seconds)
+            _pack(folder, state, out, plan)
+        if owed and (state / "teacher/done").is_file():
+            # Between two waves, when nothing else is on the GPU.
+            seconds = min(2 * BASELINE_S, ends - PACKING_S - time.monotonic())
+            _child("baseline", "--state", str(state), seconds=seconds)
+            _pack(folder, state, out, plan)
+            owed = False
+    _pack(folder, state, out, plan)  # Before anything that weights need not wait for.
+    _evaluate(folder, state, plan, until)
+    _pack(folder, state, out, plan)
     click.echo(json.dumps({e.name: ("done" if (state / e.name / "done").exists() else "not done") for e in plan}))
 
 
@@ -170,28 +197,46 @@ def train(folder: Path, state: Path, out: Path, minutes: float, baseline: bool) 
 @click.option("--until", type=float, required=True, help="Of the system's monotonic clock.")
 def one(folder: Path, name: str, state: Path, until: float) -> None:
     """Go on with one training up to a moment; `train` starts it in a process of its own."""
-    (entry,) = [e for e in _read_plan(folder)[0] if e.name == name]
+    (entry,) = [e for e in _read_plan(folder) if e.name == name]
     job = job_file.read(folder / "jobs" / name / "job.json")
     if entry.steps:
         job = replace(job, training=replace(job.training, steps=entry.steps, max_minutes=0.0))
     else:
         job = training.timed(job, entry.minutes)
     teacher = None
-    if job.teacher is not None and (state / "teacher/done").is_file():
-        teacher = replace(job.teacher, weights=str(state / "teacher/teacher.shipped.safetensors"))
+    if job.teacher is not None and _taught(state, entry):
+        teacher = replace(job.teacher, weights=str(_shipped(state, "teacher")))
     job = replace(job, teacher=teacher)
     pictures = folder / "pictures"
     path, outcome = training.train(
         job, [pictures / "train"], pictures / "held_out", state / name, pause_at=until, checked=True
     )
-    kind = torch.float16 if entry.half else torch.float32
-    shipped = state / name / f"{name}.shipped.safetensors"
-    weights.save({n: t.to(kind) for n, t in weights.read(path).items()}, shipped)
-    write_json(
-        state / name / "outcome.json", asdict(outcome) | {"sha256": sha256(shipped), "taught": teacher is not None}
-    )
+    _ship(state, entry, weights.read(path), asdict(outcome))
     if outcome.ended_by != "pause":
         (state / name / "done").touch()
+
+
+@main.command(hidden=True)
+@click.option("--state", type=click.Path(path_type=Path), required=True)
+def baseline(state: Path) -> None:
+    """Record the teacher's latency and PSNR on this machine, on the very file that will be shipped.
+
+    It takes scikit-image, which training does not: without it there is no record.
+    """
+    try:
+        from edgekit.pipeline import baseline, networks
+    except ImportError as error:
+        click.echo(f"baseline: SKIPPED, the teacher was not timed: {error}")
+        return
+
+    path = _shipped(state, "teacher")
+    net = models.create("teacher")
+    weights.load_into(net, path)
+    network = networks.Network(
+        name="teacher", model="teacher", net=net.eval(), options={}, weights=path, sha256=sha256(path)
+    )
+    record = baseline.measure(network, [sets.embedded("evaluation")], seconds=3.0)
+    baseline.write(record, state / "baseline.json")
 
 
 @main.command()
@@ -201,41 +246,126 @@ def collect(folder: Path, output: Path) -> None:
     """Put the weights together again, each with what a card says of its training."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("weights-*.safetensors")):
-        tensors |= weights.read(path)
+    for part in sorted(folder.glob("weights-*.safetensors")):
+        try:
+            tensors |= weights.read(part)
+        except EdgekitError as error:
+            click.echo(f"LEFT OUT: {error}")
+    refused = []
     for name, trained in results["trained"].items():
         path = output / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         own = {n.removeprefix(f"{name}/"): t for n, t in tensors.items() if n.startswith(f"{name}/")}
         weights.save(own, path)
         if sha256(path) != trained["sha256"]:
-            raise SystemExit(f"{path}: is not the file that was trained and measured there")
-        write_json(output / f"{name}.trained.json", trained)
+            path.unlink()
+            refused.append(str(path))
+            continue
+        try:
+            write_json(output / f"{name}.trained.json", _card(trained, results))
+        except BROKEN as error:
+            click.echo(f"{name}: NO CARD: {error!r}")
         found = {f"{m['pictures']} {m['sigma']}": m["psnr_mdb"] / 1000 for m in trained["measured"]}
         click.echo(f"{name}: {trained['ended_by']}, {trained['steps']} steps, {found or 'not measured'}")
     if "baseline" in results:
         write_json(output / "baseline.json", results["baseline"])
+    if refused:
+        raise SystemExit(f"{', '.join(refused)}: is not the file that was trained and measured there")
 
 
-def _copy(folders: Sequence[Path], out: Path, *, every: int = 1, least: int = LEAST_SIDE) -> tuple[int, int]:
+def _card(trained: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, str | int | float]:
+    """Return what the card of shipped weights says of a training, as scripts/ship_weights.py takes it."""
+    job = trained["job"]
+    settings = job["training"]
+    student = models.create(job["student"]["model"], job["student"]["options"])
+    low, high = job["noise"]["train"]
+    minutes = round(trained["seconds"] / 60, 1)
+    loss = "PSNR"
+    if settings["loss"] == "charbonnier":
+        loss = f"Charbonnier, from {settings['mse_from']:.0%} of the run on mean squared error"
+    stages = f"{trained['steps']:,} steps in {minutes} minutes, ended by: {trained['ended_by']}"
+    if settings["late_patch"] is not None:
+        stages += f"; patches of {settings['late_patch']} from {settings['late_from']:.0%} of the run on"
+    if settings["rounding_from"] < 1:
+        stages += f"; rounded to INT8 from {settings['rounding_from']:.0%} of the run on"
+    if trained["ended_by"] == "failed":
+        stages += "; the averages of its last checkpoint"
+    beside = f", shared with {trained['beside']} other trainings" if trained["beside"] else ""
+    return {
+        "batch": settings["batch"] * settings["accumulate"],
+        "device": f"{results['device']}{beside}",
+        "ema": settings["ema"],
+        "loss": loss,
+        "minutes": minutes,
+        "noise": f"Gaussian, sigma {low:g} to {high:g}, {'noise-level map' if student.takes_sigma else 'not told'}",
+        "optimizer": {"muon": "Muon", "adamw": "AdamW"}[settings["optimizer"]],
+        "patch": settings["patch"],
+        "peak_rate": settings["peak_rate"],
+        "pictures": f"{results['pictures']}, {'gray' if job['channels'] == 1 else 'in colour'}",
+        "precision": settings["precision"],
+        "seed": settings["seed"],
+        "stages": stages,
+        "steps": trained["steps"],
+        "teacher": "the teacher of the same plan" if trained["taught"] else "none",
+    }
+
+
+def _named(evaluate: Sequence[str]) -> dict[str, Path]:
+    """Return the folders that are measured on, by name."""
+    folders: dict[str, Path] = {}
+    for given in evaluate:
+        name, _, folder = given.partition("=")
+        if not name or not folder:
+            raise click.BadParameter(f"'{given}' is not NAME=DIR", param_hint="-e")
+        if name in ("train", "held_out", *folders):
+            raise click.BadParameter(f"'{name}' is taken; call it otherwise", param_hint="-e")
+        folders[name] = Path(folder)
+    return folders
+
+
+def _largest_patch(recipe: Recipe) -> int:
+    return max(recipe.training.patch, recipe.training.late_patch or 0)
+
+
+def _check_size(output: Path, limit_mib: float) -> None:
+    """Say how much travels, and refuse what does not fit beside the files of the checkout."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\0")
+    tracked = sum((ROOT / name).stat().st_size for name in listed if (ROOT / name).is_file()) / 2**20
+    mine = sum(p.stat().st_size for p in output.rglob("*") if p.is_file()) / 2**20
+    said = f"{output}: {mine:.1f} MiB, and {tracked:.1f} MiB of the checkout, of {limit_mib:g} MiB that may travel"
+    if mine + tracked > limit_mib:
+        raise InputError(said, remedy="give fewer or smaller pictures, or raise --limit-mib")
+    click.echo(said)
+
+
+def _copy(folders: Sequence[Path], out: Path, *, every: int = 1, least: int = 1) -> tuple[int, int]:
     """Copy pictures into one folder; return how many, and how many were too small."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     copied = small = 0
-    for folder in folders:
+    for number, folder in enumerate(folders):
         for path in list_pictures(folder)[::every]:
             with Image.open(path) as picture:
                 if min(picture.size) < least:
                     small += 1
                     continue
-            shutil.copyfile(path, out / f"{folder.name}-{path.name}")
+            # Two folders may have one name, and pictures of one name.
+            shutil.copyfile(path, out / f"{number}-{folder.name}-{path.name}")
             copied += 1
     return copied, small
 
 
-def _read_plan(folder: Path) -> tuple[list[Entry], list[str]]:
-    raw = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    return [Entry(**e) for e in raw["plan"]], raw["evaluate"]
+def _read_plan(folder: Path) -> list[Entry]:
+    return [Entry(**e) for e in json.loads((folder / "plan.json").read_text(encoding="utf-8"))["plan"]]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds; nothing where it is missing, or was cut short when its process died."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _longest(plan: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
@@ -248,6 +378,31 @@ def _ended(state: Path, entry: Entry) -> bool:
     return any((state / entry.name / mark).exists() for mark in ("done", "failed"))
 
 
+def _shipped(state: Path, name: str) -> Path:
+    return state / name / f"{name}.shipped.safetensors"
+
+
+def _taught(state: Path, entry: Entry) -> bool:
+    return entry.taught and (state / "teacher/done").is_file()
+
+
+def _lacks_baseline(state: Path, plan: Sequence[Entry]) -> bool:
+    teacher = any(e.name == "teacher" for e in plan) and not (state / "teacher/failed").exists()
+    return teacher and not (state / "baseline.json").exists()
+
+
+def _train_together(folder: Path, state: Path, entries: Sequence[Entry], until: float, least_seconds: float) -> None:
+    """Train side by side until a moment, and once more, alone, what died on the way."""
+    started = {e.name: _start(folder, state, e.name, until) for e in entries}
+    for name in [name for name, process in started.items() if _died(state, name, process, until)]:
+        if until - time.monotonic() < least_seconds:
+            click.echo(f"{name}: DIED, and has no time left in this piece")
+            continue
+        click.echo(f"{name}: DIED, tried again alone")
+        if _died(state, name, _start(folder, state, name, until), until):
+            _fail(state, name)
+
+
 def _start(folder: Path, state: Path, name: str, until: float) -> subprocess.Popen[bytes]:
     (state / name).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "one", str(folder), name, "--state", str(state), "--until", f"{until:.1f}"]
@@ -255,19 +410,84 @@ def _start(folder: Path, state: Path, name: str, until: float) -> subprocess.Pop
         return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
 
 
-def _evaluate(
-    folder: Path, state: Path, plan: Sequence[Entry], names: Sequence[str], until: float
-) -> dict[str, list[Mapping[str, str | int]]]:
-    """Return what each finished training reaches on each set; what there is no time for is left to the next piece."""
-    measured: dict[str, list[Mapping[str, str | int]]] = {}
+def _died(state: Path, name: str, process: subprocess.Popen[bytes], until: float) -> bool:
+    """Wait for a training; return whether it died of something that it may not meet again."""
+    code = _wait(process, until + ENDING_S - time.monotonic())
+    if code is None:
+        click.echo(f"{name}: HANGS, stopped; it goes on from its last checkpoint in the next piece")
+        return False
+    # 1 is a defect or an error that nobody explained, and less than 0 a signal.
+    if 1 < code < TRY_AGAIN:
+        _fail(state, name)
+        return False
+    return code != 0
+
+
+def _fail(state: Path, name: str) -> None:
+    # The others of the plan are worth having without it.
+    (state / name / "failed").touch()
+    click.echo(f"{name}: FAILED, left out from now on; its last words are in results.json")
+
+
+def _child(*arguments: str, seconds: float) -> None:
+    """Run another command of this script, and stop it when the time is over."""
+    if _wait(subprocess.Popen([sys.executable, __file__, *arguments]), seconds) is None:
+        click.echo(f"{arguments[0]}: STOPPED after {seconds:.0f} seconds")
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Return the exit code of a process, None where it had to be killed."""
+    try:
+        return process.wait(timeout=max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        # What hangs in the driver of the GPU may not even die.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=3)
+        return None
+
+
+def _ship(state: Path, entry: Entry, tensors: Mapping[str, torch.Tensor], outcome: Mapping[str, object]) -> None:
+    """Write a training's weights as they are shipped, and how it ended."""
+    kind = torch.float16 if entry.half else torch.float32
+    path = _shipped(state, entry.name)
+    weights.save({n: t.to(kind) for n, t in tensors.items()}, path)
+    record = dict(outcome) | {"sha256": sha256(path), "taught": _taught(state, entry)}
+    write_json(state / entry.name / "outcome.json", record)
+
+
+def _outcome(state: Path, name: str) -> dict[str, Any]:
+    """Return how a training ended; what was killed before it could tell of its weights has failed."""
+    found, hashed = _read(state / name / "outcome.json"), sha256(_shipped(state, name))
+    if found.get("sha256") == hashed:
+        return found
+    return {"ended_by": "failed", "steps": 0, "seconds": 0.0, "taught": False, "sha256": hashed}
+
+
+def _rescue(state: Path, entry: Entry) -> None:
+    """Ship the averages of a training's checkpoint, where it died and that is the latest of it."""
+    path = state / entry.name / "checkpoint.safetensors"
+    if (state / entry.name / "done").exists() or not path.is_file():
+        return
+    saved = checkpoint.read(path)
+    if _shipped(state, entry.name).is_file() and saved.position.step <= _outcome(state, entry.name)["steps"]:
+        return
+    averages = {n.removeprefix("ema/"): t for n, t in saved.tensors.items() if n.startswith("ema/")}
+    ended = {"ended_by": "failed", "steps": saved.position.step, "seconds": saved.position.seconds}
+    _ship(state, entry, averages, ended)
+
+
+def _evaluate(folder: Path, state: Path, plan: Sequence[Entry], until: float) -> None:
+    """Measure what each finished training reaches; what there is no time for is left to the next piece."""
+    names = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["evaluate"]
     for entry in plan:
         path = state / entry.name / "measured.json"
-        if (state / entry.name / "done").is_file() and not path.exists() and time.monotonic() < until:
-            shipped = state / entry.name / f"{entry.name}.shipped.safetensors"
-            write_json(path, {"measured": _measure(folder, entry.name, shipped, names)})
-        if path.exists():
-            measured[entry.name] = json.loads(path.read_text(encoding="utf-8"))["measured"]
-    return measured
+        if not (state / entry.name / "done").is_file() or "measured" in _read(path) or time.monotonic() >= until:
+            continue
+        try:
+            write_json(path, {"measured": _measure(folder, entry.name, _shipped(state, entry.name), names)})
+        except BROKEN as error:
+            click.echo(f"{entry.name}: NOT MEASURED: {error}")
 
 
 def _measure(folder: Path, name: str, path: Path, names: Sequence[str]) -> list[Mapping[str, str | int]]:
@@ -288,42 +508,24 @@ def _measure(folder: Path, name: str, path: Path, names: Sequence[str]) -> list[
     return found
 
 
-def _baseline(state: Path) -> bool:
-    """Record the teacher's latency and PSNR on this machine, on the very file that will be shipped.
-
-    It takes scikit-image, which training does not: without it there is no record, and False comes back.
-    """
-    try:
-        from edgekit.pipeline import baseline, networks
-    except ImportError as error:
-        click.echo(f"baseline: SKIPPED, the teacher was not timed: {error}")
-        return False
-
-    path = state / "teacher/teacher.shipped.safetensors"
-    net = models.create("teacher")
-    weights.load_into(net, path)
-    network = networks.Network(
-        name="teacher", model="teacher", net=net.eval(), options={}, weights=path, sha256=sha256(path)
-    )
-    record = baseline.measure(network, [sets.embedded("evaluation")], seconds=3.0)
-    baseline.write(record, state / "baseline.json")
-    return True
-
-
-def _pack(folder: Path, state: Path, out: Path, plan: Sequence[Entry], measured: Mapping[str, object]) -> None:
+def _pack(folder: Path, state: Path, out: Path, plan: Sequence[Entry]) -> None:
     """Write all weights into files of at most `FILE_MIB`, and everything else into one more."""
     out.mkdir(parents=True, exist_ok=True)
     trained: dict[str, object] = {}
     parts: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for entry in plan:
-        path = state / entry.name / f"{entry.name}.shipped.safetensors"
-        if not path.is_file():
+        try:
+            with contextlib.suppress(EdgekitError):  # A damaged checkpoint; what was shipped before may be good.
+                _rescue(state, entry)
+            if not _shipped(state, entry.name).is_file():
+                continue
+            tensors = weights.read(_shipped(state, entry.name))
+            trained[entry.name] = _record(folder, state, plan, entry)
+        except BROKEN as error:
+            click.echo(f"{entry.name}: NOT PACKED: {error}")
             continue
-        outcome = json.loads((state / entry.name / "outcome.json").read_text(encoding="utf-8"))
-        job = json.loads((folder / "jobs" / entry.name / "job.json").read_text(encoding="utf-8"))
-        trained[entry.name] = outcome | {"measured": measured.get(entry.name, []), "job": job}
-        for name, tensor in weights.read(path).items():
+        for name, tensor in tensors.items():
             bytes_ = tensor.numel() * tensor.element_size()
             if size + bytes_ > FILE_MIB * 2**20:
                 parts.append({})
@@ -334,20 +536,37 @@ def _pack(folder: Path, state: Path, out: Path, plan: Sequence[Entry], measured:
         with atomic_file(out / f"weights-{number}.safetensors") as temporary:
             temporary.write_bytes(save(part))
     results: dict[str, object] = {"schema_version": 1, "device": _device(), "torch": torch.__version__}
+    results["pictures"] = _read(folder / "plan.json").get("pictures", "photographs")
     results["trained"] = trained
     results["logs"] = {e.name: _log(state / e.name) for e in plan}
-    if (state / "baseline.json").is_file():
-        results["baseline"] = json.loads((state / "baseline.json").read_text(encoding="utf-8"))
+    if record := _read(state / "baseline.json"):
+        results["baseline"] = record
     write_json(out / "results.json", results)
+
+
+def _record(folder: Path, state: Path, plan: Sequence[Entry], entry: Entry) -> dict[str, object]:
+    """Return how a training ended, what it reached, and all that its card says of it."""
+    return _outcome(state, entry.name) | {
+        "measured": _read(state / entry.name / "measured.json").get("measured", []),
+        "beside": sum(e.wave == entry.wave for e in plan) - 1,
+        "job": _read(folder / "jobs" / entry.name / "job.json"),
+    }
 
 
 def _log(folder: Path) -> Mapping[str, object]:
     """Return the curve of a training, thinned, and the last lines that it said."""
-    curve = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines() if (folder / "log.jsonl").exists() else []
-    said = (folder / "said.txt").read_text(errors="replace").splitlines() if (folder / "said.txt").exists() else []
-    return {"curve": [json.loads(line) for line in curve[:: max(1, len(curve) // 200)]], "said": said[-5:]}
+    curve, said = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        for path in (folder / "log.jsonl", folder / "said.txt")
+    )
+    moments = []
+    for line in curve[:: max(1, len(curve) // 200)]:
+        with contextlib.suppress(ValueError):  # Half a line, of a training that died while it wrote.
+            moments.append(json.loads(line))
+    return {"curve": moments, "said": said[-5:]}
 
 
+@cache
 def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
@@ -357,4 +576,5 @@ if __name__ == "__main__":
         main()
     except EdgekitError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        out_of_memory = isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError)
+        sys.exit(TRY_AGAIN if out_of_memory else error.exit_code)

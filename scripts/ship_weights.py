@@ -2,7 +2,8 @@
 
     python scripts/ship_weights.py nano trained.safetensors --trained trained.json --research-data ../shared/data
 
-`--trained` is a JSON object that says how the weights were trained; it goes into the card as it is.
+`--trained` is a JSON object that says how the weights were trained, with `TOLD` at least; it goes into the card as it
+is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import networks
 
 SIGMAS = (15, 25, 50)
+TOLD = ("device", "minutes", "noise", "pictures", "seed", "teacher")
 NOTES = (
     "trained on research data; commercial use of the weights is unsettled",
     "the PSNR figures are of this very file in PyTorch, float32, noise unclipped, by docs/protocol.md",
@@ -42,6 +44,9 @@ def main() -> None:
     parser.add_argument("--research-data", type=Path, help="folder with test/set12, test/bsd68, test/cbsd68")
     given = parser.parse_args()
 
+    trained = json.loads(given.trained.read_text(encoding="utf-8"))
+    if missing := [key for key in TOLD if key not in trained]:
+        parser.error(f"{given.trained}: does not say {', '.join(missing)}")
     net = models.create(given.model or given.name, given.options)
     weights.load_into(net, given.weights)
     folder = Path(zoo.__file__).parent
@@ -64,7 +69,7 @@ def main() -> None:
             "options": given.options,
             "sha256": sha256(path),
             "parameters": models.parameter_count(net),
-            "trained": json.loads(given.trained.read_text(encoding="utf-8")),
+            "trained": trained,
             "measured": measured,
             "notes": NOTES,
         },

@@ -197,24 +197,17 @@ def test_time_is_counted_over_all_sittings(tmp_path):
         teacher=None,
         pictures=[torch.zeros(1, 32, 32, dtype=torch.uint8).numpy()],
         sigma=(5.0, 50.0),
-        training=tiny.training(steps=0, max_minutes=1.5 / 60, batch=1, checkpoint_seconds=0.05),
+        training=tiny.training(steps=0, max_minutes=3 / 60, batch=1),
         distillation=Distillation(),
         validate=lambda net: 0.0,
         identity="job",
     )
+    _, paused = loop.train(job, tmp_path, lambda moment: None, pause_after_seconds=0.5)
+    assert paused.ended_by == "pause"
     reached: list[float] = []
-
-    def report(moment: Moment) -> None:
-        reached.append(moment.done)
-        if moment.done > 0.5:
-            raise StopError
-
-    with pytest.raises(StopError):
-        loop.train(job, tmp_path, report)
-    began = time.monotonic()
     _, outcome = loop.train(job, tmp_path, lambda moment: reached.append(moment.done))
-    assert time.monotonic() - began < 1.5
-    assert outcome.seconds >= 1.5
+    assert reached[0] * 3 > paused.seconds
+    assert outcome.seconds >= 3
     assert outcome.ended_by == "time"
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from edgekit import models, zoo
 from edgekit.data import sets
 from edgekit.data.synthetic import dead_leaves
-from edgekit.errors import EdgekitError, InputError, IntegrityError
+from edgekit.errors import InputError, IntegrityError
 from edgekit.files import sha256
 from edgekit.measure import quality
 from edgekit.models import weights
@@ -511,7 +511,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_state_is_kept
     net = tiny.network("nano")
     net.tail = torch.nn.Sequential(net.tail, Breaking(at=30 if not forward else 25, forward=forward))
     settings = tiny.training(steps=100, checkpoint_seconds=1e-9)
-    with pytest.raises(EdgekitError, match="not finite at step 30; the last good state is kept in") as error:
+    with pytest.raises(InputError, match="not finite at step 30; the last good state is kept in") as error:
         loop.train(job(net, training=settings), tmp_path, silent)
     path = tmp_path / "checkpoint.safetensors"
     assert str(path) in str(error.value)
@@ -524,7 +524,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_state_is_kept
 def test_a_loss_that_is_not_finite_before_the_first_checkpoint_names_no_file(tmp_path):
     net = tiny.network("nano")
     net.tail = torch.nn.Sequential(net.tail, Breaking(at=3, forward=True))
-    with pytest.raises(EdgekitError, match="not finite at step 10; no state was saved yet"):
+    with pytest.raises(InputError, match="not finite at step 10; no state was saved yet"):
         loop.train(job(net), tmp_path, silent)
     assert list(tmp_path.iterdir()) == []
 
@@ -546,6 +546,14 @@ def test_settings_that_cannot_end_well_are_refused_before_the_first_step(tmp_pat
     with pytest.raises(InputError, match=said):
         loop.train(job(net, training=tiny.training(**changes)), tmp_path, silent)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_the_picture_that_is_too_small_is_named_where_its_name_is_known(tmp_path):
+    small = [*PICTURES, dead_leaves(7, 24, 64), dead_leaves(8, 40, 64)]
+    names = [f"photos/{number}.png" for number in range(len(small))]
+    said = r"training.patch is 32, and the smallest training picture \('photos/4.png'\) has a side of 24; set it lower"
+    with pytest.raises(InputError, match=said):
+        loop.train(job(pictures=small, names=names, training=tiny.training(patch=32)), tmp_path, silent)
 
 
 def test_a_patch_has_to_suit_the_teachers_stride_too(tmp_path):
@@ -991,6 +999,85 @@ def test_the_command_explains_what_is_wrong_in_one_line(written, tmp_path, capsy
     given = [str(written) if a == "JOB" else a for a in arguments]
     assert command.main([*given, "--out", str(tmp_path / "out")]) == code
     assert capsys.readouterr().out.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("minutes", ["-1", "0", "nan", "inf"])
+def test_a_limit_of_minutes_that_no_training_reaches_is_refused(written, photos, tmp_path, capsys, minutes):
+    given = [str(written), "--pictures", str(photos / "train"), "--held-out", str(photos / "held_out")]
+    assert command.main([*given, "--out", str(tmp_path / "out"), f"--max-minutes={minutes}"]) == 2
+    assert capsys.readouterr().out.startswith(f"error: training cannot last {minutes} minutes; give a positive number")
+
+
+def out_is_a_file(out: Path) -> str:
+    out.write_text("")
+    return f"{out}: cannot be written: File exists; choose another place with -o"
+
+
+def out_is_below_a_file(out: Path) -> str:
+    out.parent.rmdir()
+    out.parent.write_text("")
+    return f"{out}: cannot be written: Not a directory; choose another place with -o"
+
+
+def log_is_a_folder(out: Path) -> str:
+    (out / "log.jsonl").mkdir(parents=True)
+    return f"{out}: cannot be written: Is a directory; choose another place with -o"
+
+
+def disk_is_full(out: Path) -> str:
+    out.mkdir()
+    (out / "log.jsonl").symlink_to("/dev/full")
+    return f"{out}: no space is left on the disk for it"
+
+
+def weights_are_a_folder(out: Path) -> str:
+    (out / "nano.safetensors" / "other").mkdir(parents=True)
+    return f"{out / 'nano.safetensors'}: cannot be written: "
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [out_is_a_file, out_is_below_a_file, log_is_a_folder, disk_is_full, weights_are_a_folder],
+    ids=lambda prepare: prepare.__name__,
+)
+def test_an_out_that_cannot_be_written_is_told_in_one_line(written, photos, tmp_path, capsys, prepare):
+    out = tmp_path / "folder" / "out"
+    out.parent.mkdir()
+    said = prepare(out)
+    given = [str(written), "--pictures", str(photos / "train"), "--held-out", str(photos / "held_out")]
+    assert command.main([*given, "--out", str(out)]) == 2
+    assert f"error: {said}" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_in_use_is_refused(written, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    held = """
+import pathlib, sys
+from edgekit import run
+with run.lock(pathlib.Path(sys.argv[1])):
+    print(flush=True)
+    input()
+"""
+    out.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", held, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        given = [str(written), "--pictures", str(photos / "train"), "--held-out", str(photos / "held_out")]
+        assert command.main([*given, "--out", str(out)]) == 2
+        other.kill()
+    assert f"error: {out}: is in use by process {other.pid}" in capsys.readouterr().out
+    assert command.main([*given, "--out", str(out)]) == 0
+
+
+def test_a_training_that_comes_apart_is_told_as_a_setting_that_is_wrong(written, photos, tmp_path, capsys):
+    settings = json.loads(written.read_text())
+    settings["training"] |= {"peak_rate": 1e30, "final_rate": 1e30, "warmup_steps": 0, "optimizer": "adamw"}
+    written.write_text(json.dumps(settings))
+    given = [str(written), "--pictures", str(photos / "train"), "--held-out", str(photos / "held_out")]
+    assert command.main([*given, "--out", str(tmp_path / "out")]) == 2
+    assert "error: the loss or its gradient is not finite" in capsys.readouterr().out
 
 
 def test_one_folder_gives_both_pictures_to_learn_from_and_held_out_ones(written, tmp_path):

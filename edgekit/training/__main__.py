@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from edgekit.data import overlap, sets
 from edgekit.data.noise import add_gaussian
 from edgekit.data.photos import Channels
 from edgekit.data.sets import PictureSet, Shares, Split
-from edgekit.errors import INTERRUPTED, EdgekitError
-from edgekit.files import json_sha256, sha256
+from edgekit.errors import INTERRUPTED, EdgekitError, InputError
+from edgekit.files import json_sha256, sha256, storage_errors
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
 from edgekit.recipe import Model
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("job", type=Path, help="JSON that edgekit.training.job_file.write made")
     parser.add_argument("--pictures", type=Path, nargs="+", required=True, help="folders to learn from")
     parser.add_argument("--held-out", type=Path, help="folder to choose weights on [default: 15 %% of the pictures]")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the result")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the result")
     parser.add_argument("--max-minutes", type=float, help="train so long; the learning rate then follows time")
     parser.add_argument("--pause-after", type=float, default=math.inf, help="minutes of this sitting")
     given = parser.parse_args(arguments)
@@ -69,7 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def timed(job: JobFile, minutes: float) -> JobFile:
-    """Return the job with a limit of time instead of steps."""
+    """Return the job with a limit of time instead of steps.
+
+    Raises:
+        InputError: The limit is none that a training reaches.
+    """
+    if not 0 < minutes < math.inf:
+        raise InputError(f"training cannot last {minutes:g} minutes", remedy="give a positive number of minutes")
     return replace(job, training=replace(job.training, steps=0, max_minutes=minutes))
 
 
@@ -93,8 +100,8 @@ def train(
         pause_at: Moment of the monotonic clock; the weights are the average of then, and the same call goes on.
 
     Raises:
-        InputError: Something of the job or the pictures is wrong. IntegrityError: A damaged file.
-        EdgekitError: The loss is not finite.
+        InputError: Something of the job or the pictures is wrong, the loss is not finite, or `out` is in use, full or
+            cannot be written. IntegrityError: A damaged file.
     """
     channels: Channels = 1 if job.channels == 1 else 3
     split: Split | None = None if held_out else "train"
@@ -105,12 +112,21 @@ def train(
         else sets.folder(folders[0], channels=channels, split="calibration", shares=_WITHOUT_HELD_OUT)
     )
     sets.check_disjoint(*learned, kept_back)
-    if not checked and not (out / "checkpoint.safetensors").exists() and _is_main_process():
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        # The main process alone writes there, and the others may see the same folder.
+        with run.lock(out) if _is_main_process() else nullcontext():
+            return _train(job, learned, kept_back, out, pause_at=pause_at, checked=checked)
+
+
+def _train(
+    job: JobFile, learned: Sequence[PictureSet], kept_back: PictureSet, out: Path, *, pause_at: float, checked: bool
+) -> tuple[Path, loop.Outcome]:
+    main_process = _is_main_process()
+    if not checked and not (out / "checkpoint.safetensors").exists() and main_process:
         for chosen in learned:
             overlap.refuse_overlaps(chosen, kept_back)
     torch.manual_seed(job.training.seed % SEEDS)
-    out.mkdir(parents=True, exist_ok=True)
-    main_process = _is_main_process()
 
     def report(moment: loop.Moment) -> None:
         if not main_process:
@@ -132,6 +148,7 @@ def train(
             net=_network(job.student),
             teacher=_network(job.teacher).eval() if job.teacher else None,
             pictures=[p.pixels for s in learned for p in s],
+            names=[f"{s.name}/{p.name}" for s in learned for p in s],
             sigma=job.noise.train,
             training=job.training,
             distillation=job.distillation,

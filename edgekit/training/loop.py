@@ -43,6 +43,7 @@ class Job:
     net: The network to train, with its starting weights. teacher: Learned from if given; never changed.
     pictures: Training pictures, uint8 (c, h, w). sigma: Range of the noise, on the scale of 0 to 255.
     validate: Returns the held-out PSNR in dB of a network. identity: Hash of everything that decides the result.
+    names: Of the pictures in their order, for messages; may be left out.
     """
 
     net: Denoiser
@@ -53,6 +54,7 @@ class Job:
     distillation: Distillation
     validate: Callable[[Denoiser], float]
     identity: str
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +103,9 @@ def train(
             several processes the main one's counts.
 
     Raises:
-        EdgekitError: The loss or a gradient is not finite; the last checkpoint is from before that.
-        InputError: Memory ran out, the folder holds the checkpoint of another job, another process has one and the
-            main one has not, the settings never end, or a patch does not fit.
+        InputError: The loss or a gradient is not finite (the last checkpoint is from before that), memory ran out, the
+            folder holds the checkpoint of another job, another process has one and the main one has not, the settings
+            never end, or a patch does not fit.
         IntegrityError: The checkpoint is damaged.
     """
     settings = job.training
@@ -113,7 +115,7 @@ def train(
     )
     device = accelerator.device
     bank = PatchBank(job.pictures, device)
-    _check(job, bank.smallest_side)
+    check(settings, [net for net in (job.net, job.teacher) if net is not None], job.pictures, job.names)
     torch.manual_seed(settings.seed % SEEDS)
     learner = Learner(
         job.net,
@@ -159,7 +161,7 @@ def train(
             loss = run.mean_loss()
             if not math.isfinite(loss):
                 kept = f"the last good state is kept in {path}" if path.exists() else "no state was saved yet"
-                raise EdgekitError(
+                raise InputError(
                     f"the loss or its gradient is not finite at step {step}; {kept}",
                     remedy="lower training.peak_rate, or set training.precision to float32",
                 )
@@ -319,20 +321,31 @@ def _channels_last(module: nn.Module) -> nn.Module:
     return made
 
 
-def _check(job: Job, smallest_side: int) -> None:
-    """Raise InputError for settings that would stop the run at its end, or never."""
-    settings = job.training
+def check(
+    settings: Training, nets: Sequence[Denoiser], pictures: Sequence[NDArray[np.uint8]], names: Sequence[str] = ()
+) -> None:
+    """Raise InputError for settings that would stop a run at its end, or never.
+
+    Args:
+        settings: Of the run.
+        nets: The network and its teacher.
+        pictures: Training pictures (c, h, w), at least one.
+        names: Of the pictures; without them the message tells the size alone.
+    """
     if not settings.steps and not settings.max_minutes:
         raise InputError("training.steps and training.max_minutes are both 0", remedy="set one of them")
-    stride = max(net.stride for net in (job.net, job.teacher) if net is not None)
+    stride = max(net.stride for net in nets)
+    sides = [min(picture.shape[1:]) for picture in pictures]
+    smallest = min(sides)
+    named = f" ('{names[sides.index(smallest)]}')" if names else ""
     for name, side in (("patch", settings.patch), ("late_patch", settings.late_patch)):
         if side is None:
             continue
         if side % stride:
             raise InputError(f"training.{name} is {side}, no multiple of the networks' stride {stride}")
-        if side > smallest_side:
+        if side > smallest:
             raise InputError(
-                f"training.{name} is {side}, and the smallest training picture has a side of {smallest_side}",
+                f"training.{name} is {side}, and the smallest training picture{named} has a side of {smallest}",
                 remedy="set it lower, or remove the picture",
             )
 
