@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgekit import backends, files, models, target
+from edgekit import __version__, backends, files, models, target
 from edgekit.backends import Built, Source
+from edgekit.bundle import Manifest
 from edgekit.errors import (
     EdgekitError,
     IncompleteError,
@@ -26,6 +27,7 @@ from edgekit.errors import (
     IntegrityError,
     UnsupportedError,
 )
+from edgekit.pipeline import pages
 
 coreml = pytest.importorskip("edgekit.backends.coreml")
 from edgekit.backends.coreml import convert, engine, evaluate, structure  # noqa: E402
@@ -217,8 +219,9 @@ def test_the_manifest_names_its_items_by_uuids_that_follow_the_content(made, tmp
         ("scikit-learn version 1.9.1 is not supported. Minimum required version: 0.17.", False),
         ("Fail to import BlobReader from libmilstoragepython. no such file", True),
         ("Failed to load _MLModelProxy: symbol not found", True),
+        ("\n\nERROR - converting 'fft_fft2' op (located at: 'net/3'):\n", False),
     ],
-    ids=["torch version", "scikit-learn version", "broken weight reader", "broken proxy"],
+    ids=["torch version", "scikit-learn version", "broken weight reader", "broken proxy", "operator"],
 )
 def test_only_the_harmless_messages_are_hidden(message, shown, caplog):
     logging.getLogger("coremltools").warning(message)
@@ -315,7 +318,7 @@ def swap_an_operator(spec: object) -> None:
 
 def test_an_unknown_operator_is_named_and_not_guessed(copy, made):
     edit_spec(copy, swap_an_operator)
-    with pytest.raises(UnsupportedError, match=r"MIL operator\(s\) erf"):
+    with pytest.raises(UnsupportedError, match=r"MIL operator\(s\) erf; replace that operator in the network"):
         coreml.open_session(copy.parent, made[1], small_target())
 
 
@@ -428,10 +431,29 @@ def batchnorm(channels: int) -> nn.Module:
     return layer
 
 
+def normalized(layer: nn.Module) -> nn.Module:
+    """Return a layer whose weight and bias are not those that change nothing."""
+    for values in layer.parameters():
+        nn.init.uniform_(values, 0.5, 1.5)
+    return layer
+
+
+class Channels(nn.Module):
+    """A layer of the last axis, applied to the channels."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 CASES: dict[str, Callable[[], nn.Module]] = {
     "activations": lambda: Many(
         *(nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.1), prelu(), nn.Sigmoid(), nn.Hardsigmoid(), nn.Hardswish()),
         *(nn.SiLU(), nn.Tanh(), nn.GELU(), nn.GELU(approximate="tanh"), nn.Hardtanh(-0.2, 0.3)),
+        *(nn.Hardtanh(0, 1), Calls(lambda x: x.clamp(0, 1))),
     ),
     "arithmetic": lambda: Many(
         Calls(lambda x: x / (x * x + 1)),
@@ -455,7 +477,30 @@ CASES: dict[str, Callable[[], nn.Module]] = {
         nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Upsample(scale_factor=2, mode="bilinear")),
         nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)),
         nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.PixelShuffle(2)),
+        nn.Sequential(nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.PixelShuffle(2)),
+        nn.AvgPool2d(3, 1, 1, count_include_pad=False),
         nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(16, 8, 1), nn.PixelShuffle(2)),
+    ),
+    "slices": lambda: Many(
+        Calls(lambda x: F.pad(x, (2, 2, 2, 2), mode="reflect")[:, :, 2:-2, 2:-2]),
+        Calls(lambda x: F.pad(x, (1, 2, 3, 4))[..., : x.shape[-2], : x.shape[-1]]),
+        Calls(lambda x: x[:, :2] * x[:, 2:]),
+        Calls(lambda x: torch.mul(*x.chunk(2, 1))),
+        Calls(lambda x: torch.cat(torch.split(x, [1, 3], 1)[::-1], 1)),
+        Calls(lambda x: x * x[:, 0].unsqueeze(1)),
+        nn.Sequential(Calls(lambda x: torch.cat([x[..., ::2, 1::2], x[..., 1::2, ::2]], 1)), nn.PixelShuffle(2)),
+    ),
+    "maps of one number": lambda: Many(
+        Calls(lambda x: x.mean((1, 2, 3), keepdim=True).expand(1, 2, x.shape[2], x.shape[3])),
+        Calls(lambda x: x.mean((1, 2, 3), keepdim=True).expand_as(x)),
+        Calls(lambda x: x.mean((1, 2, 3), keepdim=True).repeat(1, 2, x.shape[2], x.shape[3])),
+        Calls(lambda x: torch.ones_like(x) * x.mean((1, 2, 3), keepdim=True)),
+    ),
+    "normalization": lambda: Many(
+        nn.InstanceNorm2d(4),
+        normalized(nn.InstanceNorm2d(4, affine=True)),
+        normalized(nn.GroupNorm(2, 4)),
+        Channels(normalized(nn.LayerNorm(4))),
     ),
     "attention": lambda: Many(
         Calls(lambda x: x * x.mean((2, 3), keepdim=True)),
@@ -502,6 +547,55 @@ def test_every_operator_is_evaluated_as_torch_computes_it(name, compute, atol, c
     got = evaluate.run(package.program, evaluate.prepare(package.program), {"noisy": x})["denoised"]
     with torch.no_grad():
         torch.testing.assert_close(got, module(x), atol=atol, rtol=atol)
+
+
+MAPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "expand": lambda noisy, sigma: sigma.expand(1, 1, noisy.shape[2], noisy.shape[3]),
+    "repeat": lambda noisy, sigma: sigma.repeat(1, 1, noisy.shape[2], noisy.shape[3]),
+    "ones": lambda noisy, sigma: torch.ones_like(noisy) * sigma,
+}
+
+
+class Informed(nn.Module):
+    """A network that is told the noise level as a map beside the picture."""
+
+    def __init__(self, of_sigma: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.of_sigma = of_sigma
+        self.head, self.tail = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        head = self.head(torch.cat([noisy, self.of_sigma(noisy, sigma)], 1))
+        return noisy - self.tail(torch.relu(head) * self.of_sigma(head[:, :1], sigma))
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_of_the_noise_level_is_taken_however_it_is_made(name, tmp_path):
+    torch.manual_seed(0)
+    built = coreml.build(source_of(Informed(MAPS[name]).eval()), small_target(), tmp_path)
+    assert built.facts["reference_agreement_db"] >= 60
+
+
+@pytest.mark.parametrize("takes_sigma", [True, False], ids=["sigma", "blind"])
+def test_the_readme_calls_what_the_swift_file_defines(takes_sigma, tmp_path):
+    built = coreml.build(source_of(network(noise_level=takes_sigma), takes_sigma=takes_sigma), small_target(), tmp_path)
+    model = {"name": "nano", "channels": 1, "takes_sigma": takes_sigma, "stride": 8, "parameters": 0, "macs_256": 0}
+    manifest = Manifest(
+        edgekit=__version__,
+        target=asdict(small_target()),
+        model=model | {"halo_px": 8, "global_ops": []},
+        budgets={},
+        protocol={"golden_outputs": "none"},
+        built=asdict(built),
+        chain=(),
+        files={},
+    )
+    pages.write(tmp_path, manifest, None)
+    page, swift = ((tmp_path / name).read_text() for name in ("README.md", built.files["swift"]))
+    (call,) = (line for line in page.splitlines() if "denoise(noisy" in line)
+    (defined,) = (line for line in swift.splitlines() if "func denoise(" in line)
+    assert ("sigma: 25.0 / 255.0" in call) == ("sigma: Float" in defined) == takes_sigma
+    assert ("await" in call) == ("async" in defined)
 
 
 def test_every_operator_of_the_table_is_exercised(converted):

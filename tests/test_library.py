@@ -894,10 +894,27 @@ def test_a_tile_without_an_inside_takes_no_larger_picture_and_says_so(tmp_path: 
     small = dataclasses.replace(HOST, input=InputShape(height=2 * HALO, width=TILE_WIDTH))
     bundle = _bundle(tmp_path, small)
     assert f"nothing of the tile {TILE_WIDTH}x{2 * HALO} lies inside its halo of {HALO} px" in bundle.built.notes[-1]
+    _readme(bundle, tmp_path)
+    said = [(tmp_path / "README.md"), *(bundle.folder / bundle.built.files[role] for role in ("header", "python"))]
+    for text in (path.read_text(encoding="utf-8") for path in said):
+        assert "any size" not in text
+        assert f"at most {TILE_WIDTH} x {2 * HALO} pixels" in text
     with bundle.python().Denoiser() as denoiser:
         assert denoiser.denoise(_noisy(2 * HALO, 90, 1)).shape == (2 * HALO, 90)
         with pytest.raises(ValueError, match=f"so it takes pictures up to {TILE_WIDTH} x {2 * HALO}"):
             denoiser.denoise(_noisy(2 * HALO + 1, TILE_WIDTH, 1))
+
+
+def test_the_class_for_android_says_the_same(tmp_path: Path) -> None:
+    bundle = _bundle(tmp_path, dataclasses.replace(ANDROID, input=InputShape(height=2 * HALO, width=TILE_WIDTH)))
+    text = (bundle.folder / bundle.built.files["kotlin_bytes"]).read_text(encoding="utf-8")
+    assert f"Removes noise from pictures of at most {TILE_WIDTH} x {2 * HALO} pixels in direct byte buffers" in text
+
+
+def test_pictures_of_any_size_are_taken_where_the_tile_has_an_inside(gray: Bundle, tmp_path: Path) -> None:
+    _readme(gray, tmp_path)
+    said = [(tmp_path / "README.md"), *(gray.folder / gray.built.files[role] for role in ("header", "python"))]
+    assert all("any size" in path.read_text(encoding="utf-8") for path in said)
 
 
 def test_the_same_model_gives_the_same_bytes(gray: Bundle, tmp_path: Path) -> None:

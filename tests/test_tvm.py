@@ -213,6 +213,19 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "concatenation": _Concatenation,
     "global mean": _GlobalMean,
     "max pooling": _Pooled,
+    "max pooling without padding": _sequence(
+        nn.Conv2d(1, 5, 1), nn.MaxPool2d(2), nn.Conv2d(5, 4, 3, padding=1), nn.PixelShuffle(2)
+    ),
+    "average without padding": _sequence(nn.AvgPool2d(2), nn.Conv2d(1, 4, 3, padding=1), nn.PixelShuffle(2)),
+    "transposed 2x2": _sequence(nn.Conv2d(1, 6, 2, 2), nn.ConvTranspose2d(6, 1, 2, 2)),
+    "transposed 3x3": _sequence(
+        nn.Conv2d(1, 6, 2, 2), nn.ConvTranspose2d(6, 5, 3, 2, 1, output_padding=1), nn.ReLU(), nn.Conv2d(5, 1, 1)
+    ),
+    "transposed 4x4": _sequence(nn.Conv2d(1, 6, 2, 2), nn.ConvTranspose2d(6, 1, 4, 2, 1, bias=False)),
+    "transposed 4x4 of stride 4": _sequence(nn.Conv2d(1, 6, 4, 4), nn.ConvTranspose2d(6, 1, 4, 4)),
+    "transposed 5x3": _sequence(
+        nn.Conv2d(1, 6, 2, 2), nn.ConvTranspose2d(6, 1, (5, 3), 2, (2, 1), output_padding=1), nn.ReLU()
+    ),
 }
 
 
@@ -396,6 +409,9 @@ def test_another_triple_is_refused(nano: Bundle, tmp_path: Path, triple: str) ->
     [
         pytest.param(nn.Softmax(dim=1), r"kernel 'softmax\w*' has no schedule", id="no schedule"),
         pytest.param(nn.Sigmoid(), r"the kernels call expf, which a library without libc", id="needs libm"),
+        pytest.param(
+            nn.ConvTranspose2d(4, 4, 3, padding=1, groups=4), r"kernel '\w*transpose\w*' has no schedule", id="groups"
+        ),
     ],
 )
 def test_what_has_no_kernel_is_named_and_leaves_nothing(tmp_path: Path, layer: nn.Module, complaint: str) -> None:

@@ -255,6 +255,35 @@ class _Resized(nn.Module):
         return noisy - self.last(near + first + smooth)
 
 
+class _Transposed(nn.Module):
+    """Transposed convolutions whose windows reach over the pixel that they enlarge, the last one to the picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.low = nn.Conv2d(1, 24, 2, stride=2), nn.Conv2d(20, 16, 2, stride=2)
+        self.three = nn.ConvTranspose2d(24, 20, 3, 2, 1, output_padding=1)
+        self.last = nn.ConvTranspose2d(16, 1, 4, 2, 1)
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        return noisy - self.last(torch.relu(self.low(torch.relu(self.three(self.down(noisy))))))
+
+
+class _Crossed(nn.Module):
+    """An addition of two maps that others read too, the first of eight times the range, in both orders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(c, 16, 1) for c in (1, 1, 16))
+        nn.init.uniform_(self.first.weight, 4, 8)
+        nn.init.uniform_(self.second.weight, -1, 1)
+        self.last = nn.Conv2d(16, 1, 1)
+        nn.init.normal_(self.last.weight, std=0.01)
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        one, two = self.first(noisy), self.second(noisy)
+        return noisy - self.last((one + two) + (two + one) + (one + self.third(two)))
+
+
 class _Added(nn.Module):
     """A network whose result is added to the picture."""
 
@@ -302,6 +331,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
         nn.Upsample(scale_factor=2),
         nn.Conv2d(16, 1, 3, padding=1),
     ),
+    "transposed": _Transposed,
+    "crossed": _Crossed,
     "added to the picture": _Added,
     "shortcuts": tiny.Shortcuts,
     "unet": tiny.unet,
@@ -320,7 +351,8 @@ TRUNKS = (
         "picture as features",
         "dead channels",
     ),
-    *("concatenations", "resized", "up", "one row", "added to the picture", "shortcuts", "unet"),
+    *("concatenations", "resized", "up", "one row", "transposed", "crossed"),
+    *("added to the picture", "shortcuts", "unet"),
 )
 
 
@@ -492,6 +524,22 @@ def test_a_unet_from_a_file_goes_through_edgekit_compile(tmp_path: Path) -> None
     network = qdq.read(tmp_path / "run/06-quantize/arm/student.int8.onnx", channels=1, height=64, width=64)
     denoised = np.fromfile(golden.with_suffix(".denoised.f32"), "<f4").reshape(1, 1, 64, 64)
     assert np.array_equal(denoised, reference.run(network, noisy, SIGMA))
+
+
+def test_of_two_maps_in_memory_the_finer_is_copied_to_be_added(sources: Sources) -> None:
+    operators = _network(sources("trunk crossed"), SIDE, SIDE + 4).operators
+    additions = [
+        (one.reads, one.residual.feature)
+        for one in operators
+        if isinstance(one, integer.Convolution) and one.residual is not None and (one.weights == 64).all()
+    ]
+    assert len(additions) >= 2
+    crossed = [pair for pair in additions if len({feature.grid.scale for feature in pair}) == 2]
+    assert len(crossed) >= 2
+    for copied, residual in crossed[:2]:
+        assert copied.rest_bits
+        assert residual.rest_bits
+        assert 4 * copied.grid.scale < residual.grid.scale
 
 
 def test_maps_on_one_grid_are_joined_as_they_are_and_others_are_brought_to_it(sources: Sources) -> None:
@@ -744,16 +792,102 @@ def test_other_ways_to_resize_and_pool_are_refused_by_name(net: nn.Module, said:
         _network(_placed(net, tmp_path), SIDE, SIDE)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [({"activation": "hardswish"}, "HardSwish '.*' is not computed in integers"), ({"se": True}, "Mul '.*attention")],
-    ids=["hard-swish", "squeeze-and-excitation"],
-)
-def test_floats_between_convolutions_are_refused_with_what_to_do(
-    options: dict[str, models.Option], said: str, tmp_path: Path
-) -> None:
-    source = _placed(tiny.network("nano", options), tmp_path)
-    with pytest.raises(UnsupportedError, match=f"{said}.*set the target's precision to float32, or train"):
+class _Calls(nn.Module):
+    """A function of the picture, sigma where it takes that, and convolutions to 16 maps, among them, and back."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], takes_sigma: bool = False) -> None:
+        super().__init__()
+        self.function, self.takes_sigma = function, takes_sigma
+        self.head, self.body, self.tail = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 1, 1)
+        self.gated, self.level = nn.Conv2d(8, 1, 1), nn.Conv2d(1, 16, 1)
+
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        return self.function(self, *given)
+
+
+def _between(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 16, 1), *layers, nn.Conv2d(16, 1, 1))
+
+
+REFUSED: dict[str, tuple[nn.Module, str]] = {
+    "leaky ReLU": (
+        _between(nn.LeakyReLU()),
+        "LeakyRelu '.*' is not computed in integers; use ReLU in its place, or set",
+    ),
+    "PReLU": (_between(nn.PReLU()), "PRelu '.*' is not computed in integers; use ReLU in its place, or set"),
+    "ReLU6": (_between(nn.ReLU6()), "Clip '.*' is not computed in integers; use ReLU in its place, or set"),
+    "tanh": (_between(nn.Tanh()), "Tanh '.*' is not computed in integers; use ReLU in its place$"),
+    "GELU": (_between(nn.GELU()), "Mul '.*; use ReLU in place of GELU and SiLU"),
+    "instance norm": (_between(nn.InstanceNorm2d(16)), "InstanceNormalization '.*; use BatchNorm2d"),
+    "reflecting padding": (
+        _between(nn.ReflectionPad2d(1), nn.Conv2d(16, 16, 3)),
+        "Pad '.*; let convolutions pad with zeros, or set",
+    ),
+    "average pooling": (
+        _between(nn.AvgPool2d(3, 1, 1)),
+        "AveragePool '.*; use max-pooling of 2x2 or a convolution of stride 2",
+    ),
+    "dilated": (
+        _between(nn.Conv2d(16, 16, 3, padding=2, dilation=2)),
+        "Conv '.*; use dense .* without dilation, .* or set",
+    ),
+    "grouped": (_between(nn.Conv2d(16, 16, 1, groups=4)), "Conv '.* groups.*; use dense or depthwise convolutions"),
+    "transposed and dilated": (
+        _between(nn.ConvTranspose2d(16, 16, 3, padding=2, dilation=2)),
+        "ConvTranspose '.*; use one of 2x2 with stride 2, or a 1x1 convolution and PixelShuffle, or set",
+    ),
+    "maps to depth": (
+        _between(nn.PixelUnshuffle(2), nn.Conv2d(64, 64, 1), nn.PixelShuffle(2)),
+        "SpaceToDepth '.*; use a convolution whose stride is its window",
+    ),
+    "shuffled behind ReLU": (
+        _between(nn.Conv2d(16, 64, 1), nn.ReLU(), nn.PixelShuffle(2), nn.Conv2d(16, 16, 2, stride=2)),
+        "DepthToSpace '.*; put a dense convolution right before it, or set",
+    ),
+    "resized at the end": (
+        nn.Sequential(nn.Conv2d(1, 16, 2, stride=2), nn.Conv2d(16, 1, 1), nn.Upsample(scale_factor=2)),
+        "Resize '.*' writes the picture.*; end the model with a dense convolution",
+    ),
+    "gate": (_Calls(lambda net, x: x - net.gated(net.head(x)[:, :8] * net.head(x)[:, 8:])), "Mul '.*; .* no gates"),
+    "clamped": (
+        _Calls(lambda net, x: (x - net.tail(net.head(x))).clamp(0, 1)),
+        "Clip '.*' bounds the picture; leave it out, since the library clips the bytes that it writes, or set",
+    ),
+    "ReLU at the end": (
+        _Calls(lambda net, x: torch.relu(net.tail(net.head(x)))),
+        "Relu '.*' bounds the picture; leave it out",
+    ),
+    "two stages": (
+        _Calls(lambda net, x: (y := x - net.tail(net.head(x))) - net.tail(net.head(y))),
+        "Sub '.*' changes something else than the picture; change the picture once, by the last operator",
+    ),
+    "embedded sigma": (
+        _Calls(lambda net, x, sigma: x - net.tail(net.head(x) + net.level(sigma)), takes_sigma=True),
+        "'sigma' goes into an operator of maps; add sigma times one constant per channel",
+    ),
+    "map of sigma": (
+        _Calls(lambda net, x, sigma: x - net.tail(net.body(net.head(sigma.expand_as(x)))), takes_sigma=True),
+        "Expand '.*; add sigma times one constant per channel to what a convolution gives, or set",
+    ),
+    "hard-swish": (tiny.network("nano", {"activation": "hardswish"}), "HardSwish '.*; use ReLU in its place, or set"),
+    "squeeze-and-excitation": (
+        tiny.network("nano", {"se": True}),
+        "Mul '.*attention.*; .* no gates .*; or set the target's precision",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_integer_kernel_is_refused_with_what_can_stand_in_its_place(name: str, tmp_path: Path) -> None:
+    net, said = REFUSED[name]
+    with pytest.raises(UnsupportedError, match=said):
+        _network(_placed(net, tmp_path), SIDE, SIDE)
+
+
+def test_a_depthwise_convolution_does_not_write_the_picture(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 3, 1), _depthwise(3, 3))
+    source = _source(net, tmp_path, channels=3)
+    with pytest.raises(UnsupportedError, match=r"Conv '/3/Conv' writes the picture.*; end the model with a dense"):
         _network(source, SIDE, SIDE)
 
 

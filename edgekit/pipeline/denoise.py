@@ -33,7 +33,11 @@ _MOST_PIXELS = {"WEBP": 16_383, "JPEG": 65_500}  # of a side
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """Something that denoises. tile, halo: Of an artifact that takes one input size only; None for any size."""
+    """Something that denoises.
+
+    tile, halo: Of an artifact that takes one input size only; None for any size.
+    one_piece: Why a picture larger than the tile is refused; empty where it is cut into tiles.
+    """
 
     denoise: Denoise
     channels: int
@@ -41,11 +45,22 @@ class Opened:
     how: str
     tile: tuple[int, int] | None = None
     halo: int = 0
+    one_piece: str = ""
 
     def __call__(self, noisy: Array, sigma: float) -> Array:
-        """Return a picture (1, c, h, w) of any size denoised."""
+        """Return a picture (1, c, h, w) of any size denoised.
+
+        Raises:
+            InputError: It is larger than a tile, and cannot be cut into tiles.
+        """
         if self.tile is not None:
             height, width = self.tile
+            if self.one_piece and (noisy.shape[2] > height or noisy.shape[3] > width):
+                raise InputError(
+                    f"the picture is {noisy.shape[3]}x{noisy.shape[2]}, larger than the tile {width}x{height}, and "
+                    f"cannot be cut into tiles, since no halo is known: {self.one_piece}",
+                    remedy="compile with a tile as large as the picture (--tile), or for an engine that has none",
+                )
             return quality.denoise_tiled(
                 self.denoise, noisy, sigma, tile_height=height, tile_width=width, halo=self.halo, stride=self.stride
             )
@@ -122,4 +137,5 @@ def _open_bundle(path: Path, threads: int) -> Opened:
         how=f"{label} ({session.level})",
         tile=tile,
         halo=manifest.halo(*tile) if tile else 0,
+        one_piece=str(manifest.model.get("halo_unknown", "")) if manifest.model["halo_px"] is None else "",
     )

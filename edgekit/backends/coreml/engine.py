@@ -33,19 +33,33 @@ _UNTESTED_VERSION = re.compile(
 _MAC_ONLY_LIBRARY = re.compile(r"Failed to load _ML\w+: No module named 'coremltools\.libcoremlpython'")
 
 
+_OPERATOR = re.compile(r"\s*ERROR - converting '.*' op \(located at: ")
+
+
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-    """Return False for what coremltools always says off a Mac and about versions; `build` checks numbers instead."""
+    """Return False for what coremltools always says off a Mac and about versions; `build` checks numbers instead.
+
+    So for the operator that it does not convert: the error that it raises, too, becomes edgekit's own.
+    """
     message = record.getMessage()
-    return not (_UNTESTED_VERSION.match(message) or (not ON_A_MAC and _MAC_ONLY_LIBRARY.match(message)))
+    hidden = _UNTESTED_VERSION.match(message) or _OPERATOR.match(message)
+    return not (hidden or (not ON_A_MAC and _MAC_ONLY_LIBRARY.match(message)))
 
 
 logging.getLogger("coremltools").addFilter(_is_worth_reading)
 
 import coremltools as ct  # noqa: E402
 from coremltools.converters.mil.frontend.milproto.load import load as _load_milproto  # noqa: E402
+from coremltools.converters.mil.frontend.torch.converter import TranscriptionContext as _Context  # noqa: E402
+from coremltools.converters.mil.frontend.torch.internal_graph import InternalTorchIRNode as _Node  # noqa: E402
+from coremltools.converters.mil.frontend.torch.ops import _get_inputs  # noqa: E402
+from coremltools.converters.mil.frontend.torch.ops import _int as _coremltools_int  # noqa: E402
+from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op as _register  # noqa: E402
+from coremltools.converters.mil.mil import Builder as _Builder  # noqa: E402
 from coremltools.converters.mil.mil import types as _types  # noqa: E402
 
 VERSION: str = ct.__version__
+REPLACE = "replace that operator in the network, or choose another target"
 MINIMUM_IOS = "iOS17"
 WEIGHTS = Path("com.apple.CoreML/weights")
 WEIGHT_FILE = Path("Data") / WEIGHTS / "weight.bin"
@@ -57,6 +71,7 @@ _WEIGHT_REWRITING_PASSES = {
     "common::fuse_conv_batchnorm",
     "common::fuse_conv_bias",
     "common::fuse_conv_scale",
+    "common::fuse_elementwise_to_batchnorm",
     "common::fuse_linear_bias",
     "common::fuse_matmul_weight_bias",
 }
@@ -65,6 +80,25 @@ _DESCRIPTION_DTYPES = {
     ct.proto.FeatureTypes_pb2.ArrayFeatureType.FLOAT32: "fp32",
     ct.proto.FeatureTypes_pb2.ArrayFeatureType.INT32: "int32",
 }
+
+
+def hardtanh(context: _Context, node: _Node) -> None:
+    """Translate `nn.Hardtanh`, also with bounds that are integers, which coremltools' own refuses."""
+    x, low, high = _get_inputs(context, node, expected=3)
+    context.add(_Builder.clip(x=x, alpha=float(low.val), beta=float(high.val), name=node.name))
+
+
+def _int(context: _Context, node: _Node) -> None:
+    """Translate a number that the trace froze, such as `x.shape[2]`: coremltools' own fails on it with numpy 2.4."""
+    (number,) = _get_inputs(context, node, expected=1)
+    if number.val is None:
+        _coremltools_int(context, node)
+    else:
+        context.add(_Builder.const(val=int(np.asarray(number.val).item()), name=node.name), node.name)
+
+
+_register(hardtanh, override=True)
+_register(_int, torch_alias=["int"], override=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +155,10 @@ def convert(
                 pass_pipeline=pipeline,
                 skip_model_load=True,
             )
-    except (NotImplementedError, RuntimeError, ValueError) as error:
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedError(
             f"{type(module).__name__}: coremltools {VERSION} does not convert it: {error}",
-            remedy="replace that operator in the network, or choose another target",
+            remedy=REPLACE,
         ) from error
     spec = model.get_spec()
     weights = Path(model.weights_dir)
@@ -153,7 +187,7 @@ def read(package: Path, operators: Container[str]) -> Package:
     if unknown:
         raise UnsupportedError(
             f"{package}: no reference evaluation for the MIL operator(s) {', '.join(sorted(unknown))}",
-            remedy="verify this package on a Mac, or replace the operator in the network",
+            remedy=REPLACE,
         )
     with _damage(package):
         loaded = _load_milproto(spec, spec.specificationVersion, str((package / WEIGHT_FILE).parent))
@@ -241,14 +275,13 @@ def _program(function: ct.converters.mil.Function) -> Program:
     constants: dict[str, Constant] = {}
     steps = []
     for op in function.operations:
-        (result,) = op.outputs
         if op.op_type == "const":
+            (result,) = op.outputs
             constants[result.name] = _constant(result.val)
         else:
             arguments = {key: _argument(value) for key, value in op.inputs.items() if value is not None}
-            steps.append(
-                Step(operator=op.op_type, name=op.name, arguments=arguments, result=result.name, type=_type(result))
-            )
+            results = {result.name: _type(result) for result in op.outputs}
+            steps.append(Step(operator=op.op_type, name=op.name, arguments=arguments, results=results))
     return Program(
         inputs={name: _type(var) for name, var in function.inputs.items()},
         outputs={var.name: _type(var) for var in function.outputs},

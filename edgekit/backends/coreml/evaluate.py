@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edgekit.backends.coreml import engine
 from edgekit.backends.coreml.program import Constant, Program, Step, TensorType
 from edgekit.errors import IntegrityError, UnsupportedError
 
@@ -72,7 +73,7 @@ class Operands:
         """Return the error for a value that the reference does not evaluate."""
         return UnsupportedError(
             f"operator '{self._step.name}' ({self._step.operator}): no reference evaluation for {name} = {value}",
-            remedy="verify this package on a Mac",
+            remedy=engine.REPLACE,
         )
 
     def _value(self, name: str) -> Value:
@@ -99,8 +100,13 @@ def run(program: Program, constants: Mapping[str, Value], feeds: Mapping[str, Te
     with torch.no_grad():
         for step in program.steps:
             if step.operator not in OPERATORS:
-                raise UnsupportedError(f"operator '{step.name}': no reference evaluation for '{step.operator}'")
-            values[step.result] = _as_declared(OPERATORS[step.operator](Operands(step, values)), step.type, step.name)
+                raise UnsupportedError(
+                    f"operator '{step.name}': no reference evaluation for '{step.operator}'", remedy=engine.REPLACE
+                )
+            made = OPERATORS[step.operator](Operands(step, values))
+            results = (made,) if isinstance(made, Tensor) else made
+            for result, (name, type_) in zip(results, step.results.items(), strict=True):
+                values[name] = _as_declared(result, type_, step.name)
     return {name: value for name in program.outputs if isinstance(value := values[name], Tensor)}
 
 
@@ -182,9 +188,10 @@ def _avg_pool(op: Operands) -> Tensor:
     _refuse_ceil_mode(op)
     strides = op.integers("strides", [1, 1])
     padding = _padding(op, x.shape, kernel, strides, [1, 1])
-    if any(padding) and op.flag("exclude_padding_from_average"):
-        raise op.unsupported("exclude_padding_from_average", True)
-    return F.avg_pool2d(F.pad(x, padding), kernel, strides)
+    mean = F.avg_pool2d(F.pad(x, padding), kernel, strides)
+    if op.flag("exclude_padding_from_average"):
+        mean = mean / F.avg_pool2d(F.pad(torch.ones_like(x[:1, :1]), padding), kernel, strides)
+    return mean
 
 
 def _refuse_ceil_mode(op: Operands) -> None:
@@ -207,6 +214,19 @@ def _batch_norm(op: Operands) -> Tensor:
     mean, variance = op.tensor("mean"), op.tensor("variance")
     gamma, beta = op.optional("gamma"), op.optional("beta")
     return F.batch_norm(op.tensor("x"), mean, variance, gamma, beta, eps=op.number("epsilon", 1e-5))
+
+
+def _instance_norm(op: Operands) -> Tensor:
+    gamma, beta = op.optional("gamma"), op.optional("beta")
+    return F.instance_norm(op.tensor("x"), weight=gamma, bias=beta, eps=op.number("epsilon", 1e-5))
+
+
+def _layer_norm(op: Operands) -> Tensor:
+    x, axes = op.tensor("x"), op.integers("axes", [])
+    shape = x.shape[-len(axes) :]
+    if sorted(axis % x.ndim for axis in axes) != list(range(x.ndim - len(axes), x.ndim)):
+        raise op.unsupported("axes", axes)
+    return F.layer_norm(x, shape, op.optional("gamma"), op.optional("beta"), op.number("epsilon", 1e-5))
 
 
 def _prelu(op: Operands) -> Tensor:
@@ -242,6 +262,39 @@ def _concat(op: Operands) -> Tensor:
     return torch.cat(op.tensors("values"), int(op.number("axis", 0)))
 
 
+def _expand_dims(op: Operands) -> Tensor:
+    x, axes = op.tensor("x"), op.integers("axes", [])
+    for axis in sorted(axis % (x.ndim + len(axes)) for axis in axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _fill_like(op: Operands) -> Tensor:
+    return torch.full_like(op.tensor("ref_tensor"), op.number("value", 0.0))
+
+
+def _slice_by_index(op: Operands) -> Tensor:
+    x = op.tensor("x")
+    begin, end = op.integers("begin", []), op.integers("end", [])
+    strides = op.integers("stride", [1] * x.ndim)
+    all_below, all_above, alone = (op.integers(f"{name}_mask", [0] * x.ndim) for name in ("begin", "end", "squeeze"))
+    if min(strides) < 1:
+        raise op.unsupported("stride", strides)
+    chosen = [
+        begin[i]
+        if alone[i]
+        else slice(None if all_below[i] else begin[i], None if all_above[i] else end[i], strides[i])
+        for i in range(x.ndim)
+    ]
+    return x[tuple(chosen)]
+
+
+def _split(op: Operands) -> tuple[Tensor, ...]:
+    x, axis = op.tensor("x"), int(op.number("axis", 0))
+    parts = int(op.number("num_splits", 1))
+    return torch.split(x, op.integers("split_sizes", [x.shape[axis] // parts] * parts), axis)
+
+
 def _cast(op: Operands) -> Tensor:
     dtype = op.text("dtype", "")
     if dtype not in ("fp16", "fp32"):
@@ -253,7 +306,7 @@ def _axes(op: Operands) -> list[int]:
     return op.integers("axes", list(range(op.tensor("x").ndim)))
 
 
-OPERATORS: dict[str, Callable[[Operands], Tensor]] = {
+OPERATORS: dict[str, Callable[[Operands], Tensor | tuple[Tensor, ...]]] = {
     "add": lambda op: op.tensor("x") + op.tensor("y"),
     "avg_pool": _avg_pool,
     "batch_norm": _batch_norm,
@@ -263,7 +316,11 @@ OPERATORS: dict[str, Callable[[Operands], Tensor]] = {
     "conv": _conv,
     "conv_transpose": _conv_transpose,
     "crop": _crop,
+    "expand_dims": _expand_dims,
+    "fill_like": _fill_like,
     "gelu": _gelu,
+    "instance_norm": _instance_norm,
+    "layer_norm": _layer_norm,
     "leaky_relu": lambda op: F.leaky_relu(op.tensor("x"), op.number("alpha", 0.01)),
     "max_pool": _max_pool,
     "maximum": lambda op: torch.maximum(op.tensor("x"), op.tensor("y")),
@@ -277,12 +334,19 @@ OPERATORS: dict[str, Callable[[Operands], Tensor]] = {
     "reduce_max": lambda op: op.tensor("x").amax(_axes(op), keepdim=op.flag("keep_dims")),
     "reduce_mean": lambda op: op.tensor("x").mean(_axes(op), keepdim=op.flag("keep_dims")),
     "relu": lambda op: F.relu(op.tensor("x")),
+    "reshape": lambda op: op.tensor("x").reshape(op.integers("shape", [])),
     "sigmoid": lambda op: torch.sigmoid(op.tensor("x")),
     "sigmoid_hard": _sigmoid_hard,
     "silu": lambda op: F.silu(op.tensor("x")),
+    "slice_by_index": _slice_by_index,
+    "split": _split,
+    "sqrt": lambda op: op.tensor("x").sqrt(),
+    "square": lambda op: op.tensor("x").square(),
     "sub": lambda op: op.tensor("x") - op.tensor("y"),
     "tanh": lambda op: torch.tanh(op.tensor("x")),
     "thresholded_relu": _thresholded_relu,
+    "tile": lambda op: op.tensor("x").tile(op.integers("reps", [])),
+    "transpose": lambda op: op.tensor("x").permute(op.integers("perm", [])),
     "upsample_bilinear": lambda op: _upsample(op, "bilinear"),
     "upsample_nearest_neighbor": lambda op: _upsample(op, "nearest"),
 }

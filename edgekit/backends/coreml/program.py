@@ -26,17 +26,16 @@ class TensorType:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One operator with one result.
+    """One operator.
 
     arguments: MIL parameter -> the name of the value, or the names where the parameter takes a list.
-    result: Name of the value that it makes.
+    results: Name of each value that it makes -> its type, in the operator's order.
     """
 
     operator: str
     name: str
     arguments: Mapping[str, Argument]
-    result: str
-    type: TensorType
+    results: Mapping[str, TensorType]
 
 
 @dataclass(frozen=True, kw_only=True)

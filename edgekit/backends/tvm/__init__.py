@@ -27,13 +27,28 @@ workspace.
 from pathlib import Path
 
 from edgekit.backends import Built
+from edgekit.backends.tvm import qdq
 from edgekit.backends.tvm.compile import build
 from edgekit.backends.tvm.session import open_session
 from edgekit.errors import IncompleteError
 from edgekit.report import Audit
 from edgekit.target import Target
 
-__all__ = ["audit", "build", "open_session"]
+__all__ = ["audit", "build", "check_int8", "open_session"]
+
+
+def check_int8(int8_onnx: Path, *, channels: int, side: int) -> None:
+    """Refuse a QDQ graph that `build` would not compile, whatever its numbers are; nothing is made.
+
+    Args:
+        int8_onnx: The graph, in the placement for ARM.
+        channels: Planes of the picture.
+        side: Of a picture that the graph takes, in pixels.
+
+    Raises:
+        UnsupportedError: Something in the graph is not computed in integers; the message names it.
+    """
+    qdq.read(int8_onnx, channels=channels, height=side, width=side)
 
 
 def audit(bundle: Path, built: Built, target: Target) -> Audit:

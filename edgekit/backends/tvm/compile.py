@@ -76,6 +76,8 @@ def build(source: Source, target: Target, out: Path) -> Built:
             "so_bytes": (out / files["artifact"]).stat().st_size,
             "variants": " ".join(variant.name for variant in variants),
         }
+    if interface.tile_only:
+        facts["tile_only"] = interface.tile_only
     if account := _account(variants):
         facts["integer_macs_permille"] = account.integer_macs_permille
     versions = {name: metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi")}

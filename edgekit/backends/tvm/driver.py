@@ -83,6 +83,12 @@ class Interface:
         return self.prefix.replace("_", "_1")
 
     @property
+    def pictures(self) -> str:
+        """Which pictures it takes."""
+        size = f"at most {self.width} x {self.height} pixels" if self.tile_only else "any size"
+        return f"pictures of {size}"
+
+    @property
     def header(self) -> str:
         """Name of the header file."""
         return f"{self.prefix}.h"
@@ -157,6 +163,8 @@ def generate(variants: Sequence[Variant], where: Places, interface: Interface) -
         "width": interface.width,
         "takes_sigma": interface.takes_sigma,
         "halo": interface.halo,
+        "tile_only": interface.tile_only,
+        "pictures": interface.pictures,
         "stride": interface.stride,
         "needs": interface.needs,
         "jni_package": interface.jni_package,

@@ -39,7 +39,6 @@ from edgekit.backends.tvm.integer_kernels import (
 )
 from edgekit.backends.tvm.machine import Machine
 from edgekit.backends.tvm.program import Constant, Input, Result, Step, Tensor
-from edgekit.errors import UnsupportedError
 
 _Number = TypeVar("_Number", np.int64, np.float32)
 
@@ -167,8 +166,7 @@ class _Writer:
         )
         ends = self._ends(operator)
         if isinstance(ends, ToPicture):
-            if operator.depthwise:
-                raise UnsupportedError(f"'{operator.name}': a depthwise convolution writes the picture")
+            assert not operator.depthwise
             lanes = self._machine.lanes
             channels = -(-len(operator.bias) // lanes) * lanes
             folded = kernels.folded_columns(window, len(operator.bias), self._machine)
@@ -176,8 +174,7 @@ class _Writer:
                 window = replace(window, columns=1)
             return Dense(window=window, channels=channels, ends=ends, wide=wide, folded=folded)
         if operator.depthwise:
-            if operator.shuffle != 1:
-                raise UnsupportedError(f"'{operator.name}': a pixel shuffle follows a depthwise convolution")
+            assert operator.shuffle == 1
             return Depthwise(window=window, ends=ends)
         return Dense(window=window, channels=ends.writes.channels, ends=ends, wide=wide)
 

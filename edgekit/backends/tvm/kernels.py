@@ -20,6 +20,7 @@ from tvm.relax.frontend.onnx import from_onnx
 from tvm.tirx.build import codegen_build
 
 from edgekit.backends.tvm.schedule import schedule
+from edgekit.backends.tvm.transposed import without_transposed
 from edgekit.errors import UnsupportedError
 from edgekit.target import Isa
 
@@ -45,8 +46,9 @@ def fuse(path: Path, shapes: Mapping[str, tuple[int, ...]], target: tvm.target.T
         UnsupportedError: An operator that TVM does not take.
     """
     try:
-        module = from_onnx(onnx.load(path), shape_dict={name: list(shape) for name, shape in shapes.items()})
-    except tvm.error.OpError as error:
+        graph = without_transposed(onnx.load(path))
+        module = from_onnx(graph, shape_dict={name: list(shape) for name, shape in shapes.items()})
+    except (tvm.error.OpError, ValueError) as error:
         raise UnsupportedError(f"{path.name}: TVM does not take an operator: {error}") from error
     passes = [
         relax.transform.DecomposeOpsForInference(),

@@ -29,6 +29,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from edgekit.backends.tvm import remedies
 from edgekit.backends.tvm.integer import (
     CHANNEL_GROUP,
     INT8_MAX,
@@ -51,6 +52,7 @@ from edgekit.backends.tvm.integer import (
     folded_bias,
     rescale,
 )
+from edgekit.backends.tvm.transposed import shuffled
 from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
 from edgekit.graph.resizing import resizing
@@ -59,17 +61,11 @@ from edgekit.graph.walk import consumers, initializers, producers
 Weights: TypeAlias = NDArray[np.int8 | np.int16]
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
-_REMEDY = (
-    "quantize with the placement for arm, which leaves only the last addition or subtraction in float; or use float32"
-)
-_FLOATS = (
-    "set the target's precision to float32, or train the model without it: with ReLU in place of hard-swish, and "
-    "without squeeze-and-excitation"
-)
-_ONLY = "export the model with that, which is all there are kernels for, or set the target's precision to float32"
+_ONLY = f"export the model with that, which is all there are kernels for, or {remedies.FLOAT32}"
 # What the picture is changed by last.
 _SIGNS = {"Add": 1, "Sub": -1}
-# Pairs of coordinates and rounding by which each value of a map of twice the size is that of the pixel it lies in.
+_BOUNDS = ("Clip", "Relu")
+_NO_SUMS = ("Concat", "MaxPool", "Resize")
 # The weight of a copy that only changes the grid: the finer, the less its rounding costs.
 _COPY_WEIGHT = 64
 # Far finer than a picture of 16 bits.
@@ -178,18 +174,25 @@ class _Reader:
         """Make the operator that writes the picture."""
         name = self._real(DENOISED)
         node, sign = self._made_by[name], 0
+        if node.op_type in _BOUNDS:
+            raise self._refused(
+                node,
+                "bounds the picture",
+                f"leave it out, since the library clips the bytes that it writes, or {remedies.FLOAT32}",
+            )
         if node.op_type in _SIGNS:
             reads = [self._real(read) for read in node.input]
             if NOISY not in reads or (reads[0] != NOISY and node.op_type == "Sub"):
-                raise self._refused(node, "changes something else than the picture")
+                raise self._refused(node, "changes something else than the picture", remedies.instead_of("Sub"))
             sign, name = _SIGNS[node.op_type], reads[1 - reads.index(NOISY)]
-        total = self._value(name)
-        if not isinstance(total, _Sum) or total.residual is not None or total.relu:
-            raise self._refused(node, "writes the picture, and reads no convolution")
+        last = self._made_by.get(name, node)
+        total = self._value(name) if last.op_type not in _NO_SUMS else None
+        if not isinstance(total, _Sum) or total.residual is not None or total.relu or total.depthwise:
+            raise self._refused(last, "writes the picture, and is no dense convolution", remedies.ENDING)
         total = _conditioned(total, _PICTURE_STEP)
         places = _square(total.shuffle, self._channels)
         if len(places) != total.weights.shape[0] or total.height * total.shuffle != self._height:
-            raise self._refused(node, "writes a picture of another shape")
+            raise self._refused(node, "writes a picture of another shape", remedies.ENDING)
         scale = ((sign or 1) * total.unit).astype(np.float32)
         picture = Picture(scale=scale, places=places, block=total.shuffle, onto_noisy=sign != 0)
         self._add(total, replace(_unscaled(total), writes=picture, bias=folded_bias(total.name, total.bias, None)))
@@ -198,23 +201,27 @@ class _Reader:
         """Return what a tensor holds, and add the operators that it takes."""
         if name not in self._values:
             node = self._made_by.get(name)
+            if name == SIGMA:
+                raise UnsupportedError(f"{self._file}: '{SIGMA}' goes into an operator of maps", remedy=remedies.LEVEL)
             if node is None:
                 raise UnsupportedError(f"{self._file}: nothing makes the tensor '{name}'")
             if node.op_type not in _RULES:
-                raise self._refused(node, "is not computed in integers", _FLOATS)
+                raise self._refused(node, "is not computed in integers", remedies.instead_of(node.op_type))
             self._values[name] = _RULES[node.op_type](self, node)
         return self._values[name]
 
     def _convolution(self, node: onnx.NodeProto) -> _Sum:
         settings = _attributes(node)
-        weights, scale = self._weights(node)
         reads = self._feature(node.input[0], node)
+        weights, scale = self._weights(node)
         groups = settings.get("group", [1])[0]
         depthwise = groups == reads.channels == weights.shape[0] and weights.shape[1] == 1 and groups > 1
         stride, kernel, pads = settings.get("strides", [1, 1]), weights.shape[2:], settings.get("pads", [0, 0, 0, 0])
         plain = len(set(stride)) == 1 and set(settings.get("dilations", [1])) == {1} and len(set(pads[:2])) == 1
         if not plain or (groups > 1 and not depthwise):
-            raise self._refused(node, "has dilation, groups, or strides or padding that differ between the axes")
+            raise self._refused(
+                node, "has dilation, groups, or strides or padding that differ between the axes", remedies.WINDOW
+            )
         size = [
             (extent + pads[axis] + pads[axis + 2] - kernel[axis]) // stride[0] + 1
             for axis, extent in enumerate((reads.height, reads.width))
@@ -242,32 +249,31 @@ class _Reader:
         )
 
     def _transposed(self, node: onnx.NodeProto) -> _Sum:
-        """A transposed 2x2 convolution of stride 2 is a 1x1 convolution to four times the channels, shuffled."""
-        settings = _attributes(node)
+        """A transposed convolution is one to the channels of all pixels that one becomes, shuffled (`transposed`)."""
         weights, scale = self._weights(node)
-        factor = weights.shape[2]
-        square = weights.shape[3] == factor and settings.get("strides", [1, 1]) == [factor, factor]
-        if not square or any(settings.get("pads", [0])) or settings.get("group", [1])[0] != 1:
-            raise self._refused(node, "is no transposed convolution whose stride is its window")
+        found = shuffled(node, weights)
+        if found is None or len(set(found.before)) != 1:
+            raise self._refused(
+                node, "does not make a square of pixels of each, or has groups or dilation", remedies.ENLARGING
+            )
         reads = self._feature(node.input[0], node)
         if weights.dtype != np.int8 or self._is_wide(node.input[0]):
             raise self._refused(node, "is transposed and of 16 bits")
-        turned = np.ascontiguousarray(weights.transpose(2, 3, 1, 0).reshape(-1, reads.channels, 1, 1))
-        unit = reads.grid.scale * np.tile(np.broadcast_to(scale, weights.shape[1]), factor**2)
-        bias = np.tile(self._real_bias(node, weights.shape[1]), factor**2)
-        zeros = turned.astype(np.float64).sum((1, 2, 3)) * reads.grid.zero_point
+        unit = reads.grid.scale * np.tile(np.broadcast_to(scale, weights.shape[1]), found.factor**2)
+        bias = np.tile(self._real_bias(node, weights.shape[1]), found.factor**2)
+        zeros = found.weights.astype(np.float64).sum((1, 2, 3)) * reads.grid.zero_point
         return _Sum(
             name=node.name,
             reads=reads,
-            weights=turned,
+            weights=found.weights,
             depthwise=False,
             stride=1,
-            padding=0,
+            padding=found.before[0],
             height=reads.height,
             width=reads.width,
             unit=unit,
             bias=bias / unit - zeros,
-            shuffle=factor,
+            shuffle=found.factor,
         )
 
     def _activated(self, node: onnx.NodeProto) -> _Sum:
@@ -281,8 +287,8 @@ class _Reader:
         total = self._open_sum(node.input[0], node)
         settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         factor = int(settings["blocksize"])
-        if total.shuffle != 1 or total.noise is not None:
-            raise self._refused(node, "shuffles pixels twice, or after the noise level")
+        if total.shuffle != 1 or total.noise is not None or total.depthwise:
+            raise self._refused(node, "shuffles the pixels of what is no sum of a dense convolution", remedies.DENSE)
         channels = len(total.unit) // factor**2
         order = np.arange(len(total.unit))
         if settings.get("mode", b"DCR") == b"CRD":
@@ -298,7 +304,11 @@ class _Reader:
     def _spaced(self, node: onnx.NodeProto) -> _Spaced:
         picture = self._value(self._real(node.input[0]))
         if not isinstance(picture, _Spaced) or picture.block != 1:
-            raise self._refused(node, "reads something else than the picture")
+            raise self._refused(
+                node,
+                "reads something else than the picture",
+                f"use a convolution whose stride is its window in its place, or {remedies.FLOAT32}",
+            )
         factor = _attributes(node)["blocksize"][0]
         return _Spaced(places=_square(factor, self._channels), block=factor)
 
@@ -306,7 +316,7 @@ class _Reader:
         picture = self._value(self._real(node.input[0]))
         order = self._constants.get(node.input[1])
         if not isinstance(picture, _Spaced) or order is None or _attributes(node).get("axis", [0])[0] != 1:
-            raise self._refused(node, "is no reordering of the picture's channels")
+            raise self._refused(node, "is no reordering of the picture's channels", remedies.instead_of("Gather"))
         return replace(picture, places=tuple(picture.places[int(index)] for index in order.reshape(-1)))
 
     def _concatenated(self, node: onnx.NodeProto) -> Feature:
@@ -314,7 +324,7 @@ class _Reader:
         parts = tuple(self._on_grid(name, grid, node) for name in node.input)
         height, width = parts[0].height, parts[0].width
         if _attributes(node)["axis"] not in ([1], [-3]) or any((p.height, p.width) != (height, width) for p in parts):
-            raise self._refused(node, "joins something else than the channels of maps of one size")
+            raise self._refused(node, "joins something else than the channels of maps of one size", remedies.FLOAT32)
         channels = sum(part.channels for part in parts)
         joined = Feature(name=node.output[0], channels=channels, height=height, width=width, grid=grid)
         self._operators.append(Concat(reads=parts, writes=joined))
@@ -362,7 +372,7 @@ class _Reader:
     def _noise_level(self, node: onnx.NodeProto) -> _Noise:
         sigma, gain = sorted(map(self._real, node.input), key=lambda name: name != SIGMA)
         if sigma != SIGMA or gain not in self._constants:
-            raise self._refused(node, "multiplies something else than sigma by constants, in float", _FLOATS)
+            raise self._refused(node, "multiplies something else than sigma by constants, in float", remedies.FACTORS)
         return _Noise(gain=self._constants[gain].astype(np.float64).reshape(-1))
 
     def _sum_of_two(self, node: onnx.NodeProto) -> _Sum:
@@ -377,7 +387,9 @@ class _Reader:
         ]
         if not pending:
             copied, residual = (self._feature(name, node) for name in node.input)
-            if copied.rest_bits > residual.rest_bits == 0:
+            # A copy has no second plane: of two maps that have one, that on the finer grid loses less.
+            coarser = residual.rest_bits and copied.grid.scale > residual.grid.scale
+            if copied.rest_bits and (coarser or not residual.rest_bits):
                 copied, residual = residual, copied
             return replace(self._copy(copied, node.name), residual=residual)
         total = self._values[pending[-1]]
@@ -408,7 +420,9 @@ class _Reader:
             return value
         wide = any(map(self._is_wide_pair, self._readers.get(real, [])))
         grid = self._grid(real)
-        if grid is None or isinstance(value, _Noise):
+        if isinstance(value, _Noise):
+            raise self._refused(reader, f"reads '{real}', a level of the noise", remedies.LEVEL)
+        if grid is None:
             raise self._refused(reader, f"reads '{real}', which is not quantized")
         if isinstance(value, _Spaced):
             made = self._quantized(real, value, grid, wide)
@@ -452,7 +466,9 @@ class _Reader:
                 feature.width,
                 feature.channels,
             ):
-                raise UnsupportedError(f"{self._file}: '{total.name}': an addition of maps of different shapes")
+                raise UnsupportedError(
+                    f"{self._file}: '{total.name}': an addition of maps of different shapes", remedy=remedies.FLOAT32
+                )
             if steps.fraction < 2:
                 raise UnsupportedError(f"{self._file}: '{total.name}': the ranges of an addition are too far apart")
             multiplier = round(ratio * 2 ** (steps.fraction + 7))
@@ -483,11 +499,11 @@ class _Reader:
 
     def _open(self, total: _Sum, node: onnx.NodeProto) -> _Sum:
         if total.residual is not None or total.relu:
-            raise self._refused(node, "follows an activation or an addition that is not quantized")
+            raise self._refused(node, "follows an activation or an addition", remedies.DENSE)
         return total
 
     def _not_a_sum(self, node: onnx.NodeProto) -> _Sum:
-        raise self._refused(node, "reads something else than a feature map")
+        raise self._refused(node, "reads something else than a feature map", remedies.DENSE)
 
     def _is_open(self, total: _Value, name: str) -> bool:
         """Return whether a sum can take a residual: nothing else reads it, and nothing was done to it yet."""
@@ -568,7 +584,7 @@ class _Reader:
         bias: Floats = whole * unit
         return bias
 
-    def _refused(self, node: onnx.NodeProto, why: str, remedy: str = _REMEDY) -> UnsupportedError:
+    def _refused(self, node: onnx.NodeProto, why: str, remedy: str = remedies.PLACE) -> UnsupportedError:
         return UnsupportedError(f"{self._file}: {node.op_type} '{node.name}' {why}", remedy=remedy)
 
 

@@ -120,11 +120,14 @@ def _analyse(plan: s_tir.Schedule) -> _Kernel:
 
 
 def _packed(plan: s_tir.Schedule, sums: SBlockRV) -> SBlockRV | None:
-    """Return the block between the input and a reduction over a picture; for a single pixel it is not worth a copy."""
+    """Return the block between the input and a reduction over a picture; for a single pixel it is not worth a copy.
+
+    TVM puts none before a pool without padding, which therefore gets one here.
+    """
     producers = plan.get_producers(sums)
-    if len(producers) != 1 or _space(plan, sums)[2:] == (1, 1):
+    if len(producers) > 1 or _space(plan, sums)[2:] == (1, 1):
         return None
-    return producers[0]
+    return producers[0] if producers else plan.cache_read(sums, 0, "global")
 
 
 def _same(plan: s_tir.Schedule, one: SBlockRV, other: SBlockRV) -> bool:
