@@ -13,11 +13,12 @@ from edgekit import backends, models, target
 from edgekit.backends import Source
 from edgekit.compress.export import export_onnx
 from edgekit.compress.placement import PLACEMENTS
-from edgekit.compress.quantize import quantize_static, saturates
+from edgekit.compress.quantize import quantize_static
 from edgekit.compress.simplify import simplify
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
 from edgekit.graph import walk
 from edgekit.graph.reference import agreement_db, probe
+from edgekit.measure import host
 from edgekit.recipe import Quantization
 
 pytestmark = pytest.mark.backend
@@ -90,7 +91,7 @@ def test_all_convolutions_but_head_and_tail_run_in_integers(source, built):
 
 def test_the_bundle_says_how_many_bits_weights_have(built):
     _, made = built
-    assert made.facts["weight_bits"] == (7 if saturates() else 8)
+    assert made.facts["weight_bits"] == (7 if host.sums_saturate() else 8)
     assert f"Weights have {made.facts['weight_bits']} bits" in made.notes[1]
 
 

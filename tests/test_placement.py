@@ -39,7 +39,7 @@ def exported(net, folder):
 
 def opened(model: onnx.ModelProto) -> Reference:
     """Return the graph in ONNX Runtime's 8-bit kernels, or as it says where the sums of those saturate."""
-    return Reference(model, exact=quantize.saturates())
+    return Reference(model, exact=host.sums_saturate())
 
 
 @pytest.fixture(scope="module")

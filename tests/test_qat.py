@@ -24,6 +24,7 @@ from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import EdgekitError, InputError, IntegrityError, UnsupportedError
 from edgekit.graph.checks import NOISY
 from edgekit.graph.reference import Reference, agreement_db, feeds, probe, relative_change, session_options
+from edgekit.measure import host
 from edgekit.measure.quality import psnr
 from edgekit.pipeline import networks
 from edgekit.recipe import Qat, Quantization
@@ -259,7 +260,7 @@ def test_every_engines_placement_is_followed(engine, limit, nano):
     placed = placement.place(model, ranges, placement.PLACEMENTS[engine], weight_limit=limit)
     noisy = add_gaussian(HELD_OUT[0], 25.0, index=0)[None]
     graph = TorchGraph(placed)
-    got, want = in_torch(graph, noisy), Reference(placed, exact=quantize.saturates())(noisy, SIGMA)
+    got, want = in_torch(graph, noisy), Reference(placed, exact=host.sums_saturate())(noisy, SIGMA)
     clean = HELD_OUT[0] / np.float32(255)
     assert psnr(got[0], clean) == pytest.approx(psnr(want[0], clean), abs=0.05)
     assert agreement_db(got, want) > agreement_db(in_torch(TorchGraph(model), noisy), want) + 1

@@ -32,10 +32,35 @@ from edgekit.graph.walk import (
     stored_behind,
 )
 
+_NEXT_TO_NOTHING = 1e-20
+
 
 def rewritten(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a float or QDQ graph that computes the same with all of these; what has none of them stays as it is."""
-    return without_zero_points(subtraction_before_shuffle(channels_by_plane(constants_stored(model))))
+    return without_zero_points(subtraction_before_shuffle(channels_by_plane(with_biases(constants_stored(model)))))
+
+
+def with_biases(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a QDQ graph in which integer convolutions that have no bias, or one of zeros, have one of next to nothing.
+
+    Where several nodes read what such a convolution gives, and one of them computes in float, OpenVINO 2026.4
+    multiplies by the scales twice: 11 to 37 dB from the float graph instead of 48 to 53. A bias of zeros it drops.
+    """
+    changed = copied(model)
+    made_by, stored = producers(changed), initializers(changed)
+    for node in changed.graph.node:
+        if node.op_type != "Conv" or node.input[1] in stored:
+            continue
+        weights = stored_behind(node.input[1], made_by, stored)
+        given = stored.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        if not weights or (len(node.input) > 2 and node.input[2] and given is None):
+            continue
+        if given is None or not numpy_helper.to_array(given).any():
+            name = f"{node.output[0]}_bias"
+            bias = np.full(stored[weights[0]].dims[0], _NEXT_TO_NOTHING, np.float32)
+            changed.graph.initializer.append(numpy_helper.from_array(bias, name))
+            node.input[:] = [*node.input[:2], name]
+    return changed
 
 
 def subtraction_before_shuffle(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -32,7 +32,7 @@ from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, SIGMA
 from edgekit.graph.cost import infer_shapes
 from edgekit.graph.reference import Reference, probe, relative_change
-from edgekit.graph.walk import attribute, consumers, copied, initializers, producers
+from edgekit.graph.walk import attribute, consumers, copied, group_count, initializers, producers
 
 log = logging.getLogger(__name__)
 
@@ -306,12 +306,15 @@ def _written(model: onnx.ModelProto, bases: Mapping[str, Tensor]) -> onnx.ModelP
             if len(node.input) > 2:
                 change(node.input[2], "o,po->p", matrices[node.output[0]])
         elif made and _is_noise_level(node, stored):
+            gain = stored[node.input[1]]
+            del gain.dims[:]
+            gain.dims.extend((1, len(matrices[node.output[0]]), 1, 1))
             change(node.input[1], "nohw,po->nphw", matrices[node.output[0]])
     return changed
 
 
 def _is_dense(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Conv" and next((a.i for a in node.attribute if a.name == "group"), 1) == 1
+    return node.op_type == "Conv" and group_count(node) == 1
 
 
 def _is_noise_level(node: onnx.NodeProto, stored: Stored) -> bool:

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from edgekit.errors import IntegrityError
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
 from edgekit.graph.reference import Reference, probe, relative_change
-from edgekit.graph.walk import attribute, copied, initializers
+from edgekit.graph.walk import attribute, copied, group_count, initializers
 
 Peaks = Mapping[str, NDArray[np.float64]]
 Channel = tuple[str, int]
@@ -137,7 +137,7 @@ def _weights_reading(model: onnx.ModelProto, peaks: Peaks, groups: Mapping[Chann
             continue
         weights = np.abs(numpy_helper.to_array(stored[node.input[1]]))
         shares = (weights / np.maximum(weights.max(axis=(1, 2, 3), keepdims=True), _LEAST_PEAK)).max(axis=(2, 3))
-        for channel, share in enumerate(shares.reshape(_groups(node), -1, shares.shape[1]).max(axis=1).ravel()):
+        for channel, share in enumerate(shares.reshape(group_count(node), -1, shares.shape[1]).max(axis=1).ravel()):
             group = groups.get((node.input[0], channel), _FIXED)
             read[group] = max(read.get(group, 1e-3), float(share))
     return read
@@ -153,11 +153,12 @@ def _scaled(model: onnx.ModelProto, factors: Mapping[str, NDArray[np.float64]]) 
         tensor.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(tensor) * by).astype(np.float32), tensor.name))
 
     for node in scaled.graph.node:
-        if node.op_type == "Conv" and node.input[0] in factors:
-            # A convolution may write the output itself, whose channels keep their scale and have no peaks.
-            results = factors.get(node.output[0], np.ones(stored[node.input[1]].dims[0]))
+        if node.op_type == "Conv" and not factors.keys().isdisjoint((node.input[0], node.output[0])):
+            # A convolution may write the output itself, or read the noise level: they keep their scale, without peaks.
+            outputs, inputs = stored[node.input[1]].dims[:2]
+            results = factors.get(node.output[0], np.ones(outputs))
             # What the output channels of each group read, all those of a group alike.
-            reads = factors[node.input[0]].reshape(_groups(node), -1)
+            reads = factors.get(node.input[0], np.ones(group_count(node) * inputs)).reshape(group_count(node), -1)
             by = results[:, None] / np.repeat(reads, len(results) // len(reads), axis=0)
             multiply(1, node, by[:, :, None, None])
             if len(node.input) > 2:
@@ -173,8 +174,4 @@ def _is_noise_level(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]
 
 def _is_depthwise(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
     """Return whether each output channel reads one of several input channels."""
-    return _groups(node) > 1 and stored[node.input[1]].dims[1] == 1
-
-
-def _groups(node: onnx.NodeProto) -> int:
-    return int(attribute(node, "group") or 1)
+    return group_count(node) > 1 and stored[node.input[1]].dims[1] == 1

@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -22,9 +22,9 @@ from torch.onnx import register_custom_op_symbolic, symbolic_helper, unregister_
 from edgekit.errors import IntegrityError, UnsupportedError
 from edgekit.files import atomic_file
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA, interface, op_counts
-from edgekit.graph.cost import infer_shapes
+from edgekit.graph.cost import Shape, infer_shapes
 from edgekit.graph.reference import Reference, probe, relative_change
-from edgekit.graph.walk import consumers, initializers
+from edgekit.graph.walk import consumers, group_count, initializers
 
 OPSET = 17
 MOST_CHANGE = 1e-4
@@ -57,7 +57,8 @@ def export_onnx(net: nn.Module, *, channels: int, takes_sigma: bool, stride: int
         raise UnsupportedError(
             f"{type(net).__name__}: the exported graph has a BatchNormalization", remedy="fold it first: compress.fuse"
         )
-    _restore_channel_order(model, *sizes[0])
+    shuffles = [node for node in model.graph.node if node.op_type == "SpaceToDepth"]
+    restore_channel_order(model, shuffles, infer_shapes(model, *sizes[0]))
     strip(model)
     interface(model, out)
     onnx.checker.check_model(model)
@@ -121,6 +122,11 @@ def _traced(net: nn.Module, example: tuple[Tensor, ...]) -> onnx.ModelProto:
             raise UnsupportedError(
                 f"{type(net).__name__}: {str(error).splitlines()[0]}", remedy="replace this operator in the network"
             ) from error
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UnsupportedError(
+                f"{type(net).__name__} cannot be exported: {str(error).strip().splitlines()[0]}",
+                remedy="write it with modules of torch.nn in float32, without torch.jit.script",
+            ) from error
         return onnx.ModelProto.FromString(file.read_bytes())
 
 
@@ -147,24 +153,32 @@ def _space_to_depth() -> Iterator[None]:
         unregister_custom_op_symbolic("aten::pixel_unshuffle", OPSET)
 
 
-def _restore_channel_order(model: onnx.ModelProto, height: int, width: int) -> None:
-    """Bring the channels of every SpaceToDepth into torch's order.
+def restore_channel_order(
+    model: onnx.ModelProto, shuffles: Sequence[onnx.NodeProto], shapes: Mapping[str, Shape]
+) -> None:
+    """Bring the channels of SpaceToDepths that stand for PixelUnshuffles into torch's order, in place.
 
     ```
     colour, row, column  (torch)      SpaceToDepth ─ conv(w)   ->   SpaceToDepth ─ conv(w, inputs re-ordered)
     row, column, colour  (ONNX)       SpaceToDepth ─ other     ->   SpaceToDepth ─ Gather ─ other
     ```
+    Raises:
+        UnsupportedError: How many colours one reads is not known.
     """
-    shapes = infer_shapes(model, height, width)
     readers, weights = consumers(model), initializers(model)
-    for node in [n for n in model.graph.node if n.op_type == "SpaceToDepth"]:
+    for node in shuffles:
         block = next(a.i for a in node.attribute if a.name == "blocksize") ** 2
+        if node.input[0] not in shapes:
+            raise UnsupportedError(
+                f"node '{node.name}' (SpaceToDepth): the shape of '{node.input[0]}' cannot be inferred",
+                remedy="give PixelUnshuffle a picture whose size does not depend on its values",
+            )
         colours = shapes[node.input[0]][1]
         if colours == 1:
             continue
         order = np.arange(block * colours).reshape(block, colours).T.ravel()
         behind = readers[node.output[0]]
-        own = [n.input[1] for n in behind if n.op_type == "Conv" and n.input[1] in weights and _groups(n) == 1]
+        own = [n.input[1] for n in behind if n.op_type == "Conv" and n.input[1] in weights and group_count(n) == 1]
         if len(own) == len(behind) and all(len(readers[name]) == 1 for name in own):
             for name in own:
                 values = numpy_helper.to_array(weights[name])
@@ -182,7 +196,3 @@ def _insert_gather(model: onnx.ModelProto, node: onnx.NodeProto, order: NDArray[
     model.graph.initializer.append(numpy_helper.from_array(order.astype(np.int64), indices))
     gather = onnx.helper.make_node("Gather", [unordered, indices], [result], f"{node.name}_Gather", axis=1)
     model.graph.node.insert(list(model.graph.node).index(node) + 1, gather)
-
-
-def _groups(node: onnx.NodeProto) -> int:
-    return next((int(a.i) for a in node.attribute if a.name == "group"), 1)

@@ -9,7 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from edgekit.errors import IntegrityError, UnsupportedError
 from edgekit.graph.reference import relative_change
@@ -39,8 +42,9 @@ def fuse(net: nn.Module, example_noisy: Tensor, example_sigma: Tensor | None) ->
     """
     fused = copy.deepcopy(net).eval()
     norms = {name for name, module in fused.named_modules() if isinstance(module, _BatchNorm)}
-    if norms:
-        _fold(fused, _trace(fused, example_sigma is not None), norms)
+    if not norms:
+        return fused
+    _fold(fused, _trace(fused, example_sigma is not None), norms)
     original = copy.deepcopy(net).eval()
     with torch.inference_mode():
         arguments = (example_noisy,) if example_sigma is None else (example_noisy, example_sigma)
@@ -51,6 +55,22 @@ def fuse(net: nn.Module, example_noisy: Tensor, example_sigma: Tensor | None) ->
             remedy="look for a convolution whose weights are also read elsewhere, or statistics near zero",
         )
     return fused
+
+
+def settle_weights(net: nn.Module) -> None:
+    """Make plain weights of those that are computed from others, in place: weight and spectral normalization.
+
+    Not on a copy: copies of a module that torch parametrizes share its class, which is changed back with the first.
+    """
+    for module in net.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(cast(nn.ModuleDict, module.parametrizations)):
+                parametrize.remove_parametrizations(module, name)
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(module, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(module, hook.name)
 
 
 def _trace(net: nn.Module, takes_sigma: bool) -> fx.Graph:

@@ -17,9 +17,9 @@ on results too  x ─ [] ┬ conv ─ relu ─ [] ─ conv ─ [] ─ + ─ [] �
 maps             x ─ [] ─ resize ─ [] ┬ concat ─ [] ─ conv                ARM, ONNX Runtime
                  y ─ [] ──────────────┘     one grid where the ranges are alike
 ```
-What is subtracted from the picture, or added to it, at the end meets the same integers as the first convolution reads,
-where they are of 8 bits: their rounding is then a little more noise in the input, which the network takes away too. If
-the network saw it and the picture did not have it, it would reach the output whole.
+What is subtracted from the picture, or added to it, at the end (but for a clip or crop) meets the same integers as the
+first convolution reads, where they are of 8 bits: their rounding is then a little more noise in the input, which the
+network takes away too. If the network saw it and the picture did not have it, it would reach the output whole.
 
 OpenVINO and our ARM kernels add the residual inside the convolution before they round, so a pair between the two would
 only lose precision. ONNX Runtime has no such kernel: without the second pair its convolution falls back to float.
@@ -39,11 +39,14 @@ from onnx import helper, numpy_helper, version_converter
 from edgekit.graph.checks import DENOISED, NOISY
 from edgekit.graph.walk import (
     CONVOLUTIONS,
+    attribute,
     consumers,
     derived_from,
     first_convolutions,
+    group_count,
     initializers,
     last_convolutions,
+    last_sum,
     producers,
 )
 
@@ -149,15 +152,20 @@ def place(
 def computes_in_integers(model: onnx.ModelProto, ranges: Mapping[str, Range], placement: Placement) -> frozenset[str]:
     """Return the names of the convolutions and additions of a float graph that are quantized.
 
-    Only maps of four dimensions have ranges; what else is added stays in float. Transposed convolutions are only where
-    the engine has nothing else than integers: the others compute them in float.
+    Only maps of four dimensions have ranges; what else is added stays in float. Transposed convolutions, of one group,
+    are only where the engine has nothing else than integers: the others compute them in float.
     """
     features, gates = derived_from(model, NOISY), _gates(model)
-    convolutions = {"Conv"} if placement.floats else CONVOLUTIONS
+
+    def is_integer(node: onnx.NodeProto) -> bool:
+        return node.op_type == "Conv" or (
+            node.op_type == "ConvTranspose" and not placement.floats and group_count(node) == 1
+        )
+
     return frozenset(
         node.name
         for node in model.graph.node
-        if (node.op_type in convolutions and node.input[0] in ranges and node.input[0] not in gates)
+        if (is_integer(node) and node.input[0] in ranges and node.input[0] not in gates)
         or (node.op_type == "Add" and NOISY not in node.input and (features & ranges.keys()).issuperset(node.input))
     )
 
@@ -202,18 +210,20 @@ def release(
                 node.input[index] = raw
         return before != list(node.input)
 
-    moves = _MOVES | _BETWEEN_MAPS
+    last = last_sum(model)
     for node in model.graph.node:
-        if node.op_type in (*_PAIR, *moves) or node.name in integer:
+        if node.op_type in _PAIR or _moves(node) or _is_between(node) or node.name in integer:
             continue
-        if node.output[0] != DENOISED or not _reads_picture(node, made_by):
+        if node.output[0] != last or not _reads_picture(node, made_by):
             read_unrounded(node)
     drop_unread(model)
     # One behind the other, the last one first.
-    while any(read_unrounded(n) for n in model.graph.node if n.op_type in moves and not _is_rounded(n, model)):
+    while any(
+        read_unrounded(n) for n in model.graph.node if (_moves(n) or _is_between(n)) and not _is_rounded(n, model)
+    ):
         drop_unread(model)
     seeing = [node for node in model.graph.node if _reads_picture(node, made_by)]
-    if all(node.output[0] == DENOISED for node in seeing):
+    if all(node.output[0] == last for node in seeing):
         for node in seeing:
             read_unrounded(node)
         drop_unread(model)
@@ -253,6 +263,7 @@ class _Writer:
         self._relus = _fused_relus(model, self._integer)
         self._only_integers = {self._result(n) for n in model.graph.node if n.name in self._integer}
         self._ranges = dict(ranges)
+        self._last = last_sum(model)
         self._between = self._results_between_maps()
         self._rounded = self._tensors_to_round()
         self._wide = self._ends_of_16_bits() if placement.trunk == "int16" else frozenset[str]()
@@ -301,7 +312,7 @@ class _Writer:
         found = {}
         for node in self._model.graph.node:
             reads = tuple(node.input if node.op_type == "Concat" else node.input[:1])
-            if node.op_type in _BETWEEN_MAPS and maps.issuperset((*reads, node.output[0])):
+            if _is_between(node) and maps.issuperset((*reads, node.output[0])):
                 found[str(node.output[0])] = reads
         return found
 
@@ -346,7 +357,7 @@ class _Writer:
                 if node.output[0] in self._between:
                     self._share_range(node)
         for node in self._model.graph.node:
-            if node.op_type in _MOVES and self._rounded.issuperset((node.input[0], node.output[0])):
+            if _moves(node) and self._rounded.issuperset((node.input[0], node.output[0])):
                 self._ranges[node.output[0]] = self._ranges[node.input[0]]
 
     def _share_range(self, node: onnx.NodeProto) -> None:
@@ -383,9 +394,9 @@ class _Writer:
     def _reads_rounded(self, node: onnx.NodeProto, name: str) -> bool:
         if node.name in self._integer or node.output[0] in self._between or name in self._between:
             return True
-        if name == NOISY and node.output[0] == DENOISED:
+        if name == NOISY and node.output[0] == self._last:
             return self._placement.trunk == "int8"
-        if node.op_type in _MOVES and node.output[0] in self._rounded:
+        if _moves(node) and node.output[0] in self._rounded:
             return True
         return self._placement.results and name in self._only_integers
 
@@ -405,7 +416,7 @@ class _Writer:
     def _origin(self, name: str) -> str:
         """Return the rounded tensor whose values this one has in other places: both keep one scale, in training too."""
         node = self._made_by.get(name)
-        if self._placement.trunk == "int16" or node is None or node.op_type not in _MOVES or name in self._between:
+        if self._placement.trunk == "int16" or node is None or not _moves(node) or name in self._between:
             return name
         return self._origin(node.input[0]) if node.input[0] in self._rounded else name
 
@@ -471,9 +482,22 @@ def _moved(model: onnx.ModelProto, tensor: str) -> set[str]:
     """Return a tensor and those that have nothing but its values, in other places."""
     found = {tensor}
     for node in model.graph.node:
-        if node.op_type in _MOVES and node.input[0] in found:
+        if _moves(node) and node.input[0] in found:
             found.add(node.output[0])
     return found
+
+
+def _moves(node: onnx.NodeProto) -> bool:
+    return node.op_type in _MOVES and not _is_cubic(node)
+
+
+def _is_between(node: onnx.NodeProto) -> bool:
+    return node.op_type in _BETWEEN_MAPS and not _is_cubic(node)
+
+
+def _is_cubic(node: onnx.NodeProto) -> bool:
+    """Return whether a Resize gives values beyond those that it reads; engines have no integer kernel for it."""
+    return node.op_type == "Resize" and bool(attribute(node, "mode") == b"cubic")
 
 
 def _width(values: Range) -> float:
@@ -504,12 +528,7 @@ def _fused_relus(model: onnx.ModelProto, integer: frozenset[str]) -> dict[str, s
 def _dense_ends(model: onnx.ModelProto, integer: frozenset[str]) -> frozenset[str]:
     """Return the first and last convolutions that are integer ones over all channels."""
     ends = {*first_convolutions(model, NOISY), *last_convolutions(model, DENOISED)} & integer
-    groups = {
-        n.name: next((a.i for a in n.attribute if a.name == "group"), 1)
-        for n in model.graph.node
-        if n.op_type == "Conv"
-    }
-    return frozenset(name for name in ends if groups.get(name) == 1)
+    return frozenset(n.name for n in model.graph.node if n.name in ends and n.op_type == "Conv" and group_count(n) == 1)
 
 
 def _gates(model: onnx.ModelProto) -> set[str]:
@@ -551,7 +570,7 @@ def _integer_nodes(
     operands = all if placement.results else any
 
     def gives_integers(name: str) -> bool:
-        reads = {reader.op_type for reader in readers[name]}
+        reads = {reader.op_type for reader in readers.get(name, [])}
         if reads == {"Relu"}:
             return gives_integers(readers[name][0].output[0])
         return reads == {_PAIR[0]}

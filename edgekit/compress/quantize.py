@@ -42,7 +42,6 @@ LEAST_PICTURES = 8
 LEAST_AGREEMENT_DB = 25.0
 _FULL, _REDUCED = 127, 63
 # Processors that add the products of 8-bit numbers without saturating.
-_WIDE_SUMS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,13 +253,7 @@ def mark_as_prepared(model: onnx.ModelProto) -> None:
 
 def narrowed(placement: Placement) -> bool:
     """Return whether weights get 7 bits by default: the engine's sums saturate at 16 bits on this processor."""
-    return placement.saturates and saturates()
-
-
-def saturates() -> bool:
-    """Return whether this processor's sums of two 8-bit products saturate at 16 bits: x86 without VNNI."""
-    machine = host.describe(packages=())
-    return machine.architecture in ("x86_64", "AMD64") and _WIDE_SUMS.isdisjoint(machine.cpu.features)
+    return placement.saturates and host.sums_saturate()
 
 
 def kept_float(model: onnx.ModelProto, parts: frozenset[str]) -> tuple[str, ...]:

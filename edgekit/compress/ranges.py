@@ -47,7 +47,7 @@ def observe(model: onnx.ModelProto, pictures: Calibration, method: Method) -> Ob
         method: `minmax` takes the outermost values, `percentile` leaves out the outermost 0.01 % of each picture.
     """
     watched = copied(model)
-    names = [name for node in model.graph.node for name in node.output if name != DENOISED]
+    names = [name for node in model.graph.node for name in node.output if name and name != DENOISED]
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = session_options(1)
     # Fused operators give other tensors than the graph names.

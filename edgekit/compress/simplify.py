@@ -7,13 +7,15 @@ from pathlib import Path
 
 import onnx
 import onnxsim
-from onnx import version_converter
+from onnx import helper, version_converter
 
 from edgekit.compress.export import OPSET, strip, write
-from edgekit.errors import IntegrityError, UnsupportedError
-from edgekit.graph.checks import LEAST_OPSET, interface, load_onnx, opset
+from edgekit.compress.shuffles import shuffles_named
+from edgekit.errors import InputError, IntegrityError, UnsupportedError
+from edgekit.graph.checks import LEAST_OPSET, NOISY, interface, load_onnx, opset
+from edgekit.graph.cost import WEIGHT_INPUT
 from edgekit.graph.reference import Reference, probe, relative_change
-from edgekit.graph.walk import constants_stored, copied
+from edgekit.graph.walk import constants_stored, copied, initializers
 
 MOST_CHANGE = 1e-5
 _SIGMAS = (5 / 255, 25 / 255, 50 / 255)
@@ -36,8 +38,9 @@ def simplify(onnx_in: Path, out: Path, *, simplifier: Simplifier = onnx_simplifi
     onnxsim's own check is not relied on: it compares at one size with loose bounds, and has let changed outputs pass
     (onnxsim#1284). Here three pictures of different size, content and noise level must come out the same.
 
-    Constant nodes become initializers, which is where weights are looked for. A file of an opset in which weights
-    cannot be quantized by channel becomes one of opset 17.
+    Reshapes and Transposes that are shuffles become SpaceToDepth and DepthToSpace. Constant nodes become initializers,
+    which is where weights are looked for. A file of an opset in which weights cannot be quantized by channel becomes
+    one of opset 17.
 
     Raises:
         InputError: `onnx_in` is not a whole denoiser, or ONNX Runtime does not load or run it.
@@ -46,8 +49,10 @@ def simplify(onnx_in: Path, out: Path, *, simplifier: Simplifier = onnx_simplifi
     """
     before = load_onnx(onnx_in)
     run_before = Reference(before, name=str(onnx_in))
-    after = constants_stored(simplifier(_with_enough_opset(copied(before), onnx_in)))
+    after = constants_stored(simplifier(shuffles_named(_with_enough_opset(copied(before), onnx_in))))
     strip(after)
+    _refuse_half(after, onnx_in)
+    _name_channels(after)
     try:
         onnx.checker.check_model(after, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -57,6 +62,8 @@ def simplify(onnx_in: Path, out: Path, *, simplifier: Simplifier = onnx_simplifi
     for seed, ((height, width), sigma) in enumerate(zip(_SIZES, _SIGMAS, strict=True)):
         noisy = probe(height, width, channels, seed=seed)
         want = run_before(noisy, sigma)
+        if want.shape != noisy.shape:
+            raise InputError(f"{onnx_in}: gives {want.shape} for a picture {noisy.shape}; they must be equal")
         change = relative_change(run_after(noisy, sigma), want)
         if not change <= MOST_CHANGE:
             raise IntegrityError(
@@ -66,6 +73,28 @@ def simplify(onnx_in: Path, out: Path, *, simplifier: Simplifier = onnx_simplifi
             )
     write(after, out)
     return out
+
+
+def _refuse_half(model: onnx.ModelProto, path: Path) -> None:
+    """Raise UnsupportedError where convolutions or products have weights of float16, and so compute in it."""
+    stored = initializers(model)
+    for node in model.graph.node:
+        named = [name for name in node.input if name in stored and stored[name].data_type == onnx.TensorProto.FLOAT16]
+        if node.op_type in WEIGHT_INPUT and named:
+            raise UnsupportedError(
+                f"{path}: node '{node.name}' ({node.op_type}) computes in float16",
+                remedy="export the network in float32; targets with 'precision: float16' make float16 of it",
+            )
+
+
+def _name_channels(model: onnx.ModelProto) -> None:
+    """Say of the result that it is one picture of as many channels as the input, where the graph does not say it."""
+    (noisy,) = (value for value in model.graph.input if value.name == NOISY)
+    (denoised,) = model.graph.output
+    given = noisy.type.tensor_type.shape.dim[1].dim_value
+    for dim, size in zip(denoised.type.tensor_type.shape.dim[:2], (1, given), strict=True):
+        if not dim.HasField("dim_value"):
+            dim.dim_value = size
 
 
 def _with_enough_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
@@ -78,10 +107,19 @@ def _with_enough_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     inputs = [value for value in model.graph.input if value.name not in stored]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
+    upsamples = any(node.op_type == "Upsample" for node in model.graph.node)
     try:
-        return version_converter.convert_version(model, OPSET)
+        converted = version_converter.convert_version(model, OPSET)
     except (version_converter.ConvertError, RuntimeError) as error:
         raise UnsupportedError(
             f"{path}: is of opset {opset(model)} and cannot be converted to {OPSET}: {str(error).splitlines()[0]}",
             remedy=f"export it with opset {LEAST_OPSET} or more",
         ) from error
+    for node in converted.graph.node:
+        if node.op_type == "Resize" and upsamples:
+            # No opset has both. onnx's converter leaves out what makes a Resize do as an Upsample did.
+            node.attribute.extend(
+                helper.make_attribute(name, value)
+                for name, value in (("coordinate_transformation_mode", "asymmetric"), ("nearest_mode", "floor"))
+            )
+    return converted

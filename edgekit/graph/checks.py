@@ -113,7 +113,8 @@ def interface(model: onnx.ModelProto, path: Path) -> Interface:
             remedy="rename them when you export",
         )
     channels = _check_picture(inputs[NOISY], path)
-    if (given := _check_picture(outputs[DENOISED], path)) != channels:
+    # Behind a crop, exporters name no number of channels; `simplify` looks at what comes out.
+    if (given := _check_picture(outputs[DENOISED], path, unless_named=channels)) != channels:
         raise InputError(f"{path}: '{NOISY}' has {channels} channels and '{DENOISED}' has {given}; they must be equal")
     if SIGMA in inputs and _dims(inputs[SIGMA]) != (1, 1, 1, 1):
         raise InputError(f"{path}: '{SIGMA}' has the shape {_shown(inputs[SIGMA])}; expected (1, 1, 1, 1)")
@@ -144,13 +145,20 @@ def load_float_onnx(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _check_picture(value: onnx.ValueInfoProto, path: Path) -> int:
-    """Return the number of channels of an input or output (1, c, h, w) with any height and width."""
+def _check_picture(value: onnx.ValueInfoProto, path: Path, *, unless_named: int | None = None) -> int:
+    """Return the number of channels of an input or output (1, c, h, w) with any height and width.
+
+    Args:
+        value: The input or output.
+        path: Named in the errors.
+        unless_named: What it has where the graph does not say.
+    """
     tensor, dims = value.type.tensor_type, _dims(value)
     if tensor.elem_type != onnx.TensorProto.FLOAT or len(dims) != 4:
         kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
         raise InputError(f"{path}: '{value.name}' is {kind} {_shown(value)}; expected float (1, c, height, width)")
     batch, channels, height, width = dims
+    channels = unless_named if channels is None else channels
     if channels is None:
         raise UnsupportedError(
             f"{path}: '{value.name}' has a dynamic number of channels: {_shown(value)}",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnxsim
 
 from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY
@@ -117,6 +118,37 @@ def infer_shapes(model: onnx.ModelProto, height: int, width: int) -> dict[str, S
     Raises:
         UnsupportedError: The size does not fit the graph.
     """
+    fixed = _of_size(model, height, width)
+    try:
+        shapes = _inferred(fixed)
+        if any(name and name not in shapes for node in fixed.graph.node for name in node.output):
+            # Sizes are computed from the picture's as the graph runs.
+            shapes = _inferred(folded(model, height, width)) | shapes
+    except onnx.shape_inference.InferenceError as error:
+        raise UnsupportedError(f"no shapes for a picture of {height}x{width}: {str(error).splitlines()[0]}") from error
+    return shapes
+
+
+def folded(model: onnx.ModelProto, height: int, width: int, *, without_idle: bool = False) -> onnx.ModelProto:
+    """Return the graph for one picture of height x width pixels: what is computed from sizes alone is constant.
+
+    Args:
+        model: A denoiser's graph.
+        height: Of the picture, in pixels.
+        width: Of the picture, in pixels.
+        without_idle: Leave out what does nothing at this size, as padding to a multiple.
+
+    Raises:
+        UnsupportedError: The size does not fit the graph.
+    """
+    try:
+        return onnxsim.simplify(_of_size(model, height, width), perform_optimization=without_idle)[0]
+    except (RuntimeError, ValueError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
+        raise UnsupportedError(f"no graph for a picture of {height}x{width}: {str(error).splitlines()[0]}") from error
+
+
+def _of_size(model: onnx.ModelProto, height: int, width: int) -> onnx.ModelProto:
+    """Return the graph that takes one picture of height x width pixels."""
     fixed = copied(model)
     del fixed.graph.value_info[:]
     for value in fixed.graph.input:
@@ -127,15 +159,17 @@ def infer_shapes(model: onnx.ModelProto, height: int, width: int) -> dict[str, S
         if value.name == DENOISED:
             for dim in value.type.tensor_type.shape.dim:
                 dim.Clear()
-    try:
-        inferred = onnx.shape_inference.infer_shapes(fixed, strict_mode=True, data_prop=True).graph
-    except onnx.shape_inference.InferenceError as error:
-        raise UnsupportedError(f"no shapes for a picture of {height}x{width}: {str(error).splitlines()[0]}") from error
+    return fixed
+
+
+def _inferred(model: onnx.ModelProto) -> dict[str, Shape]:
+    """Return tensor name -> shape, of those whose shape onnx can infer."""
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
     shapes = {i.name: tuple(i.dims) for i in model.graph.initializer}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
-        dims = value.type.tensor_type.shape.dim
-        if all(d.HasField("dim_value") for d in dims):
-            shapes[value.name] = tuple(d.dim_value for d in dims)
+        tensor = value.type.tensor_type
+        if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
+            shapes[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
     return shapes
 
 

@@ -15,15 +15,18 @@ from pathlib import Path
 import onnx
 
 from edgekit.errors import IntegrityError
+from edgekit.graph.checks import NOISY
 from edgekit.graph.cost import Shape, infer_shapes, macs_by_node
-from edgekit.graph.walk import CONVOLUTIONS, initializers, producers
+from edgekit.graph.walk import CONVOLUTIONS, attribute, derived_from, initializers, producers
 
 COSTS = Path(__file__).with_name("lint_costs.json")
 SIDE = 256
 CHANNELS = 16
 _SMOOTH = frozenset({"HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "Erf", "Gelu", "Softplus", "Elu", "Mish"})
 _OTHER_ACTIVATIONS = frozenset({"PRelu", "LeakyRelu"})
-_GLOBAL = frozenset({"GlobalAveragePool", "GlobalMaxPool", "InstanceNormalization", "LayerNormalization", "Softmax"})
+_GLOBAL = frozenset({"GlobalAveragePool", "GlobalMaxPool", "InstanceNormalization"})
+# Over an axis, and for a LayerNormalization over all behind it too.
+_OVER_AXES = frozenset({"LayerNormalization", "Softmax"})
 _REDUCTIONS = frozenset({"ReduceMean", "ReduceMax", "ReduceSum"})
 _SPATIAL = frozenset({2, 3})
 
@@ -47,11 +50,12 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class _Graph:
-    """A graph with what the rules ask of it, at a picture of `SIDE` x `SIDE`."""
+    """A graph with what the rules ask of it, at a picture of `SIDE` x `SIDE`; larger: the shapes at twice the sides."""
 
     model: onnx.ModelProto
     shapes: Mapping[str, Shape]
     macs: Mapping[str, int]
+    larger: Mapping[str, Shape]
 
     def side(self, tensor: str) -> int:
         """Return the height of a tensor; 0 where it has none."""
@@ -68,7 +72,12 @@ def lint(model: onnx.ModelProto) -> list[Finding]:
     Raises:
         UnsupportedError: A shape that cannot be inferred. IntegrityError: The measured costs are damaged.
     """
-    graph = _Graph(model=model, shapes=infer_shapes(model, SIDE, SIDE), macs=macs_by_node(model, SIDE, SIDE))
+    graph = _Graph(
+        model=model,
+        shapes=infer_shapes(model, SIDE, SIDE),
+        macs=macs_by_node(model, SIDE, SIDE),
+        larger=infer_shapes(model, 2 * SIDE, 2 * SIDE),
+    )
     return [finding for rule in _RULES for finding in rule(graph)]
 
 
@@ -97,10 +106,13 @@ def _activations(graph: _Graph) -> Iterable[Finding]:
 
 def _squeeze_excite(graph: _Graph) -> Iterable[Finding]:
     """Find products of a map with a gate that is one number per channel."""
+    features = derived_from(graph.model, NOISY)
     gates = [
         n
         for n in graph.model.graph.node
-        if n.op_type == "Mul" and {graph.side(i) for i in n.input} >= {1} and graph.side(n.output[0]) > 1
+        if n.op_type == "Mul"
+        and any(graph.side(i) == 1 and i in features for i in n.input)
+        and graph.side(n.output[0]) > 1
     ]
     if gates:
         largest = max(graph.side(n.output[0]) for n in gates)
@@ -114,7 +126,9 @@ def _squeeze_excite(graph: _Graph) -> Iterable[Finding]:
 
 
 def _global(graph: _Graph) -> Iterable[Finding]:
-    found = [n for n in graph.model.graph.node if n.op_type in _GLOBAL or _reduces_space(n, graph)]
+    found = [
+        n for n in graph.model.graph.node if n.op_type in _GLOBAL or _reduces_space(n, graph) or _mixes_places(n, graph)
+    ]
     if found:
         kinds = ", ".join(sorted({n.op_type for n in found}))
         yield _finding(
@@ -134,6 +148,17 @@ def _reduces_space(node: onnx.NodeProto, graph: _Graph) -> bool:
     if not axes and len(node.input) > 1 and node.input[1] in (constants := initializers(graph.model)):
         axes = {int(v) for v in onnx.numpy_helper.to_array(constants[node.input[1]])}
     return not axes or not _SPATIAL.isdisjoint({a % 4 for a in axes})
+
+
+def _mixes_places(node: onnx.NodeProto, graph: _Graph) -> bool:
+    """Return whether an operator over axes mixes what lies along an axis that grows with the picture."""
+    if node.op_type not in _OVER_AXES:
+        return False
+    shape, larger = (shapes.get(node.input[0], ()) for shapes in (graph.shapes, graph.larger))
+    axis = attribute(node, "axis")
+    first = -1 if axis is None else int(axis)
+    axes = slice(first, None) if node.op_type == "LayerNormalization" else slice(first, first + 1 or None)
+    return shape[axes] != larger[axes] or not shape
 
 
 def _channels(graph: _Graph) -> Iterable[Finding]:

@@ -14,8 +14,9 @@ from onnx import numpy_helper
 
 from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY
+from edgekit.graph.cost import folded, infer_shapes
 from edgekit.graph.resizing import resizing
-from edgekit.graph.walk import initializers
+from edgekit.graph.walk import constants_stored, consumers, initializers, producers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,9 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
     Raises:
         UnsupportedError: An operator whose span is not known, or operands of different resolution.
     """
+    if any(node.op_type in _SIZES for node in model.graph.node):
+        model = constants_stored(folded(model, *_LOOKED_AT, without_idle=True))
+    kept = _kept_by_norms(model)
     unit = _Span(Fraction(1), Fraction(0), Fraction(0))
     spans: dict[str, tuple[_Span, _Span]] = {NOISY: (unit, unit)}
     global_nodes: list[str] = []
@@ -59,10 +63,15 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
     constants |= {n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in model.graph.node if _holds_tensor(n)}
     for node in model.graph.node:
         operands = [spans[name] for name in node.input if name in spans]
-        if not operands:
+        if not operands or node.op_type in _SIZES:
             continue
         if _is_global(node, constants):
             global_nodes.append(node.name)
+            if node.op_type in _NORMALIZE:
+                spans[node.output[0]] = _union(node, operands)
+            continue
+        if node.output[0] in kept:
+            spans[node.output[0]] = _union(node, operands)
             continue
         if node.op_type not in _RULES:
             raise UnsupportedError(
@@ -72,7 +81,7 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
         height, width = _union(node, operands)
         rule = _RULES[node.op_type]
         attributes = _attributes(node) | _resizing(node, constants) | _shift(node, constants)
-        for name in node.output:
+        for name in filter(None, node.output):
             spans[name] = (rule(height, attributes, 0), rule(width, attributes, 1))
     if DENOISED not in spans:
         raise UnsupportedError(f"'{DENOISED}' does not depend on the pixels of '{NOISY}' one by one")
@@ -80,6 +89,22 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
         raise UnsupportedError(f"'{DENOISED}' has another resolution than '{NOISY}'")
     halo = max(max(-span.low, span.high) for span in spans[DENOISED])
     return ReceptiveField(halo_px=math.ceil(halo), global_nodes=tuple(global_nodes))
+
+
+def _kept_by_norms(model: onnx.ModelProto) -> frozenset[str]:
+    """Return what the Reshapes around an InstanceNormalization give that keep a map's shape in the end: a GroupNorm."""
+    norms = [node for node in model.graph.node if node.op_type == "InstanceNormalization"]
+    if not norms:
+        return frozenset()
+    shapes, made_by, readers = infer_shapes(model, *_LOOKED_AT), producers(model), consumers(model)
+    kept = set[str]()
+    for norm in norms:
+        before, behind = made_by.get(norm.input[0]), readers.get(norm.output[0], [])
+        if before is None or [before.op_type, *(n.op_type for n in behind)] != ["Reshape", "Reshape"]:
+            continue
+        if shapes.get(before.input[0], ()) == shapes.get(behind[0].output[0]):
+            kept.update((before.output[0], behind[0].output[0]))
+    return frozenset(kept)
 
 
 _Attributes = Mapping[str, tuple[int, ...]]
@@ -153,11 +178,17 @@ _RULES: dict[str, _Rule] = {
 }
 _INPUTS = {"Pad": ("pads", "value", "axes"), "Slice": ("starts", "ends", "axes", "steps")}
 _CHANNEL_AXES = ((1,), (-3,))
+# They give pixels by means over the whole picture.
+_NORMALIZE = frozenset({"InstanceNormalization", "LayerNormalization"})
+# Pixels: any multiple of 32, and of no other power of two, so that what pads to more does pad.
+_LOOKED_AT = (33 * 32, 35 * 32)
+# They give sizes, on which no pixel's value has a bearing.
+_SIZES = frozenset({"Shape", "Size"})
 
 
 def _is_global(node: onnx.NodeProto, constants: Mapping[str, NDArray[np.generic]]) -> bool:
     """Return whether a node mixes all pixels; reductions over channels alone do not."""
-    if node.op_type in ("GlobalAveragePool", "GlobalMaxPool", "InstanceNormalization", "LayerNormalization"):
+    if node.op_type in ("GlobalAveragePool", "GlobalMaxPool", *_NORMALIZE):
         return True
     if node.op_type not in ("ReduceMean", "ReduceMax", "Concat", "Split", "Gather"):
         return False

@@ -69,6 +69,13 @@ def _reason(error: Exception) -> str:
     return re.sub(r"^/\S+:\d+ .*?\) (?=[A-Z])", "", line)
 
 
+def runtime(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """Return a graph opened on the CPU with one thread, for any inputs."""
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
+    )
+
+
 class Reference:
     """A graph opened in ONNX Runtime on the CPU with one thread.
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from edgekit.graph.walk import PAIR, attribute, consumers, copied, initializers, producers, stored_behind
+from edgekit.graph.walk import PAIR, attribute, consumers, copied, group_count, initializers, producers, stored_behind
 
 
 def channels_by_plane(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -24,7 +24,7 @@ def channels_by_plane(model: onnx.ModelProto) -> onnx.ModelProto:
             continue
         way = way_up(node, made_by, stored)
         source = made_by.get(way[-1])
-        if source is None or source.op_type != "Conv" or (attribute(source, "group") or 1) != 1:
+        if source is None or source.op_type != "Conv" or group_count(source) != 1:
             continue
         parts = [stored_behind(name, made_by, stored) for name in source.input[1:]]
         tensors = [name for part in parts for name in part]

@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from edgekit.graph.checks import DENOISED
+
 CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 PAIR = ("QuantizeLinear", "DequantizeLinear")
 
@@ -23,6 +25,11 @@ def copied(model: onnx.ModelProto) -> onnx.ModelProto:
 def attribute(node: onnx.NodeProto, name: str) -> Any:
     """Return an attribute's value, None if it is not given."""
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
+
+
+def group_count(convolution: onnx.NodeProto) -> int:
+    """Return how many groups of channels a convolution has."""
+    return int(attribute(convolution, "group") or 1)
 
 
 def producers(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
@@ -102,6 +109,14 @@ def last_convolutions(model: onnx.ModelProto, tensor: str) -> tuple[str, ...]:
     """Return the names of the convolutions that are reached first on every way up from `tensor`."""
     made_by = producers(model)
     return _reach([tensor], lambda name: [made_by[name]] if name in made_by else [], lambda node: node.input)
+
+
+def last_sum(model: onnx.ModelProto) -> str:
+    """Return the tensor that the picture is, or is clipped or cropped from."""
+    made_by, name = producers(model), DENOISED
+    while name in made_by and made_by[name].op_type in ("Clip", "Identity", "Slice"):
+        name = made_by[name].input[0]
+    return name
 
 
 def float_convolutions(model: onnx.ModelProto) -> tuple[str, ...]:

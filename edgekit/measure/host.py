@@ -29,6 +29,7 @@ MACOS_FEATURES = {
     "hw.optional.arm.FEAT_SME": "sme",
     "hw.optional.avx2_0": "avx2",
 }
+_WIDE_SUMS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8"})
 _ANSWER_S = 10.0
 PACKAGES = ("numpy", "onnx", "onnxruntime", "openvino", "torch", "apache-tvm", "coremltools", "scikit-image")
 
@@ -94,6 +95,12 @@ def describe(packages: Iterable[str] = PACKAGES) -> Host:
         python=platform.python_version(),
         packages=versions(sorted(packages)),
     )
+
+
+def sums_saturate() -> bool:
+    """Return whether this processor's sums of two 8-bit products saturate at 16 bits: x86 without VNNI."""
+    machine = describe(packages=())
+    return machine.architecture in ("x86_64", "AMD64") and _WIDE_SUMS.isdisjoint(machine.cpu.features)
 
 
 def gpu() -> Gpu | None:

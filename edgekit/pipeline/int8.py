@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -12,6 +13,7 @@ from typing import Literal
 import onnx
 import torch
 
+from edgekit import backends
 from edgekit.compress import budget, export, placement, qat, quantize
 from edgekit.compress.budget import Budget, Judge, Kept, Loss
 from edgekit.compress.placement import Placement
@@ -146,6 +148,8 @@ def calibration(recipe: Recipe, stride: int) -> Calibration:
 
 def _static(opened: Run, recipe: Recipe, student: Student, where: Placement, out: Path) -> Mapping[str, object]:
     prepared = quantize.prepare(student.fp32, calibration(recipe, student.stride), recipe.quantization, where)
+    if not where.floats:
+        _check_kernels(_placed(prepared, where, recipe.quantization), student, out)
     reached = within_budget(prepared, recipe, student, where, out, checkpoints=opened.root)
     report = quantize.written(reached.kept.model, prepared, student.fp32, out / FILE)
     return {
@@ -160,6 +164,14 @@ def _static(opened: Run, recipe: Recipe, student: Student, where: Placement, out
         "agreement_millidb": report.agreement_millidb,
         "weight_bits": prepared.weight_limit.bit_length() + 1,
     }
+
+
+def _check_kernels(graph: onnx.ModelProto, student: Student, out: Path) -> None:
+    """Refuse what has no integer kernel where an engine has nothing else, before anything is trained."""
+    export.write(graph, file := out / f"{student.name}.int8.onnx")
+    channels = checks.interface(graph, file).channels
+    importlib.import_module(backends.DOORS["tvm"]).check_int8(file, channels=channels, side=8 * student.stride)
+    file.unlink()
 
 
 def within_budget(

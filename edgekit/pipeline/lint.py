@@ -48,7 +48,7 @@ def lint(
 
 def _graph(what: str, options: Mapping[str, models.Option], weights: Path | None) -> onnx.ModelProto:
     if what.endswith(".onnx"):
-        return checks.load_float_onnx(Path(what))
+        return compiling.simplified(Path(what))
     return _exported(_network(what, options, weights))
 
 

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgekit import models, recipe, run, zoo
+from edgekit.compress import fuse
 from edgekit.errors import EdgekitError, InputError
 from edgekit.files import sha256, write_json
 from edgekit.models import weights
@@ -25,6 +26,7 @@ from edgekit.models.denoiser import Denoiser
 Array = NDArray[np.float32]
 WEIGHTS = "student.safetensors"
 _DESCRIPTION = "network.json"
+_STRIDES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,8 +225,19 @@ def _behind_interface(name: str, made: nn.Module) -> Denoiser:
     remedy = "forward(noisy), or forward(noisy, sigma), takes (n, channels, h, w); set the class's channels and stride"
     with _users_code(f"'{name}' denoises no picture", remedy), torch.no_grad():
         net = (made if isinstance(made, Denoiser) else _adapt(made)).eval()
-        net(*(given for given in example(net) if given is not None))
+        fuse.settle_weights(net)
+        if net.stride not in _STRIDES:
+            raise InputError(f"'{name}' has a stride of {net.stride}", remedy="set it to one of " + _listed(_STRIDES))
+        given = [value for value in example(net) if value is not None]
+        denoised = net(*given)
+        if not isinstance(denoised, Tensor) or denoised.shape != given[0].shape:
+            came = tuple(denoised.shape) if isinstance(denoised, Tensor) else f"a {type(denoised).__name__}"
+            raise InputError(f"'{name}' gives {came} for a picture {tuple(given[0].shape)}", remedy=remedy)
     return net
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
 
 
 def _adapt(made: nn.Module) -> Foreign:

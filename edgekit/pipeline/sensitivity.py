@@ -42,10 +42,11 @@ def of_model(
     """
     networks.refuse_ignored(what, weights=weights)
     if what.endswith(".onnx"):
-        path = Path(what)
-        model = checks.load_float_onnx(path)
+        path, model = Path(what), compiling.simplified(Path(what))
         recipe = compiling.default_recipe(path.stem, checks.interface(model, path).channels, overrides)
-        return path.stem, table(path, recipe, engine, stride=cost.stride(model, path))
+        with tempfile.TemporaryDirectory() as folder:
+            export.write(model, fp32 := Path(folder, path.name))
+            return path.stem, table(fp32, recipe, engine, stride=cost.stride(model, path))
     network = networks.named(what, weights)
     with tempfile.TemporaryDirectory() as folder:
         fp32 = compiling.float_graph(network.net, Path(folder))

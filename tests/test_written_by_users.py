@@ -1,0 +1,484 @@
+"""Networks as others write and export them: FFDNet, DRUNet and NAFNet as published, norms, shuffles by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+
+from edgekit import backends, target
+from edgekit.backends import Source, openvino_graph
+from edgekit.compress import quantize
+from edgekit.compress.placement import PLACEMENTS, place, release
+from edgekit.compress.quantize import Prepared
+from edgekit.compress.simplify import simplify
+from edgekit.errors import InputError, IntegrityError, UnsupportedError
+from edgekit.graph import checks, cost, walk
+from edgekit.graph import lint as rules
+from edgekit.graph.checks import DENOISED, NOISY, SIGMA
+from edgekit.graph.receptive_field import receptive_field
+from edgekit.graph.reference import Reference, agreement_db, probe, relative_change
+from edgekit.models import weights
+from edgekit.pipeline import compile as compiling
+from edgekit.pipeline import int8, networks
+from edgekit.recipe import Quantization
+
+LEVEL = 25 / 255
+SETTINGS = Quantization(calibration_pictures=8, change_basis=False)
+
+
+def conv(inputs: int, outputs: int, *, bias: bool = True, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias, groups=groups)
+
+
+class FfdNet(nn.Module):
+    """As published (github.com/cszn/KAIR): pads to even sides, and crops."""
+
+    channels, stride, takes_sigma = 1, 8, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.PixelUnshuffle(2), nn.PixelShuffle(2)
+        self.model = nn.Sequential(conv(5, 16), nn.ReLU(), conv(16, 16), nn.ReLU(), conv(16, 4))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        h, w = x.size()[-2:]
+        below, right = int(np.ceil(h / 2) * 2 - h), int(np.ceil(w / 2) * 2 - w)
+        x = self.down(nn.ReplicationPad2d((0, right, 0, below))(x))
+        x = torch.cat((x, sigma.repeat(1, 1, x.size()[-2], x.size()[-1])), 1)
+        return self.up(self.model(x))[..., :h, :w]
+
+
+class ByHand(nn.Module):
+    """FFDNet in colour, with its shuffles as Reshapes and Transposes."""
+
+    channels, stride, takes_sigma = 3, 8, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(conv(15, 16), nn.ReLU(), conv(16, 12))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        spread = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, c * 4, h // 2, w // 2)
+        y = self.model(torch.cat([spread, sigma.expand(n, 3, h // 2, w // 2)], 1))
+        return x - y.reshape(n, c, 2, 2, h // 2, w // 2).permute(0, 1, 4, 2, 5, 3).reshape(n, c, h, w)
+
+
+class DruNet(nn.Module):
+    """A level of DRUNet: no biases, a noise-level map, a transposed convolution."""
+
+    channels, stride, takes_sigma = 1, 8, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.down = conv(2, 16, bias=False), nn.Conv2d(16, 24, 2, 2, bias=False)
+        self.one, self.two = conv(24, 24, bias=False), conv(24, 24, bias=False)
+        self.up, self.tail = nn.ConvTranspose2d(24, 16, 2, 2, bias=False), conv(16, 1, bias=False)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        x = self.head(torch.cat([x, sigma.expand(-1, -1, x.shape[2], x.shape[3])], 1))
+        y = self.down(x)
+        return self.tail(self.up(y + self.two(F.relu(self.one(y)))) + x)
+
+
+class LayerNorm2d(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        y = (x - mean) / ((x - mean).pow(2).mean(1, keepdim=True) + 1e-6).sqrt()
+        return self.weight.view(1, -1, 1, 1) * y + self.bias.view(1, -1, 1, 1)
+
+
+class NafNet(nn.Module):
+    """A block of NAFNet: pads to a multiple, norms over channels, gates by halves, and crops."""
+
+    channels, stride, takes_sigma = 1, 8, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.intro, self.ending, self.norm = conv(1, 16), conv(16, 1), LayerNorm2d(16)
+        self.wide, self.deep, self.narrow = nn.Conv2d(16, 32, 1), conv(32, 32, groups=32), nn.Conv2d(16, 16, 1)
+        self.beta = nn.Parameter(torch.full((1, 16, 1, 1), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        padded = F.pad(x, (0, (16 - width % 16) % 16, 0, (16 - height % 16) % 16))
+        y = self.intro(padded)
+        one, other = self.deep(self.wide(self.norm(y))).chunk(2, 1)
+        return (self.ending(y + self.narrow(one * other) * self.beta) + padded)[:, :, :height, :width]
+
+
+class Body(nn.Module):
+    """A picture and what is subtracted from it."""
+
+    channels, stride, takes_sigma = 1, 8, False
+
+    def __init__(self, *body: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.body(x)
+
+
+class Added(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Clipped(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(0, 1)
+
+
+class Embedded(nn.Module):
+    """The noise level by two convolutions of one pixel."""
+
+    channels, stride, takes_sigma = 1, 8, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.tail = conv(1, 16), conv(16, 1)
+        self.embed = nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 1))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return x - self.tail(F.relu(self.head(x) + self.embed(sigma)))
+
+
+class WithoutBias(nn.Module):
+    """Convolutions without biases, whose results several nodes read, one of them in float."""
+
+    channels, stride, takes_sigma = 1, 8, False
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.head, self.tail = conv(1, 16, bias=False), conv(16, 1, bias=False)
+        self.one, self.two, self.norm = conv(16, 16, bias=False), conv(16, 16, bias=False), LayerNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(x)
+        if self.kind == "norm":
+            y = y + self.two(F.relu(self.one(self.norm(y))))
+        elif self.kind == "scaled":
+            y = y * 0.5 + self.two(F.relu(self.one(y)))
+        else:
+            z = self.one(F.relu(y))
+            y = y + z * torch.sigmoid(self.two(F.adaptive_avg_pool2d(z, 1)))
+        return x - self.tail(y)
+
+
+def seeded(net: nn.Module) -> nn.Module:
+    """Give a network small random weights that do not depend on what was made before it."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            if parameter.ndim == 4 and parameter.numel() > 16:
+                fan = parameter[0].numel() if parameter.shape[0] > 1 else parameter.numel()
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.7 / fan**0.5))
+    return net.eval()
+
+
+def as_others_export(net: nn.Module, path: Path, *, opset: int = 17) -> Path:
+    """Return `path`, now the network as torch's exporter writes it by itself."""
+    noisy = torch.from_numpy(probe(64, 96, net.channels, seed=0))
+    given = (noisy, torch.full((1, 1, 1, 1), LEVEL)) if net.takes_sigma else (noisy,)
+    sides = {2: "height", 3: "width"}
+    torch.onnx.export(
+        net,
+        given,
+        path,
+        dynamo=False,
+        opset_version=opset,
+        input_names=[NOISY, SIGMA][: len(given)],
+        output_names=[DENOISED],
+        dynamic_axes={NOISY: sides, DENOISED: sides},
+    )
+    return path
+
+
+def simplified(net: nn.Module, folder: Path) -> Path:
+    return simplify(as_others_export(seeded(net), folder / "net.onnx"), folder / "simple.onnx")
+
+
+def prepared(fp32: Path, engine: str, channels: int = 1) -> Prepared:
+    pictures = [(probe(48, 64, channels, seed=i), LEVEL) for i in range(8)]
+    return quantize.prepare(fp32, pictures, SETTINGS, PLACEMENTS[engine])
+
+
+def placed(made: Prepared, engine: str) -> onnx.ModelProto:
+    return place(made.model, made.ranges, PLACEMENTS[engine], weight_limit=made.weight_limit)
+
+
+PUBLISHED = {"ffdnet": FfdNet, "by hand": ByHand, "drunet": DruNet, "nafnet": NafNet}
+
+
+@pytest.mark.parametrize("way", ["file", "class"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_networks_become_int8(tmp_path, name, way):
+    net = seeded(PUBLISHED[name]())
+    if way == "file":
+        fp32 = simplify(as_others_export(net, tmp_path / "net.onnx"), tmp_path / "simple.onnx")
+    else:
+        foreign = networks.Foreign(net, channels=net.channels, stride=net.stride, takes_sigma=net.takes_sigma)
+        fp32 = compiling.float_graph(foreign, tmp_path)
+    model = checks.load_onnx(fp32)
+    noisy = probe(72, 56, net.channels, seed=9)
+    with torch.no_grad():
+        want = net(*[torch.from_numpy(noisy), torch.full((1, 1, 1, 1), LEVEL)][: 1 + net.takes_sigma]).numpy()
+    assert relative_change(Reference(model)(noisy, LEVEL), want) < 1e-4
+    assert (cost.stride(model, fp32), cost.cost(model, 256, 256).macs > 10**7) == (8, True)
+    rules.lint(model)
+    for engine in ("onnxruntime", "openvino"):
+        made = prepared(fp32, engine, net.channels)
+        graph = placed(made, engine)
+        assert agreement_db(Reference(graph, exact=True)(noisy, LEVEL), want) > 35
+        whole = [n.name for n in graph.graph.node if n.op_type in ("Conv", "Add")]
+        free = release(graph, whole, PLACEMENTS[engine], made.model)
+        # What was rounded between the parts of a concatenation stays so.
+        assert agreement_db(Reference(free, exact=True)(noisy, LEVEL), want) > (
+            80 if name in ("drunet", "nafnet") else 55
+        )
+
+
+@pytest.mark.parametrize(("name", "halo"), [("ffdnet", 7), ("by hand", 5), ("drunet", 7), ("nafnet", 3)])
+def test_how_far_they_look_is_known(tmp_path, name, halo):
+    """The convolutions of 3x3 at half the size reach two pixels each, and the two pixels of a shuffle one more."""
+    field = receptive_field(checks.load_onnx(simplified(PUBLISHED[name](), tmp_path)))
+    assert (field.halo_px, field.global_nodes) == (halo, ())
+
+
+@pytest.mark.parametrize("name", ["ffdnet", "by hand"])
+def test_shuffles_have_their_names(tmp_path, name):
+    counts = checks.op_counts(checks.load_onnx(simplified(PUBLISHED[name](), tmp_path)))
+    assert (counts["SpaceToDepth"], counts["DepthToSpace"]) == (1, 1)
+    assert not {"Reshape", "Transpose", "Squeeze"} & counts.keys()
+
+
+def test_what_only_looks_like_a_shuffle_stays(tmp_path):
+    class Swapped(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            n, c, h, w = y.shape
+            rows = y.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 5, 3, 2, 4)
+            return x - F.pixel_shuffle(rows.reshape(n, c * 4, h // 2, w // 2), 2)
+
+    model = checks.load_onnx(simplified(Swapped(conv(1, 1)), tmp_path))
+    assert checks.op_counts(model)["Transpose"] == 1
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(16, affine=True), nn.GroupNorm(4, 16)], ids=["instance", "group"])
+def test_a_norm_over_the_picture_does_not_hide_what_is_before_it(tmp_path, norm):
+    field = receptive_field(checks.load_onnx(simplified(Body(conv(1, 16), norm, nn.ReLU(), conv(16, 1)), tmp_path)))
+    assert (field.halo_px, len(field.global_nodes)) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", ["norm", "scaled", "gated"])
+def test_openvino_takes_convolutions_without_a_bias(tmp_path, monkeypatch, kind):
+    pytest.importorskip("openvino")
+    fp32 = simplified(WithoutBias(kind), tmp_path)
+    made = prepared(fp32, "openvino")
+    graph = placed(made, "openvino")
+    (tmp_path / "int8.onnx").write_bytes(graph.SerializeToString())
+    source = Source(
+        name=kind,
+        fp32_onnx=fp32,
+        int8_onnx=tmp_path / "int8.onnx",
+        module=lambda: WithoutBias(kind),
+        takes_sigma=False,
+        channels=1,
+        stride=8,
+        calibration=list(made.pictures),
+    )
+    door, wanted = backends.load("openvino"), target.load("linux-x86_64")
+    built = door.build(source, wanted, tmp_path / "built")
+    ((_, session),) = door.open_session(tmp_path / "built", built, wanted)
+    noisy = probe(72, 56, 1, seed=9)
+    assert agreement_db(session(noisy, LEVEL), Reference(graph, exact=True)(noisy, LEVEL)) > 50
+    monkeypatch.setattr(openvino_graph, "with_biases", lambda model: model)
+    with pytest.raises(IntegrityError, match=r"the artifact is \d+\.\d dB from (its INT8|the float) graph"):
+        door.build(source, wanted, tmp_path / "wrong")
+
+
+def test_a_bias_of_next_to_nothing_changes_nothing(tmp_path):
+    graph = placed(prepared(simplified(WithoutBias("scaled"), tmp_path), "openvino"), "openvino")
+    changed = openvino_graph.with_biases(graph)
+    without = [n.name for n in graph.graph.node if n.op_type == "Conv" and len(n.input) == 2]
+    assert [n.name for n in changed.graph.node if n.op_type == "Conv" and len(n.input) == 3] == without
+    assert len(without) == 4
+    noisy = probe(72, 56, 1, seed=9)
+    same = Reference(changed, exact=True)(noisy, LEVEL), Reference(graph, exact=True)(noisy, LEVEL)
+    assert np.array_equal(*same)
+
+
+def test_a_bias_of_zeros_is_replaced_and_another_kept(tmp_path):
+    net = Body(conv(1, 16), nn.ReLU(), conv(16, 1))
+    seeded(net)
+    nn.init.zeros_(net.body[0].bias)
+    fp32 = simplify(as_others_export(net, tmp_path / "net.onnx"), tmp_path / "simple.onnx")
+    graph = placed(prepared(fp32, "openvino"), "openvino")
+    stored = walk.initializers(changed := openvino_graph.with_biases(graph))
+    first, last = (numpy_helper.to_array(stored[n.input[2]]) for n in changed.graph.node if n.op_type == "Conv")
+    assert (first > 0).all()
+    assert (first < 1e-19).all()
+    assert np.array_equal(last, net.body[2].bias.detach().numpy())
+
+
+def test_a_clip_at_the_end_loses_nothing(tmp_path):
+    noisy, pictures = probe(72, 56, 1, seed=9), []
+    for kind in (Body, Clipped):
+        (folder := tmp_path / kind.__name__).mkdir()
+        fp32 = simplified(kind(conv(1, 16), nn.ReLU(), conv(16, 16), nn.ReLU(), conv(16, 1)), folder)
+        graph = placed(prepared(fp32, "openvino"), "openvino")
+        pictures.append(np.clip(Reference(graph, exact=True)(noisy, LEVEL), 0, 1))
+    assert np.array_equal(*pictures)
+
+
+def test_a_network_that_adds_at_the_end_goes_back_to_float(tmp_path):
+    made = prepared(simplified(Added(conv(1, 16), nn.ReLU(), conv(16, 1)), tmp_path), "onnxruntime")
+    graph = placed(made, "onnxruntime")
+    names = [n.name for n in graph.graph.node if n.op_type == "Conv"]
+    free = release(graph, names, PLACEMENTS["onnxruntime"], made.model)
+    noisy = probe(72, 56, 1, seed=9)
+    assert agreement_db(Reference(free)(noisy, LEVEL), Reference(made.model)(noisy, LEVEL)) > 100
+
+
+def test_what_embeds_the_noise_level_keeps_its_picture_when_channels_are_equalized(tmp_path):
+    fp32 = simplified(Embedded(), tmp_path)
+    noisy = probe(72, 56, 1, seed=9)
+    equalized = prepared(fp32, "onnxruntime").model
+    assert relative_change(Reference(equalized)(noisy, LEVEL), Reference(checks.load_onnx(fp32))(noisy, LEVEL)) < 1e-5
+
+
+def test_a_cubic_resize_is_not_called_integer(tmp_path):
+    up = nn.Upsample(scale_factor=2, mode="bicubic")
+    net = Body(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), conv(16, 16), up, conv(16, 16), nn.ReLU(), conv(16, 1))
+    made = prepared(simplified(net, tmp_path), "onnxruntime")
+    graph = placed(made, "onnxruntime")
+    resize = next(n for n in graph.graph.node if n.op_type == "Resize")
+    convolutions = {n.name for n in graph.graph.node if n.op_type == "Conv"} - {*walk.float_convolutions(graph)}
+    assert walk.producers(graph)[resize.input[0]].op_type != "QuantizeLinear"
+    (tmp_path / "int8.onnx").write_bytes(graph.SerializeToString())
+    found = backends.load("onnxruntime").audit_file(tmp_path / "int8.onnx")
+    assert found.integer_macs_permille == cost.integer_permille(graph, frozenset(convolutions))
+
+
+def test_an_upsample_of_an_old_opset_stays_what_it_was(tmp_path):
+    up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+    net = seeded(Body(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), up, conv(16, 1)))
+    path = as_others_export(net, tmp_path / "old.onnx", opset=9)
+    assert checks.op_counts(onnx.load(path))["Upsample"] == 1
+    model = checks.load_onnx(simplify(path, tmp_path / "simple.onnx"))
+    noisy = probe(72, 56, 1, seed=9)
+    assert relative_change(Reference(model)(noisy, LEVEL), Reference(onnx.load(path))(noisy, LEVEL)) < 1e-6
+
+
+def test_a_network_in_float16_is_refused_by_name(tmp_path):
+    half = [numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float16), "w")]
+    nodes = [
+        helper.make_node("Cast", [NOISY], ["half"], "down", to=TensorProto.FLOAT16),
+        helper.make_node("Conv", ["half", "w"], ["halves"], "same"),
+        helper.make_node("Cast", ["halves"], [DENOISED], "up", to=TensorProto.FLOAT),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, "h", "w"]) for name in (NOISY, DENOISED)]
+    model = helper.make_model(
+        helper.make_graph(nodes, "half", ends[:1], ends[1:], half), opset_imports=[helper.make_opsetid("", 17)]
+    )
+    model.ir_version = 8
+    (tmp_path / "half.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnsupportedError, match=r"half\.onnx: node 'same' \(Conv\) computes in float16; export"):
+        simplify(tmp_path / "half.onnx", tmp_path / "simple.onnx")
+
+
+def test_a_graph_that_gives_more_planes_than_it_says_is_refused(tmp_path):
+    nodes = [helper.make_node("Concat", [NOISY, NOISY], [DENOISED], "twice", axis=1)]
+    ends = [
+        helper.make_tensor_value_info(NOISY, TensorProto.FLOAT, [1, 1, "h", "w"]),
+        helper.make_tensor_value_info(DENOISED, TensorProto.FLOAT, ["n", "c", "h", "w"]),
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "twice", ends[:1], ends[1:]), opset_imports=[helper.make_opsetid("", 17)]
+    )
+    model.ir_version = 8
+    (tmp_path / "twice.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises((InputError, UnsupportedError), match=r"channels|must be equal"):
+        simplify(tmp_path / "twice.onnx", tmp_path / "simple.onnx")
+
+
+NORMED = {
+    "weight norm": lambda: parametrizations.weight_norm(conv(1, 8)),
+    "spectral norm": lambda: parametrizations.spectral_norm(conv(1, 8)),
+    "old weight norm": lambda: weight_norm(conv(1, 8)),
+    "old spectral norm": lambda: spectral_norm(conv(1, 8)),
+}
+
+
+class Normed(Body):
+    kind = ""
+
+    def __init__(self) -> None:
+        super().__init__(NORMED[self.kind](), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 1))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("kind", NORMED)
+def test_weights_that_are_computed_from_others_become_plain_ones(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(Normed, "kind", kind)
+    torch.manual_seed(0)
+    net = Normed()
+    net(torch.from_numpy(probe(64, 96, 1, seed=0)))
+    weights.save(net.state_dict(), tmp_path / "net.safetensors")
+    network = networks.from_class(f"{__name__}:Normed", tmp_path / "net.safetensors")
+    noisy = probe(72, 56, 1, seed=9)
+    with torch.no_grad():
+        want = net.eval()(torch.from_numpy(noisy)).numpy()
+    model = checks.load_onnx(compiling.float_graph(network.net, tmp_path))
+    assert relative_change(Reference(model)(noisy, LEVEL), want) < 1e-4
+    assert set(checks.op_counts(model)) == {"Conv", "Relu", "Sub"}
+
+
+def test_the_weights_of_a_norm_are_no_channel_gate_and_a_norm_over_channels_no_global_one(tmp_path):
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    for number, norm in enumerate((LayerNorm2d(16), Last())):
+        (tmp_path / str(number)).mkdir()
+        fp32 = simplified(Body(conv(1, 16), norm, conv(16, 1)), tmp_path / str(number))
+        found = {finding.rule for finding in rules.lint(checks.load_onnx(fp32))}
+        assert not {"squeeze_excite", "global_operator"} & found
+
+
+def test_lint_and_sensitivity_take_what_compile_takes(tmp_path, call):
+    file = as_others_export(seeded(Added(conv(1, 16), nn.ReLU(), conv(16, 1))), tmp_path / "old.onnx", opset=11)
+    assert "full_resolution" in call("lint", file, "--json").out
+    made = call("sensitivity", file, "--engine", "onnxruntime", "-o", tmp_path / "table")
+    assert (made.code, (tmp_path / "table" / "sensitivity.json").is_file()) == (0, True)
+
+
+@pytest.mark.backend
+def test_what_has_no_integer_kernel_is_refused_before_anything_is_trained(tmp_path, monkeypatch, call):
+    pytest.importorskip("tvm")
+    monkeypatch.setattr(int8.qat, "finetune", lambda **given: pytest.fail("it is trained"))
+    net = Body(conv(1, 16), nn.LeakyReLU(), conv(16, 16), nn.ReLU(), conv(16, 1))
+    path = as_others_export(seeded(net), tmp_path / "leaky.onnx")
+    made = call("compile", path, "-t", "linux-arm64", "-o", tmp_path / "run", "--set", "budgets.int8_drop_db=0.001")
+    assert made.code == 4
+    assert "leaky.int8.onnx: LeakyRelu" in made.err
