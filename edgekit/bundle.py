@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from edgekit import config
 from edgekit.errors import InputError, IntegrityError
 from edgekit.files import json_sha256, sha256, write_json
-from edgekit.target import STRICT
+from edgekit.target import STRICT, Bound, Check
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_AGAIN = "restore the bundle, or compile it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +29,55 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Model:
+    """What a manifest says of the student.
+
+    macs_256: Of a picture of 256x256. halo_px: None where none is known; halo_unknown then says why.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    name: str
+    channels: Literal[1, 3]
+    takes_sigma: bool
+    stride: Literal[1, 2, 4, 8, 16, 32]
+    parameters: int
+    macs_256: int
+    halo_px: Annotated[int, Bound(least=0)] | None
+    global_ops: tuple[str, ...]
+    halo_unknown: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Protocol:
+    """How a manifest says that quality is measured. files: Names of the golden pictures."""
+
+    __pydantic_config__: ClassVar = STRICT
+    noise: Literal["gaussian"]
+    sigma255: Annotated[float, Bound(least=0.0, most=255.0)]
+    seeds: Annotated[tuple[Annotated[int, Bound(least=0, most=4000)], ...], Bound(entries=1)]
+    pictures: str
+    files: Annotated[tuple[str, ...], Bound(entries=1)]
+    golden_outputs: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """The parts of a manifest that are checked beyond its own types, and kept as they were written."""
+
+    __pydantic_config__: ClassVar = STRICT
+    model: Annotated[
+        _Model,
+        Check(lambda model: model.halo_px is not None or bool(model.halo_unknown), "no halo, and no 'halo_unknown'"),
+    ]
+    protocol: _Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a bundle is.
 
-    target: The resolved target. model: Name, options, channels, takes_sigma, stride, parameters, macs.
-    budgets: Most dB that may be lost. protocol: How quality is measured. built: What the backend wrote.
+    target: The resolved target. model: As `_Model`. protocol: As `_Protocol`.
+    budgets: Most dB that may be lost. built: What the backend wrote.
     chain: From the teacher to the artifact. files: Path -> sha256 of every other file of the bundle.
     """
 
@@ -93,6 +138,10 @@ def read(bundle: Path) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path}: damaged manifest: {error}", remedy="compile the bundle again") from error
     manifest = config.checked(raw, Manifest, path)
+    parts = config.checked({"model": manifest.model, "protocol": manifest.protocol}, _Parts, path)
+    for name in parts.protocol.files:
+        if f"golden/{name}.png" not in manifest.files:
+            raise IntegrityError(f"{path}: 'protocol.files': there is no golden/{name}.png", remedy=_AGAIN)
     _check(bundle, manifest.files)
     return manifest
 
@@ -104,4 +153,4 @@ def _check(bundle: Path, recorded: Mapping[str, str]) -> None:
             state = (
                 "is missing" if name not in found else "is not in the manifest" if name not in recorded else "changed"
             )
-            raise IntegrityError(f"{bundle / name}: {state}", remedy="restore the bundle, or compile it again")
+            raise IntegrityError(f"{bundle / name}: {state}", remedy=_AGAIN)

@@ -6,6 +6,7 @@ YAML file against them strictly, and names the line of whatever is wrong.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,8 @@ class Data:
 
     train: Pictures to learn from; several folders may be named.
     evaluation: Pictures that nothing is learned or chosen from. One folder in both places is divided in three.
-    calibration: Pictures that ranges and the best weights are chosen on, at least 8; None takes a part of `train`.
+    calibration: Pictures that ranges and the best weights are chosen on, at least 8; None takes a part of the first
+        of `train`.
     channels: 1 for gray, 3 for colour.
     evaluation_pictures: Most pictures that verification looks at.
     """
@@ -228,11 +230,17 @@ def int8_worst_db(budgets: Budgets, model: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One way from a teacher to artifacts."""
+    """One way from a teacher to artifacts. name: Also of its run folder, `runs/<name>`."""
 
     __pydantic_config__: ClassVar = STRICT
     schema_version: Literal[1]
-    name: str
+    name: Annotated[
+        str,
+        Check(
+            lambda name: re.fullmatch(r"\w[\w.-]*", name) is not None,
+            "a run folder is called like it: use letters, digits, '-', '_' and '.', a letter or digit first",
+        ),
+    ]
     description: str
     teacher: Model | None = None
     student: Model

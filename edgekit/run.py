@@ -26,6 +26,8 @@ RUNS = Path("runs")
 _RECORD, _MEASURED, _LOCK = "run.json", "measured.json", "lock"
 _SCHEMA_VERSION = 1
 _NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+# Made again in moments; whoever gives the run other settings after an error has lost nothing with it.
+_CHEAP = ("pictures",)
 Facts = Mapping[str, object]
 
 
@@ -172,7 +174,7 @@ def open_run(root: Path, identity: Mapping[str, object] | None, *, overwrite: bo
     with storage_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         _refuse_strangers(root)
-    with _lock(root):
+    with lock(root):
         _sweep(root)
         if (root / _RECORD).exists():
             recorded, stages = _read(root)
@@ -181,8 +183,7 @@ def open_run(root: Path, identity: Mapping[str, object] | None, *, overwrite: bo
                 run._load()
                 yield run
                 return
-            # A run that came to nothing, as one with a misspelt model, is in nobody's way.
-            if stages and not overwrite:
+            if not overwrite and _is_worth_keeping(root, stages):
                 raise InputError(
                     f"{root}: holds another run ({_difference(recorded, identity)})",
                     remedy="choose another folder with -o, or replace it with --overwrite",
@@ -274,7 +275,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _lock(root: Path) -> Iterator[None]:
+def lock(root: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system gives back even when the process is killed."""
     path = root / _LOCK
     with storage_errors(path):
@@ -339,6 +340,18 @@ def _sweep(root: Path) -> None:
         else:
             # Gone already where it lay in a folder that was itself half written.
             path.unlink(missing_ok=True)
+
+
+def _is_worth_keeping(root: Path, stages: Sequence[Stage]) -> bool:
+    """Return whether a run holds a stage that took time, a checkpoint, or a file of somebody else's.
+
+    One that came to nothing, as with a misspelt model or a patch of a wrong size, is in nobody's way.
+    """
+    if any(stage.name not in _CHEAP for stage in stages):
+        return True
+    ours = {_RECORD, _MEASURED, _LOCK, *(stage.folder for stage in stages)}
+    others = [path for path in root.iterdir() if path.name not in ours]
+    return any(p.is_file() for path in others for p in (path, *path.rglob("*")))
 
 
 def _empty(root: Path) -> None:

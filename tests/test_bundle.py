@@ -4,18 +4,23 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgekit import bundle
 from edgekit.errors import InputError, IntegrityError
 from edgekit.files import sha256
-from edgekit.pipeline import verify
+from edgekit.pipeline import denoise, verify
 
 
 @pytest.fixture
 def kept(finished: Path, cwd: Path) -> Path:
     """Return a copy of a bundle that keeps its limits."""
     return Path(shutil.copytree(finished / "bundles/kept", cwd / "kept"))
+
+
+PROTOCOL = ("noise", "pictures", "files", "seeds", "sigma255", "golden_outputs")
+MODEL = ("name", "channels", "stride", "halo_px", "global_ops")
 
 
 def rewrite(path: Path, change: Callable[[dict], object]) -> None:
@@ -100,8 +105,20 @@ def test_a_manifest_that_is_cut_anywhere_is_refused(kept):
         (lambda m: m["budgets"].update(int8_drop_db="much"), "budgets.int8_drop_db"),
         (lambda m: m["chain"][0].pop("kind"), "chain.0.kind"),
         (lambda m: m.update(surprise=1), "surprise"),
+        *((lambda m, key=key: m["protocol"].pop(key), f"protocol.{key}") for key in PROTOCOL),
+        (lambda m: m["protocol"].update(files=[]), "protocol.files"),
+        (lambda m: m["protocol"].update(files=["none"]), "protocol.files"),
+        (lambda m: m["protocol"].update(seeds=["a"]), "protocol.seeds.0"),
+        (lambda m: m["protocol"].update(sigma255=-1), "protocol.sigma255"),
+        *((lambda m, key=key: m["model"].pop(key), f"model.{key}") for key in MODEL),
+        (lambda m: m["model"].update(stride="eight"), "model.stride"),
+        (lambda m: m["model"].update(stride=7), "model.stride"),
+        (lambda m: m["model"].update(halo_px=None), "model"),
     ],
-    ids=["missing", "no table", "no hash", "no number", "chain", "unknown"],
+    ids=[
+        *("missing", "no table", "no hash", "no number", "chain", "unknown", *PROTOCOL, "no files", "no such file"),
+        *("no seed", "no noise", *MODEL, "stride in words", "no such stride", "no halo"),
+    ],
 )
 def test_a_manifest_that_does_not_follow_its_schema_is_refused_by_key(kept, change, key):
     rewrite(kept / "manifest.json", change)
@@ -128,6 +145,20 @@ def test_a_manifest_of_another_version_is_refused(kept):
     rewrite(kept / "manifest.json", lambda m: m.update(schema_version=2))
     with pytest.raises(InputError, match="written by another version of edgekit; compile it again"):
         bundle.read(kept)
+
+
+def test_a_picture_larger_than_the_tile_is_refused_with_the_reason_where_no_halo_is_known(kept):
+    def of_one_piece(manifest: dict) -> None:
+        manifest["model"].update(halo_px=None, halo_unknown="node 'x' (Softmax): how far it looks is not known")
+        manifest["target"]["input"].update(height=48, width=64)
+
+    rewrite(kept / "manifest.json", of_one_piece)
+    opened = denoise.open_model(str(kept))
+    assert opened(np.zeros((1, 1, 40, 64), np.float32), 0.1).shape == (1, 1, 40, 64)
+    for height, width in ((56, 64), (48, 65)):
+        said = rf"is {width}x{height}, larger than the tile 64x48, .* no halo is known: node 'x' \(Softmax\).*; compile"
+        with pytest.raises(InputError, match=said):
+            opened(np.zeros((1, 1, height, width), np.float32), 0.1)
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(kept):

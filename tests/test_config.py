@@ -11,6 +11,8 @@ from edgekit.errors import InputError, IntegrityError
 from edgekit.recipe import Recipe
 from edgekit.target import Target
 
+NAMES = "a run folder is called like it: use letters, digits, '-', '_' and '.', a letter or digit first"
+
 
 def refusal(path: Path, *overrides: str) -> str:
     """Return what loading a recipe is refused with, without the path in front."""
@@ -78,6 +80,7 @@ def test_a_name_that_is_not_shipped_is_refused_with_the_nearest_one():
         ("float32", "float16", "precision", "'training.precision' is 'float16'; expected 'bf16' or 'float32'"),
         ("schema_version: 1", "schema_version: 2", "schema_version", "'schema_version' is 2; expected 1"),
         ("\nname: tiny", "", "schema_version", "key 'name' is missing; add it"),
+        ("name: tiny", "name: ../evil", "name:", f"'name' is '../evil'; {NAMES}"),
         (
             "budgets:",
             "noise:\n  train: [55, 0]\nbudgets:",
@@ -175,6 +178,16 @@ def test_the_last_of_several_overrides_wins(tiny):
 )
 def test_a_wrong_override_is_named(tiny, override, told):
     assert refusal(tiny, "training.batch=2", override).startswith(f"--set {override}: {told}")
+
+
+@pytest.mark.parametrize("name", ["../evil", "/tmp/x", "a/b/c", "a/b", ".hid", "..", "", "a b", "-o"])
+def test_a_name_that_is_no_folders_is_refused(tiny, name):
+    assert refusal(tiny, f"name={name!r}") == f"--set name={name!r}: 'name' is {name!r}; {NAMES}"
+
+
+@pytest.mark.parametrize("name", ["tiny", "Tiny-2.0_b", "9", "größer"])
+def test_a_name_that_is_a_folders_is_taken(tiny, name):
+    assert recipe.load(tiny, (f"name={name!r}",)).name == name
 
 
 def test_noise_takes_the_largest_seed_that_a_recipe_may_have(tiny):

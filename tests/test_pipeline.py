@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from edgekit import backends, bundle, files, report, run, target, zoo
 from edgekit.compress.export import export_onnx
+from edgekit.data import sets
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, IntegrityError, ToolMissingError, UnsupportedError
 from edgekit.graph.checks import is_quantized
@@ -592,6 +593,114 @@ def test_pictures_that_came_into_a_runs_folder_later_are_looked_at_before_int8_i
     Image.fromarray(evaluated[100:356, 120:376].copy()).save(mine / "train" / "crop.png")
     with pytest.raises(InputError, match=r"crop\.png"):
         compiling.compile_model(str(tmp_path / "run"), [ONNX])
+
+
+@pytest.fixture
+def own_evaluation(photos, tmp_path) -> tuple[Path, Recipe]:
+    """A trained run in `run`, and its recipe, whose folders lie in `mine`."""
+    mine = Path(shutil.copytree(photos, tmp_path / "mine"))
+    recipe = tiny.recipe(mine, training=STEPS)
+    distill.distill(recipe, tmp_path / "run")
+    return mine, recipe
+
+
+@pytest.mark.parametrize("seen", ["train", "held_out"])
+@pytest.mark.parametrize("wanted", [FLOAT, ONNX], ids=["float32", "int8"])
+def test_a_student_is_not_judged_by_a_picture_that_it_learned_from(own_evaluation, tmp_path, seen, wanted):
+    mine, _ = own_evaluation
+    shutil.copyfile(mine / seen / "5.png", mine / "evaluation" / "0.png")
+    if seen == "train":
+        (mine / seen / "5.png").unlink()
+    with pytest.raises(InputError, match=r"run: its student learned from '.*/5.png', which is '0.png' of evaluation"):
+        compiling.compile_model(str(tmp_path / "run"), [wanted])
+    assert not (tmp_path / "run" / "bundles").exists()
+
+
+def test_a_student_is_not_judged_by_a_part_of_what_it_learned_from(photos, tmp_path):
+    mine = Path(shutil.copytree(photos, tmp_path / "mine"))
+    large = dead_leaves(97, 256, 256)[0]
+    Image.fromarray(large).save(mine / "train" / "large.png")
+    distill.distill(tiny.recipe(mine, training=STEPS), tmp_path / "run")
+    Image.fromarray(large[40:240, 40:240].copy()).save(mine / "evaluation" / "0.png")
+    with pytest.raises(InputError, match=r"'large.png' of train.* shows what is kept back as '0.png' of evaluation"):
+        compiling.compile_model(str(tmp_path / "run"), [FLOAT])
+
+
+def test_a_student_may_be_judged_by_other_pictures_than_when_it_was_trained(own_evaluation, tmp_path):
+    mine, _ = own_evaluation
+    Image.fromarray(dead_leaves(96, 64, 64)[0]).save(mine / "evaluation" / "0.png")
+    assert set(compiling.compile_model(str(tmp_path / "run"), [FLOAT]).bundles) == {FLOAT.name}
+    shutil.rmtree(tmp_path / "run" / "01-pictures")
+    with pytest.raises(IntegrityError, match=r"pictures.json: is missing, and data.evaluation holds other pictures"):
+        compiling.compile_model(str(tmp_path / "run"), [FLOAT])
+
+
+def test_the_training_pictures_may_be_gone_where_the_evaluation_pictures_are_those_of_then(own_evaluation, tmp_path):
+    mine, _ = own_evaluation
+    shutil.rmtree(mine / "train")
+    shutil.rmtree(tmp_path / "run" / "01-pictures")
+    assert set(compiling.compile_model(str(tmp_path / "run"), [FLOAT]).bundles) == {FLOAT.name}
+
+
+def test_a_student_is_not_judged_by_the_list_of_a_training_that_did_not_end(own_evaluation, tmp_path, monkeypatch):
+    mine, recipe = own_evaluation
+    (mine / "train" / "5.png").rename(mine / "evaluation" / "0.png")
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill.loop, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill.distill(recipe, tmp_path / "run")
+    with pytest.raises(InputError, match="learned from other pictures than it lists by now, and is not trained anew"):
+        compiling.compile_model(str(tmp_path / "run"), [FLOAT])
+
+
+def test_a_list_of_pictures_that_an_older_edgekit_wrote_is_refused_by_name(own_evaluation, tmp_path):
+    mine, _ = own_evaluation
+    listing, record = tmp_path / "run" / "01-pictures" / "pictures.json", tmp_path / "run" / "run.json"
+    before = files.sha256(listing)
+    listing.write_text('{"train": {"5.png": "0123"}}')
+    # Of the student's inputs as well.
+    record.write_text(record.read_text().replace(before, files.sha256(listing)))
+    assert set(compiling.compile_model(str(tmp_path / "run"), [FLOAT]).bundles) == {FLOAT.name}
+    Image.fromarray(dead_leaves(96, 64, 64)[0]).save(mine / "evaluation" / "0.png")
+    with pytest.raises(InputError, match=r"pictures.json: was written by another version of edgekit"):
+        compiling.compile_model(str(tmp_path / "run"), [FLOAT])
+
+
+@pytest.mark.parametrize("judged", ["held_out", "evaluation"])
+def test_a_picture_that_is_too_small_for_a_figure_is_named_before_anything_is_trained(photos, tmp_path, judged):
+    mine = Path(shutil.copytree(photos, tmp_path / "mine"))
+    Image.fromarray(dead_leaves(96, 64, 64)[0][:10].copy()).save(mine / judged / "1.png")
+    with pytest.raises(InputError, match=rf"'1.png' of {judged} is 10x64 pixels; SSIM needs 11 a side; take it out"):
+        distill.distill(tiny.recipe(mine, training=STEPS), tmp_path / "run")
+    assert not (tmp_path / "run" / "02-student.state").exists()
+    Image.fromarray(dead_leaves(96, 64, 64)[0][:11].copy()).save(mine / judged / "1.png")
+    distill.distill(tiny.recipe(mine, training=STEPS), tmp_path / "run")
+
+
+def test_every_picture_of_every_folder_is_used(tmp_path):
+    for seed in range(120):
+        (tmp_path / ("first" if seed < 80 else "second")).mkdir(exist_ok=True)
+        folder = tmp_path / ("first" if seed < 80 else "second")
+        Image.fromarray(dead_leaves(seed, 32, 32)[0]).save(folder / f"{seed}.png")
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    alone = pictures.load(Data(train=(first,)))
+    both = pictures.load(Data(train=(first, second)))
+    assert sets.digest(both.held_out) == sets.digest(alone.held_out)
+    assert (len(alone.train) + len(alone.held_out), len(both.train)) == (80, len(alone.train) + 40)
+    judged = pictures.load(Data(train=(first, second), evaluation=second, evaluation_pictures=40))
+    assert sets.digest(judged.held_out) == sets.digest(alone.held_out)
+    assert len(judged.train) + len(judged.held_out) + len(judged.evaluation) == 120
+
+
+def test_a_patch_that_does_not_fit_is_mended_in_the_same_folder(photos, tmp_path):
+    with pytest.raises(InputError, match="is 20, no multiple of the networks' stride 8"):
+        distilled(photos, tmp_path / "run", training=tiny.training(steps=5, patch=20))
+    distilled(photos, tmp_path / "run", training=tiny.training(steps=5, patch=16))
+    with pytest.raises(InputError, match="holds another run"):
+        distilled(photos, tmp_path / "run", training=tiny.training(steps=5, patch=24))
 
 
 def test_a_picture_in_two_sets_is_refused(photos, tmp_path):

@@ -12,7 +12,7 @@ import tiny
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.compress import placement, qat, quantize
+from edgekit.compress import placement, qat
 from edgekit.compress.export import export_onnx
 from edgekit.compress.qat import Loss, QatReport, finetune
 from edgekit.compress.quantize import quantize_static

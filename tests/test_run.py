@@ -381,6 +381,26 @@ def test_a_run_that_came_to_nothing_makes_room_for_another(cwd):
     assert run.read_identity(cwd / "r")["recipe"]["name"] == "tiny"
 
 
+def test_a_run_that_only_listed_its_pictures_makes_room_for_another(cwd):
+    with run.open_run(cwd / "r", {"recipe": {"name": "wrong"}}) as opened:
+        make(opened, [], name="pictures")
+        (cwd / "r/02-student.state").mkdir()
+    with run.open_run(cwd / "r", IDENTITY) as opened:
+        assert opened.stages() == {}
+    assert sorted(p.name for p in (cwd / "r").iterdir()) == ["lock", "run.json"]
+
+
+@pytest.mark.parametrize("kept", ["02-student.state/checkpoint.safetensors", "notes.txt"])
+def test_a_run_with_a_checkpoint_or_a_file_of_somebody_elses_makes_no_room(cwd, kept):
+    with run.open_run(cwd / "r", {"recipe": {"name": "wrong"}}) as opened:
+        make(opened, [], name="pictures")
+        (cwd / "r" / kept).parent.mkdir(exist_ok=True)
+        (cwd / "r" / kept).write_bytes(b"hours")
+    with pytest.raises(InputError, match="holds another run"), run.open_run(cwd / "r", IDENTITY):
+        pass
+    assert (cwd / "r" / kept).read_bytes() == b"hours"
+
+
 @pytest.mark.parametrize(
     "name", ["", "bundles/", "bundles/.", "bundles/../..", "../home", "/home", "bundles/a/b", "a\n"]
 )

@@ -23,7 +23,7 @@ from edgekit import bundle, report, target, zoo
 from edgekit.data.sets import Picture, PictureSet
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import IncompleteError, InputError, IntegrityError
-from edgekit.measure import quality
+from edgekit.measure import host, quality
 from edgekit.measure.latency import Paired
 from edgekit.pipeline import baseline, bench, denoise, distill, measurement, networks, verify
 from edgekit.pipeline import compile as compiling
@@ -180,7 +180,7 @@ def test_the_last_bits_of_another_processor_do_not_fail(copied):
 
 @pytest.mark.parametrize(("bits", "saturates", "said"), [(8, True, True), (8, False, False), (7, True, False)])
 def test_sums_that_saturate_on_this_processor_are_said(copied, monkeypatch, bits, saturates, said):
-    monkeypatch.setattr(verify, "saturates", lambda: saturates)
+    monkeypatch.setattr(host, "sums_saturate", lambda: saturates)
     built = json.loads((copied / bundle.MANIFEST).read_text())["built"]
     found = judged(changed(copied, manifest={"built": {"facts": built["facts"] | {"weight_bits": bits}}}))
     assert any("sums saturate here" in note for note in found.notes) == said
@@ -743,7 +743,7 @@ def test_a_baseline_survives_its_file(measured, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     by_default = baseline.write(dataclasses.replace(found, device="Some GPU (R) 5"))
     assert by_default == Path("results/baselines/nano-some-gpu-r-5.json")
-    assert baseline.recorded() == [dataclasses.replace(found, device="Some GPU (R) 5")]
+    assert baseline.recorded().records == (dataclasses.replace(found, device="Some GPU (R) 5"),)
 
 
 def test_a_runs_record_does_not_replace_that_of_the_shipped_weights(measured, tmp_path, monkeypatch):
@@ -752,7 +752,7 @@ def test_a_runs_record_does_not_replace_that_of_the_shipped_weights(measured, tm
     own = dataclasses.replace(found, teacher_sha256="ab" * 32, device="GPU")
     paths = [baseline.write(record) for record in (dataclasses.replace(found, device="GPU"), own)]
     assert [path.name for path in paths] == ["nano-gpu.json", "nano-abababababab-gpu.json"]
-    assert {b.teacher_sha256 for b in baseline.recorded()} == {found.teacher_sha256, own.teacher_sha256}
+    assert {b.teacher_sha256 for b in baseline.recorded().records} == {found.teacher_sha256, own.teacher_sha256}
     assert baseline.write(dataclasses.replace(own, teacher="mine")).name == "mine-abababababab-gpu.json"
 
 
@@ -760,16 +760,44 @@ def test_records_come_oldest_first_whatever_their_files_are_called(measured, tmp
     found, _ = measured
     for name, year in (("a", 2028), ("b", 2026), ("c", 2027)):
         baseline.write(dataclasses.replace(found, date=f"{year}-01-01T00:00:00Z"), tmp_path / f"{name}.json")
-    assert [b.date[:4] for b in baseline.recorded(tmp_path)] == ["2026", "2027", "2028"]
-    assert baseline.recorded(tmp_path / "nowhere") == []
+    assert [b.date[:4] for b in baseline.recorded(tmp_path).records] == ["2026", "2027", "2028"]
+    assert baseline.recorded(tmp_path / "nowhere") == baseline.Recorded(records=(), refused=())
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"schema_version": 1, "kind": "edgekit-baseline"}'])
-def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, content):
+NO_RECORDS = {
+    "cut": ("{", "is not a baseline record"),
+    "list": ("[]", "is not a baseline record"),
+    "empty": ("{}", "is not a baseline record"),
+    "another kind": ('{"schema_version": 1, "kind": "edgekit-report"}', "is not a baseline record"),
+    "another version": ('{"schema_version": 2, "kind": "edgekit-baseline"}', "was written by another version"),
+    "nothing in it": ('{"schema_version": 1, "kind": "edgekit-baseline"}', "'teacher': "),
+}
+
+
+@pytest.mark.parametrize(("content", "told"), NO_RECORDS.values(), ids=NO_RECORDS)
+def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, content, told):
     path = tmp_path / "b.json"
     path.write_text(content)
-    with pytest.raises(IntegrityError, match=f"{path}: is not a baseline record"):
-        baseline.recorded(tmp_path)
+    with pytest.raises((InputError, IntegrityError), match=f"{path}: {told}"):
+        baseline.read(path)
+    (why,) = baseline.recorded(tmp_path).refused
+    assert why.startswith(f"{path}: {told}")
+
+
+def test_a_figure_of_the_wrong_type_is_refused_by_name(measured, tmp_path):
+    path = baseline.write(measured[0], tmp_path / "b.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quality": ["30 dB"]}))
+    with pytest.raises(IntegrityError, match="'quality': "):
+        baseline.read(path)
+
+
+def test_a_stray_file_among_the_baselines_is_told_and_ends_nothing(copied, made):
+    record(Path.cwd(), made)
+    (Path.cwd() / "results" / "baselines" / "stray.json").write_text("{}")
+    found = judged(copied)
+    assert only(found, "student_drop_db").reason == "teacher on Some GPU"
+    (why,) = found.refused
+    assert why.startswith("results/baselines/stray.json: is not a baseline record")
 
 
 def test_a_record_that_is_missing_is_refused_by_name(tmp_path):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -21,16 +22,21 @@ from edgekit.measure import host, quality
 from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import networks
 from edgekit.pipeline.networks import Network
+from edgekit.target import STRICT
 
+SCHEMA_VERSION = 1
+KIND = "edgekit-baseline"
 FOLDER = Path("results/baselines")
 SHAPES = ((256, 256), (512, 512), (1024, 1024))
 _WARM_UP = 3
+_AGAIN = "measure it again: edgekit baseline"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
     """Median and spread of one shape and arithmetic, batch 1, in microseconds, from `runs` runs."""
 
+    __pydantic_config__: ClassVar = STRICT
     height: int
     width: int
     arithmetic: str
@@ -48,6 +54,7 @@ class Baseline:
     quality: Digest of a set of pictures -> mean PSNR in thousandths of a dB at `sigma255`, seed 0.
     """
 
+    __pydantic_config__: ClassVar = STRICT
     teacher: str
     teacher_sha256: str
     device: str
@@ -126,36 +133,51 @@ def write(record: Baseline, path: Path | None = None) -> Path:
     shipped = record.teacher in zoo.names() and zoo.card(record.teacher).sha256 == record.teacher_sha256
     teacher = record.teacher if shipped else f"{record.teacher}-{record.teacher_sha256[:12]}"
     path = path or FOLDER / f"{teacher}-{name}.json"
-    write_json(path, {"schema_version": 1, "kind": "edgekit-baseline", **asdict(record)})
+    write_json(path, {"schema_version": SCHEMA_VERSION, "kind": KIND, **asdict(record)})
     return path
 
 
-def recorded(folder: Path = FOLDER) -> list[Baseline]:
-    """Return the records of a folder, oldest first; none where it does not exist.
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """The records of a folder, oldest first. refused: Files there that are none, and why."""
 
-    Raises:
-        IntegrityError: A file there is not a record.
-    """
-    return sorted((read(path) for path in folder.glob("*.json")), key=lambda b: b.date)
+    records: tuple[Baseline, ...]
+    refused: tuple[str, ...]
+
+
+def recorded(folder: Path = FOLDER) -> Recorded:
+    """Return the records of a folder; none where it does not exist."""
+    records, refused = [], []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            records.append(read(path))
+        except (InputError, IntegrityError) as error:
+            refused.append(str(error))
+    return Recorded(records=tuple(sorted(records, key=lambda b: b.date)), refused=tuple(refused))
 
 
 def read(path: Path) -> Baseline:
     """Return the record in a file.
 
     Raises:
-        InputError: No such file. IntegrityError: It is not a record.
+        InputError: No such file, or a record of another version of edgekit.
+        IntegrityError: It is not a record, or is damaged.
     """
+    from edgekit import config  # reads with pydantic, which a borrowed machine that records does not have
+
     if not path.is_file():
         raise InputError(f"{path}: no such file", remedy="make one: edgekit baseline")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        del raw["schema_version"], raw["kind"]
-        latencies = tuple(Latency(**entry) for entry in raw.pop("latencies"))
-        return Baseline(latencies=latencies, **raw)
-    except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(
-            f"{path}: is not a baseline record: {error}", remedy="measure it again: edgekit baseline"
-        ) from error
+        raw = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(f"{path}: is not a baseline record: {error}", remedy=_AGAIN) from error
+    if (kind := raw.pop("kind", None)) != KIND:
+        raise IntegrityError(f"{path}: is not a baseline record (its kind is {kind!r})", remedy=_AGAIN)
+    if (version := raw.pop("schema_version", None)) != SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: was written by another version of edgekit (schema {version}, not {SCHEMA_VERSION})", remedy=_AGAIN
+        )
+    return config.checked(raw, Baseline, path)
 
 
 def _latency(net: Denoiser, height: int, width: int, arithmetic: str, device: str, seconds: float) -> Latency:

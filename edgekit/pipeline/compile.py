@@ -103,7 +103,8 @@ def compile_model(
         overwrite: Replace another run that is in the folder.
 
     Raises:
-        InputError: Nothing of that name, a broken file, or what `what` does not heed.
+        InputError: Nothing of that name, a broken file, what `what` does not heed, or evaluation pictures that the
+            run's student has seen.
         UnsupportedError: The target does not take the model.
         ToolMissingError: The target's engine is not installed. IntegrityError: A file changed, or outputs moved.
     """
@@ -125,6 +126,13 @@ def compile_model(
         if network.model:
             _keep_student(opened, network)
         return compile_student(opened, recipe, network, targets)
+
+
+def simplified(path: Path) -> onnx.ModelProto:
+    """Return the float graph of a user's ONNX file as `compile` takes it on; raises as `checks` and `simplify`."""
+    checks.load_float_onnx(path)
+    with tempfile.TemporaryDirectory() as folder:
+        return checks.load_onnx(simplify.simplify(path, Path(folder, path.name)))
 
 
 def check_targets(targets: Sequence[Target]) -> None:
@@ -289,6 +297,7 @@ def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence
     for target in targets:
         check_tile(graph.name, graph.stride, target)
     evaluation = pictures.evaluation(recipe.data)
+    pictures.refuse_seen(opened, recipe.data, evaluation)
     teacher = _export_teacher(opened, recipe)
     bundles = {}
     for target in targets:

@@ -97,7 +97,7 @@ def train_student(opened: Run, recipe: Recipe, *, progress: Progress, alone: boo
             )
     chosen = pictures.load(recipe.data)
     listed = _list_pictures(opened, chosen)
-    inputs = {"pictures": opened.sha256(listed, "pictures.json")} | {
+    inputs = {"pictures": opened.sha256(listed, pictures.LISTING)} | {
         role: n.sha256 for role, n in (("start", start), ("teacher", teacher)) if n is not None
     }
     stage = opened.stage(
@@ -126,7 +126,7 @@ def _list_pictures(opened: Run, chosen: Pictures) -> Stage:
             role: [{"name": f"{found.name}/{p.name}", "sha256": p.sha256} for p in found]
             for role, found in chosen.by_role().items()
         }
-        write_json(out / "pictures.json", listed)
+        write_json(out / pictures.LISTING, listed)
         return {"train": len(chosen.train), "held_out": len(chosen.held_out), "evaluation": len(chosen.evaluation)}
 
     return opened.stage(
@@ -159,6 +159,9 @@ def _train(
     def noisy_mdb(on: PictureSet) -> int:
         return quality.evaluate(quality.noisy_input, on, sigma255=sigma255).psnr_mdb
 
+    learned = [p.pixels for p in chosen.train]
+    names = [f"{chosen.train.name}/{p.name}" for p in chosen.train]
+    loop.check(recipe.training, [net, teacher.net] if teacher else [net], learned, names)
     start_mdb = psnr_mdb(start.net, chosen.evaluation) if start else None
     teacher_mdb = psnr_mdb(teacher.net, chosen.evaluation) if teacher else None
     before = judge(start.net, chosen.held_out) if start else None
@@ -173,7 +176,8 @@ def _train(
         loop.Job(
             net=net,
             teacher=teacher.net if teacher and not refused else None,
-            pictures=[p.pixels for p in chosen.train],
+            pictures=learned,
+            names=names,
             sigma=recipe.noise.train,
             training=recipe.training,
             distillation=recipe.distillation,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit.data import overlap, sets
 from edgekit.data.noise import add_gaussian
 from edgekit.data.sets import PictureSet, Shares, Split
-from edgekit.errors import InputError
-from edgekit.measure.quality import Array, pad_to_multiple
+from edgekit.errors import InputError, IntegrityError
+from edgekit.measure.quality import SSIM_WINDOW, Array, pad_to_multiple
 from edgekit.recipe import LEAST_CALIBRATION_PICTURES, Data, Noise
+from edgekit.run import Run, Stage
 
 EMBEDDED = "embedded"
+LISTING = "pictures.json"
+_LEARNED_FROM = ("train", "held_out")
 _CALIBRATION_SIGMAS = (5.0, 15.0, 25.0, 40.0, 50.0)
 
 
@@ -38,17 +42,83 @@ def load(data: Data) -> Pictures:
 
     Raises:
         InputError: A folder is missing or empty, a picture cannot be read, or one picture is in two sets; fewer than 8
-            pictures are left to choose weights and ranges on, or one of those is constant.
+            pictures are left to choose weights and ranges on, or one of those is constant; one that a figure is taken
+            on is too small for it.
     """
     chosen = Pictures(train=_train(data), held_out=held_out(data), evaluation=evaluation(data))
+    for judged in (chosen.held_out, chosen.evaluation):
+        _refuse_small(judged)
     sets.check_disjoint(chosen.train, chosen.held_out, chosen.evaluation)
     return chosen
+
+
+def _refuse_small(judged: PictureSet) -> None:
+    for picture in judged:
+        _, height, width = picture.pixels.shape
+        if min(height, width) < SSIM_WINDOW:
+            raise InputError(
+                f"'{picture.name}' of {judged.name} is {height}x{width} pixels; SSIM needs {SSIM_WINDOW} a side",
+                remedy="take it out of the folder, or put a larger one in its place",
+            )
 
 
 def refuse_leaks(chosen: Pictures) -> None:
     """Raise InputError where what is learned or chosen from shows what a figure is taken on, if only a part of it."""
     overlap.refuse_overlaps(chosen.train, chosen.evaluation, chosen.held_out)
     overlap.refuse_overlaps(chosen.held_out, chosen.evaluation)
+
+
+def refuse_seen(opened: Run, data: Data, judged: PictureSet) -> None:
+    """Refuse to judge a run's student by pictures that it learned from, or was chosen by.
+
+    Where `judged` is what the run listed when it was trained, that was looked at then. Where it is not, equal pictures
+    are looked for in the run's own list, and parts of pictures as far as the folders still hold what was learned from.
+
+    Args:
+        opened: The run; one that trained nothing is let be.
+        data: Where its pictures lie.
+        judged: Whole pictures, before any crop.
+
+    Raises:
+        InputError: There is such a picture, and both are named; or the list is of a training that did not end.
+        IntegrityError: The run's list is gone.
+    """
+    stages = opened.stages()
+    listed, student = stages.get("pictures"), stages.get("student")
+    if listed is None:
+        return
+    if student is not None and student.inputs.get("pictures") != opened.sha256(listed, LISTING):
+        raise InputError(
+            f"{opened.root}: its student learned from other pictures than it lists by now, and is not trained anew yet",
+            remedy="start the same edgekit distill again",
+        )
+    if sets.digest(judged) in [digest for role, digest in listed.inputs.items() if role not in _LEARNED_FROM]:
+        return
+    known = _learned_from(opened, listed)
+    for picture in judged:
+        if name := known.get(picture.sha256):
+            raise InputError(
+                f"{opened.root}: its student learned from '{name}', which is '{picture.name}' of {judged.name}",
+                remedy="take it out of data.evaluation; a figure is taken on pictures that the student has not seen",
+            )
+    refuse_leaks(load(data))
+
+
+def _learned_from(opened: Run, listed: Stage) -> dict[str, str]:
+    """Return sha256 -> name of what a run's student learned from or was chosen by."""
+    path = opened.file(listed, LISTING)
+    if not path.is_file():
+        raise IntegrityError(
+            f"{path}: is missing, and data.evaluation holds other pictures than when the student was trained",
+            remedy="restore one of the two",
+        )
+    listing = json.loads(path.read_text(encoding="utf-8"))
+    if not set(_LEARNED_FROM) <= set(listing):
+        raise InputError(
+            f"{path}: was written by another version of edgekit, and data.evaluation holds other pictures since",
+            remedy="restore those of then, or start the run again in another folder",
+        )
+    return {picture["sha256"]: picture["name"] for role in _LEARNED_FROM for picture in listing[role]}
 
 
 def held_out(data: Data) -> PictureSet:
@@ -108,12 +178,13 @@ def _train(data: Data) -> PictureSet:
 
 
 def _part(data: Data, source: str, split: Split) -> PictureSet:
-    """Return a split of a source; a folder gives up only the splits that nothing else provides."""
+    """Return a split of a source; a folder gives up only the splits that nothing else provides.
+
+    What is chosen on comes from the first source alone, so only that one does without it for training.
+    """
     if source == EMBEDDED:
         return sets.embedded(split, channels=data.channels)
-    shares = Shares(
-        train=70 + (15 if data.calibration else 0) + (0 if data.evaluation == source else 15),
-        calibration=0 if data.calibration else 15,
-        evaluation=15 if data.evaluation == source else 0,
-    )
+    calibration = 15 if data.calibration is None and source == data.train[0] else 0
+    evaluation = 15 if data.evaluation == source else 0
+    shares = Shares(train=100 - calibration - evaluation, calibration=calibration, evaluation=evaluation)
     return sets.folder(Path(source), channels=data.channels, split=split, shares=shares)

@@ -15,7 +15,6 @@ import numpy as np
 from edgekit import backends, bundle, config, run
 from edgekit.backends import Built, Session
 from edgekit.bundle import Manifest
-from edgekit.compress.quantize import saturates
 from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import IncompleteError, InputError, IntegrityError, ToolMissingError
@@ -150,12 +149,12 @@ def verify(
             target.engine, fp32, native[0], shape, threads=settings.threads, seconds=settings.seconds / 2
         )
         notes = (*notes, found.sentence()) if found else notes
-    if native and built.facts.get("weight_bits") == 8 and saturates():
+    if native and built.facts.get("weight_bits") == 8 and host.sums_saturate():
         notes = (*notes, _SATURATES)
     baselines = baseline.recorded()
     counted = _audit(path, built, target)
     limits = [
-        _student_limit(manifest, budgets, teacher, student, golden, baselines),
+        _student_limit(manifest, budgets, teacher, student, golden, baselines.records),
         *_drop_limits(
             "int8_drop_db",
             int8_drop_db(budgets, str(manifest.model["name"])),
@@ -181,13 +180,13 @@ def verify(
         rows=(*rows, *artifacts),
         protocol={**manifest.protocol, "threads": settings.threads},
         speedup=None if timing is None else {"engine": timing.engine, "shape": timing.shape, **asdict(timing.ratio)},
-        baselines=tuple(r for b in baselines for r in _recorded(b)),
+        baselines=tuple(r for b in baselines.records for r in _recorded(b)),
         host=asdict(host.describe()),
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         notes=notes,
         audit=counted if isinstance(counted, Audit) else None,
         devices=measured.devices,
-        refused=measured.refused,
+        refused=(*measured.refused, *baselines.refused),
     )
 
 

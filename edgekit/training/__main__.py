@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m edgekit.training", description="Train from one file of settings.")
     parser.add_argument("job", type=Path, help="JSON that edgekit.training.job_file.write made")
     parser.add_argument("--pictures", type=Path, nargs="+", required=True, help="folders to learn from")
-    parser.add_argument("--held-out", type=Path, help="folder to choose weights on [default: 15 %% of the pictures]")
+    parser.add_argument("--held-out", type=Path, help="folder to choose weights on [default: 15 %% of the first]")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the result")
     parser.add_argument("--max-minutes", type=float, help="train so long; the learning rate then follows time")
     parser.add_argument("--pause-after", type=float, default=math.inf, help="minutes of this sitting")
@@ -93,7 +93,7 @@ def train(
 
     Args:
         job: The job.
-        folders: Pictures to learn from; without `held_out`, 15 % of them are held out.
+        folders: Pictures to learn from; without `held_out`, 15 % of the first are held out.
         held_out: Pictures whose PSNR is followed, and decides when the job says `keep_better`.
         out: Where the weights, `log.jsonl` and the checkpoint go.
         checked: Whether the pictures were looked through for leaks already.
@@ -104,8 +104,12 @@ def train(
             cannot be written. IntegrityError: A damaged file.
     """
     channels: Channels = 1 if job.channels == 1 else 3
-    split: Split | None = None if held_out else "train"
-    learned = [sets.folder(f, channels=channels, split=split, shares=_WITHOUT_HELD_OUT) for f in folders]
+    # Without others, what is held out is a part of the first folder.
+    first: Split | None = None if held_out else "train"
+    learned = [
+        sets.folder(folder, channels=channels, split=None if number else first, shares=_WITHOUT_HELD_OUT)
+        for number, folder in enumerate(folders)
+    ]
     kept_back = (
         sets.folder(held_out, channels=channels)
         if held_out
