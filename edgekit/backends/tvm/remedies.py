@@ -17,7 +17,6 @@ WINDOW = (
     f"{FLOAT32}"
 )
 _GLOBAL = f"leave it out, squeeze-and-excitation too, or {FLOAT32}"
-_VIEW = f"if it is of PixelUnshuffle, name the torch class (module:Class) in place of the ONNX file; or {FLOAT32}"
 _NORM = "use BatchNorm2d, which becomes a part of the convolution before it"
 _RELU = "use ReLU in its place"
 _RELU_OR_FLOAT32 = f"{_RELU}, or {FLOAT32}"
@@ -29,7 +28,6 @@ _INSTEAD = {
     **dict.fromkeys(("Elu", "Erf", "Exp", "Gelu", "Mish", "Selu", "Sigmoid", "Softplus", "Tanh"), _RELU),
     **dict.fromkeys(("GroupNormalization", "InstanceNormalization", "LayerNormalization"), _NORM),
     **dict.fromkeys(("GlobalAveragePool", "ReduceMean"), _GLOBAL),
-    **dict.fromkeys(("Reshape", "Squeeze", "Transpose", "Unsqueeze"), _VIEW),
     **dict.fromkeys(("ConstantOfShape", "Expand", "Shape", "Tile"), LEVEL),
     "AveragePool": f"use max-pooling of 2x2 or a convolution of stride 2 in its place, or {FLOAT32}",
     "BatchNormalization": f"put it right behind a convolution, of which it becomes a part, or {FLOAT32}",
