@@ -19,6 +19,7 @@ from edgekit.compress import quantize
 from edgekit.compress.placement import PLACEMENTS, place, release
 from edgekit.compress.quantize import Prepared
 from edgekit.compress.simplify import simplify
+from edgekit.compress.torch_graph import TorchGraph
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
 from edgekit.graph import checks, cost, walk
 from edgekit.graph import lint as rules
@@ -252,6 +253,20 @@ def test_published_networks_become_int8(tmp_path, name, way):
         assert agreement_db(Reference(free, exact=True)(noisy, LEVEL), want) > (
             80 if name in ("drunet", "nafnet") else 55
         )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_training_with_the_rounding_follows_them(tmp_path, name):
+    """Files are written for one picture, and trained on several with a noise level each."""
+    net = PUBLISHED[name]()
+    graph = placed(prepared(simplified(net, tmp_path), "openvino", net.channels), "openvino")
+    noisy = np.concatenate([probe(48, 64, net.channels, seed=seed) for seed in range(3)])
+    levels = np.array([5, 25, 50], np.float32) / 255
+    with torch.no_grad():
+        got = TorchGraph(graph)(torch.from_numpy(noisy), torch.from_numpy(levels).reshape(3, 1, 1, 1)).numpy()
+    run = Reference(graph, exact=True)
+    want = np.concatenate([run(noisy[i : i + 1], float(level)) for i, level in enumerate(levels)])
+    assert agreement_db(got, want) > 75
 
 
 @pytest.mark.parametrize(("name", "halo"), [("ffdnet", 7), ("by hand", 5), ("drunet", 7), ("nafnet", 3)])

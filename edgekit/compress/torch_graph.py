@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, cast
 
 import numpy as np
@@ -23,7 +23,7 @@ from edgekit.graph.cost import infer_shapes
 from edgekit.graph.resizing import resizing
 from edgekit.graph.walk import CONVOLUTIONS, copied, initializers
 
-Attribute: TypeAlias = int | float | str | tuple[int, ...] | tuple[float, ...]
+Attribute: TypeAlias = int | float | str | tuple[int, ...] | tuple[float, ...] | onnx.TensorProto
 Given: TypeAlias = Sequence[Tensor | None]
 Stored: TypeAlias = NDArray[np.generic]
 
@@ -221,7 +221,7 @@ class TorchGraph(nn.Module):
             if proto.op_type == "Constant":
                 self._stored[proto.output[0]] = _constant(proto)
             else:
-                self._nodes.append(_read(proto))
+                self._nodes.extend(_read(proto))
         self._made_by = {node.output: node for node in self._nodes}
         self._last_use = {name: i for i, node in enumerate(self._nodes) for name in node.inputs}
         self._parts = nn.ModuleDict()
@@ -488,7 +488,8 @@ def _like(value: NDArray[np.float64], stored: Stored) -> Stored:
     return value.astype(stored.dtype).reshape(stored.shape)
 
 
-def _read(proto: onnx.NodeProto) -> Node:
+def _read(proto: onnx.NodeProto) -> list[Node]:
+    """Return an operator; for each result, of a Split."""
     attributes: dict[str, Attribute] = {}
     node = Node(
         name=proto.name or proto.output[0],
@@ -499,14 +500,20 @@ def _read(proto: onnx.NodeProto) -> Node:
     )
     if (node.operator not in _OPERATORS and node.operator not in _HALVES) or proto.domain not in ("", "ai.onnx"):
         raise node.unsupported("an operator")
-    if any(proto.output[1:]):
+    if any(proto.output[1:]) and node.operator != "Split":
         raise node.unsupported("several outputs")
     for attribute in proto.attribute:
         value = onnx.helper.get_attribute_value(attribute)
         attributes[attribute.name] = (
             value.decode() if isinstance(value, bytes) else tuple(value) if isinstance(value, list) else value
         )
-    return node
+    if node.operator != "Split":
+        return [node]
+    parts = {"parts": len(proto.output)}
+    return [
+        replace(node, output=output, attributes=attributes | parts | {"part": number})
+        for number, output in enumerate(proto.output)
+    ]
 
 
 def _constant(proto: onnx.NodeProto) -> Stored:
@@ -647,10 +654,93 @@ def _reshape(node: Node, given: Given) -> Tensor:
 
 
 def _gather(node: Node, given: Given) -> Tensor:
-    x, indices = _tensor(node, given, 0), _tensor(node, given, 1)
-    if indices.dim() != 1 or node.integer("axis", 0) != 1:
-        raise node.unsupported("other indices than a list of planes")
-    return x.index_select(1, indices)
+    x, indices, axis = _tensor(node, given, 0), _tensor(node, given, 1), node.integer("axis", 0)
+    if indices.dim() > 1 or (axis, x.dim()) not in ((0, 1), (1, 4)) or (indices.dim() == 0 and axis == 1):
+        raise node.unsupported("other indices than a list of planes, or of sizes")
+    chosen = x.index_select(axis, indices.reshape(-1) % x.shape[axis])
+    return chosen if indices.dim() else chosen.reshape(())
+
+
+def _shape(node: Node, given: Given) -> Tensor:
+    sizes = torch.tensor(_tensor(node, given, 0).shape)
+    return sizes[node.integer("start", 0) : node.integer("end", len(sizes))]
+
+
+def _integers(node: Node, given: Given, index: int) -> tuple[int, ...]:
+    return tuple(int(v) for v in _tensor(node, given, index).reshape(-1))
+
+
+def _divided(a: Tensor, b: Tensor) -> Tensor:
+    return torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
+
+
+def _cast(node: Node, given: Given) -> Tensor:
+    kind = _KINDS.get(node.integer("to", 0))
+    if kind is None:
+        raise node.unsupported(f"to={onnx.TensorProto.DataType.Name(node.integer('to', 0))}")
+    return _tensor(node, given, 0).to(kind)
+
+
+def _constant_of_shape(node: Node, given: Given) -> Tensor:
+    value = node.attributes.get("value")
+    filled = numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.zeros(1, np.float32)
+    return torch.from_numpy(filled.copy()).expand(_integers(node, given, 0))
+
+
+def _expand(node: Node, given: Given) -> Tensor:
+    # Graphs are written for one picture, and trained on several.
+    x = _tensor(node, given, 0)
+    return x.expand(torch.broadcast_shapes(x.shape, _integers(node, given, 1)))  # type: ignore[no-untyped-call]
+
+
+def _transpose(node: Node, given: Given) -> Tensor:
+    x = _tensor(node, given, 0)
+    return x.permute(node.integers("perm", tuple(reversed(range(x.dim())))))
+
+
+def _unsqueeze(node: Node, given: Given) -> Tensor:
+    x, axes = _tensor(node, given, 0), _integers(node, given, 1)
+    for axis in sorted(axis % (x.dim() + len(axes)) for axis in axes):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _squeeze(node: Node, given: Given) -> Tensor:
+    return _tensor(node, given, 0).squeeze(_integers(node, given, 1))
+
+
+def _slice(node: Node, given: Given) -> Tensor:
+    x, starts, ends = _tensor(node, given, 0), _integers(node, given, 1), _integers(node, given, 2)
+    axes = tuple(range(len(starts))) if _optional(given, 3) is None else _integers(node, given, 3)
+    steps = (1,) * len(starts) if _optional(given, 4) is None else _integers(node, given, 4)
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        chosen = range(x.shape[axis])[start:end:step]
+        # A part in one piece is not copied.
+        x = x.narrow(axis, chosen.start, len(chosen)) if step == 1 else x.index_select(axis, torch.tensor(chosen))
+    return x
+
+
+def _split(node: Node, given: Given) -> Tensor:
+    x, axis, parts = _tensor(node, given, 0), node.integer("axis", 0), node.integer("parts", 1)
+    equal = (-(-x.shape[axis] // parts),) * parts
+    sizes = equal if _optional(given, 1) is None else _integers(node, given, 1)
+    return torch.split(x, list(sizes) if sum(sizes) == x.shape[axis] else sizes[0], axis)[node.integer("part", 0)]
+
+
+def _pad(node: Node, given: Given) -> Tensor:
+    x, pads, value = _tensor(node, given, 0), _integers(node, given, 1), _optional(given, 2)
+    count = len(pads) // 2
+    axes = tuple(range(x.dim())) if _optional(given, 3) is None else _integers(node, given, 3)
+    sides = {axis % x.dim(): (pads[i], pads[i + count]) for i, axis in enumerate(axes)}
+    mode = {"constant": "constant", "reflect": "reflect", "edge": "replicate"}.get(node.text("mode", "constant"))
+    if mode is None or x.dim() != 4 or any(any(sides.get(axis, (0,))) for axis in (0, 1)):
+        raise node.unsupported("padding of planes, or wrapped around")
+    around = (*sides.get(3, (0, 0)), *sides.get(2, (0, 0)))
+    return functional.pad(x, around, mode, float(value or 0) if mode == "constant" else None)
+
+
+def _where(node: Node, given: Given) -> Tensor:
+    return torch.where(_tensor(node, given, 0), _tensor(node, given, 1), _tensor(node, given, 2))
 
 
 def _arithmetic(compute: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Node, Given], Tensor]:
@@ -661,24 +751,36 @@ def _elementwise(compute: Callable[[Tensor], Tensor]) -> Callable[[Node, Given],
     return lambda node, given: compute(_tensor(node, given, 0))
 
 
+_KINDS = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.INT32: torch.int32,
+    onnx.TensorProto.INT64: torch.int64,
+    onnx.TensorProto.BOOL: torch.bool,
+}
 _SCALES = ("log_scale", ".zero")
 _HALVES = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _ARITHMETIC: dict[str, Callable[[Node, Given], Tensor]] = {
     "Add": _arithmetic(torch.add),
-    "Div": _arithmetic(torch.div),
+    "Div": _arithmetic(_divided),
     "Mul": _arithmetic(torch.mul),
     "Pow": _arithmetic(torch.pow),
     "Sub": _arithmetic(torch.sub),
 }
 _OPERATORS: dict[str, Callable[[Node, Given], Tensor]] = _ARITHMETIC | {
+    "Cast": _cast,
+    "Ceil": _elementwise(torch.ceil),
     "Clip": _clip,
     "Concat": lambda node, given: torch.cat([t for t in given if t is not None], node.integer("axis", 1)),
+    "ConstantOfShape": _constant_of_shape,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
     "DepthToSpace": _depth_to_space,
     "Elu": lambda node, given: functional.elu(_tensor(node, given, 0), node.number("alpha", 1.0)),
+    "Equal": _arithmetic(torch.eq),
     "Erf": _elementwise(torch.erf),
     "Exp": _elementwise(torch.exp),
+    "Expand": _expand,
+    "Floor": _elementwise(torch.floor),
     "Gather": _gather,
     "GlobalAveragePool": _elementwise(lambda x: x.mean((2, 3), keepdim=True)),
     "GlobalMaxPool": _elementwise(lambda x: x.amax((2, 3), keepdim=True)),
@@ -687,16 +789,26 @@ _OPERATORS: dict[str, Callable[[Node, Given], Tensor]] = _ARITHMETIC | {
     "Identity": _elementwise(lambda x: x),
     "LeakyRelu": lambda node, given: functional.leaky_relu(_tensor(node, given, 0), node.number("alpha", 0.01)),
     "MaxPool": _max_pool,
+    "Mod": _arithmetic(torch.remainder),
     "Neg": _elementwise(torch.neg),
     "PRelu": _prelu,
+    "Pad": _pad,
     "ReduceMax": _reduce_max,
     "ReduceMean": _reduce_mean,
     "Relu": _elementwise(torch.relu),
     "Reshape": _reshape,
     "Resize": _resize,
+    "Shape": _shape,
     "Sigmoid": _elementwise(torch.sigmoid),
+    "Slice": _slice,
     "Softplus": _elementwise(functional.softplus),
     "SpaceToDepth": _space_to_depth,
+    "Split": _split,
     "Sqrt": _elementwise(torch.sqrt),
+    "Squeeze": _squeeze,
     "Tanh": _elementwise(torch.tanh),
+    "Tile": lambda node, given: _tensor(node, given, 0).tile(_integers(node, given, 1)),
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+    "Where": _where,
 }
