@@ -567,7 +567,7 @@ def test_processors_whose_sums_saturate_get_weights_of_seven_bits(
 
 @pytest.mark.parametrize(("engine", "limit"), [("onnxruntime", 63), ("openvino", 63), ("arm", 127), ("tensorrt", 127)])
 def test_weights_for_another_processor_have_eight_bits_whatever_this_one_does(nano, monkeypatch, engine, limit):
-    monkeypatch.setattr(quantize, "saturates", lambda: True)
+    monkeypatch.setattr(host, "sums_saturate", lambda: True)
     assert quantize.prepare(nano, PICTURES, SETTINGS, PLACEMENTS[engine]).weight_limit == limit
 
 

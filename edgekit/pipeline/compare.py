@@ -31,7 +31,9 @@ from edgekit.measure.quality import Array, Denoise
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import networks
 from edgekit.pipeline.comparison import Arithmetic, Comparison, Figure, Pictures, Row
+from edgekit.pipeline.compile import Compiled
 from edgekit.pipeline.verify import size_bytes
+from edgekit.target import Target
 
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -410,16 +412,23 @@ def _networks(model: _Model, pictures: PictureSet, settings: Settings, folder: P
 
 def _float_graph(model: _Model, folder: Path) -> Path:
     """Return the fused, simplified float graph: what INT8 is made from."""
-    made = compiling.compile_model(model.what, (), folder=folder, overwrite=True)
+    made = _compiled(model.what, (), (), folder)
     stage = next(s for s in run.read_stages(made.folder) if s.name == "simplify")
     return made.folder / stage.folder / "student.fp32.onnx"
+
+
+def _compiled(what: str, targets: Sequence[Target], overrides: Sequence[str], folder: Path) -> Compiled:
+    """Compile into a folder, which may hold what another comparison left; a run keeps its bundles in itself."""
+    if Path(what).is_dir():
+        return compiling.compile_model(what, targets, overrides=overrides)
+    return compiling.compile_model(what, targets, overrides=overrides, folder=folder, overwrite=True)
 
 
 def _open_int8(what: str, engine: OnnxEngine, threads: int, folder: Path, *overrides: str) -> Program:
     """Compile the engine's shipped target, and open the bundle's artifact."""
     wanted = target.load(INT8_TARGETS[engine])
     backend = backends.load(engine)
-    made = compiling.compile_model(what, [wanted], overrides=overrides, folder=folder, overwrite=True)
+    made = _compiled(what, [wanted], overrides, folder)
     path = made.bundles[wanted.name]
     manifest = bundle.read(path)
     built = config.checked(manifest.built, Built, path / bundle.MANIFEST)
