@@ -631,7 +631,7 @@ def test_a_student_may_be_judged_by_other_pictures_than_when_it_was_trained(own_
     Image.fromarray(dead_leaves(96, 64, 64)[0]).save(mine / "evaluation" / "0.png")
     assert set(compiling.compile_model(str(tmp_path / "run"), [FLOAT]).bundles) == {FLOAT.name}
     shutil.rmtree(tmp_path / "run" / "01-pictures")
-    with pytest.raises(IntegrityError, match=r"pictures.json: is missing, and data.evaluation holds other pictures"):
+    with pytest.raises(IntegrityError, match=r"pictures.json: is missing, and says which pictures"):
         compiling.compile_model(str(tmp_path / "run"), [FLOAT])
 
 

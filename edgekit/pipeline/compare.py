@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import json
 import logging
 import math
 import time
@@ -32,6 +31,7 @@ from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import networks
 from edgekit.pipeline.comparison import Arithmetic, Comparison, Figure, Pictures, Row
 from edgekit.pipeline.compile import Compiled
+from edgekit.pipeline.pictures import LISTING, learned_from
 from edgekit.pipeline.verify import size_bytes
 from edgekit.target import Target
 
@@ -310,17 +310,14 @@ def _check_unseen(model: _Model, pictures: PictureSet) -> None:
     root = Path(model.what)
     if not root.is_dir():
         return
-    listed = [root / stage.folder / "pictures.json" for stage in run.read_stages(root) if stage.name == "pictures"]
-    for path in listed:
-        listing = json.loads(path.read_text(encoding="utf-8"))
-        for role in ("train", "held_out"):
-            known = {picture["sha256"]: picture["name"] for picture in listing[role]}
-            for picture in pictures:
-                if picture.sha256 in known:
-                    raise InputError(
-                        f"{root}: learned from '{known[picture.sha256]}', which is '{picture.name}' of {pictures.name}",
-                        remedy="compare on pictures that it has not seen",
-                    )
+    for stage in run.read_stages(root):
+        known = learned_from(root / stage.folder / LISTING) if stage.name == "pictures" else {}
+        for picture in pictures:
+            if picture.sha256 in known:
+                raise InputError(
+                    f"{root}: learned from '{known[picture.sha256]}', which is '{picture.name}' of {pictures.name}",
+                    remedy="compare on pictures that it has not seen",
+                )
 
 
 def _classics(pictures: PictureSet, settings: Settings) -> list[Entry]:

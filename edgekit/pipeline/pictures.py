@@ -12,7 +12,7 @@ from edgekit.data.sets import PictureSet, Shares, Split
 from edgekit.errors import InputError, IntegrityError
 from edgekit.measure.quality import SSIM_WINDOW, Array, pad_to_multiple
 from edgekit.recipe import LEAST_CALIBRATION_PICTURES, Data, Noise
-from edgekit.run import Run, Stage
+from edgekit.run import Run
 
 EMBEDDED = "embedded"
 LISTING = "pictures.json"
@@ -94,7 +94,7 @@ def refuse_seen(opened: Run, data: Data, judged: PictureSet) -> None:
         )
     if sets.digest(judged) in [digest for role, digest in listed.inputs.items() if role not in _LEARNED_FROM]:
         return
-    known = _learned_from(opened, listed)
+    known = learned_from(opened.file(listed, LISTING))
     for picture in judged:
         if name := known.get(picture.sha256):
             raise InputError(
@@ -104,19 +104,25 @@ def refuse_seen(opened: Run, data: Data, judged: PictureSet) -> None:
     refuse_leaks(load(data))
 
 
-def _learned_from(opened: Run, listed: Stage) -> dict[str, str]:
-    """Return sha256 -> name of what a run's student learned from or was chosen by."""
-    path = opened.file(listed, LISTING)
+def learned_from(path: Path) -> dict[str, str]:
+    """Return sha256 -> name of what a run's student learned from or was chosen by.
+
+    Args:
+        path: The list of its pictures.
+
+    Raises:
+        IntegrityError: It is gone. InputError: It is of another version of edgekit.
+    """
     if not path.is_file():
         raise IntegrityError(
-            f"{path}: is missing, and data.evaluation holds other pictures than when the student was trained",
-            remedy="restore one of the two",
+            f"{path}: is missing, and says which pictures the student learned from",
+            remedy="restore it, or start the run again in another folder",
         )
     listing = json.loads(path.read_text(encoding="utf-8"))
     if not set(_LEARNED_FROM) <= set(listing):
         raise InputError(
-            f"{path}: was written by another version of edgekit, and data.evaluation holds other pictures since",
-            remedy="restore those of then, or start the run again in another folder",
+            f"{path}: was written by another version of edgekit",
+            remedy="start the run again in another folder; or evaluate on the pictures of then",
         )
     return {picture["sha256"]: picture["name"] for role in _LEARNED_FROM for picture in listing[role]}
 
