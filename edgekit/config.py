@@ -94,6 +94,33 @@ def checked(value: object, into: type[T], path: Path) -> T:
         raise IntegrityError(f"{path}: '{key}': {first['msg']}", remedy="restore the file, or make it again") from error
 
 
+def record(path: Path, into: type[T], *, kind: str, version: int, called: str, again: str) -> T:
+    """Return the record that edgekit wrote to a JSON file.
+
+    Args:
+        path: The file.
+        into: The record's type.
+        kind: What the file's `kind` has to be.
+        version: What its `schema_version` has to be.
+        called: The record, for the messages: "a baseline record".
+        again: The remedy.
+
+    Raises:
+        InputError: A file of another kind, or of another version of edgekit. IntegrityError: It is damaged.
+    """
+    try:
+        raw = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(f"{path}: is not {called}: {error}", remedy=again) from error
+    if (given := raw.pop("kind", None)) != kind:
+        raise InputError(f"{path}: is not {called} (its kind is {given!r})", remedy=again)
+    if (found := raw.pop("schema_version", None)) != version:
+        raise InputError(
+            f"{path}: was written by another version of edgekit (schema {found}, not {version})", remedy=again
+        )
+    return checked(raw, into, path)
+
+
 def json_schema(kind: type[T]) -> dict[str, object]:
     """Return the JSON Schema of a recipe or target, for editors."""
     return _adapter(kind).json_schema()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -160,24 +159,14 @@ def read(path: Path) -> Baseline:
     """Return the record in a file.
 
     Raises:
-        InputError: No such file, or a record of another version of edgekit.
-        IntegrityError: It is not a record, or is damaged.
+        InputError: No such file, another kind of file, or a record of another version of edgekit.
+        IntegrityError: It is damaged.
     """
     from edgekit import config  # reads with pydantic, which a borrowed machine that records does not have
 
     if not path.is_file():
         raise InputError(f"{path}: no such file", remedy="make one: edgekit baseline")
-    try:
-        raw = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise IntegrityError(f"{path}: is not a baseline record: {error}", remedy=_AGAIN) from error
-    if (kind := raw.pop("kind", None)) != KIND:
-        raise IntegrityError(f"{path}: is not a baseline record (its kind is {kind!r})", remedy=_AGAIN)
-    if (version := raw.pop("schema_version", None)) != SCHEMA_VERSION:
-        raise InputError(
-            f"{path}: was written by another version of edgekit (schema {version}, not {SCHEMA_VERSION})", remedy=_AGAIN
-        )
-    return config.checked(raw, Baseline, path)
+    return config.record(path, Baseline, kind=KIND, version=SCHEMA_VERSION, called="a baseline record", again=_AGAIN)
 
 
 def _latency(net: Denoiser, height: int, width: int, arithmetic: str, device: str, seconds: float) -> Latency:

@@ -31,7 +31,7 @@ from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import networks
 from edgekit.pipeline.comparison import Arithmetic, Comparison, Figure, Pictures, Row
 from edgekit.pipeline.compile import Compiled
-from edgekit.pipeline.pictures import LISTING, learned_from
+from edgekit.pipeline.pictures import LISTING, learned_from, refuse_small
 from edgekit.pipeline.verify import size_bytes
 from edgekit.target import Target
 
@@ -295,13 +295,7 @@ def _onnx_interface(path: Path) -> tuple[Channels, int]:
 
 def _pictures(path: Path | None, channels: Channels) -> PictureSet:
     found = sets.embedded("evaluation", channels=channels) if path is None else sets.folder(path, channels=channels)
-    for picture in found:
-        if min(picture.pixels.shape[-2:]) < quality.SSIM_WINDOW:
-            height, width = picture.pixels.shape[-2:]
-            raise InputError(
-                f"{picture.name} of {found.name} is {height}x{width} pixels; SSIM needs {quality.SSIM_WINDOW} a side",
-                remedy="take it out of the folder",
-            )
+    refuse_small(found)
     return PictureSet(name=f"{found.name} in colour" if channels == 3 else found.name, pictures=found.pictures)
 
 

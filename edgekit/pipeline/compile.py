@@ -108,13 +108,9 @@ def compile_model(
         UnsupportedError: The target does not take the model.
         ToolMissingError: The target's engine is not installed. IntegrityError: A file changed, or outputs moved.
     """
-    check_targets(targets)
-    networks.refuse_ignored(what, weights=weights, folder=folder, overwrite=overwrite)
-    if what is None:
-        what = str(run.newest()) if run.exists() else student_of(targets)
+    what = chosen(what, targets, weights=weights, overrides=overrides, folder=folder, overwrite=overwrite)
     root = Path(what)
     if root.is_dir():
-        refuse_overrides(root, overrides)
         with run.open_run(root, None) as opened:
             return compile_student(opened, _recipe_of(root), networks.from_run(root), targets)
     if what.endswith(".onnx"):
@@ -126,6 +122,25 @@ def compile_model(
         if network.model:
             _keep_student(opened, network)
         return compile_student(opened, recipe, network, targets)
+
+
+def chosen(
+    what: str | None,
+    targets: Sequence[Target],
+    *,
+    weights: Path | None,
+    overrides: Sequence[str],
+    folder: Path | None,
+    overwrite: bool,
+) -> str:
+    """Return the MODEL or run folder that is compiled, after all that can be refused before it is opened."""
+    check_targets(targets)
+    networks.refuse_ignored(what, weights=weights, folder=folder, overwrite=overwrite)
+    if what is None:
+        what = str(run.newest()) if run.exists() else student_of(targets)
+    if Path(what).is_dir():
+        refuse_overrides(Path(what), overrides)
+    return what
 
 
 def simplified(path: Path) -> onnx.ModelProto:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from edgekit import config
-from edgekit.errors import InputError, IntegrityError
+from edgekit.errors import InputError
 from edgekit.files import write_json
 from edgekit.report import Percentiles
 from edgekit.runners import Kind, Level
@@ -191,14 +190,6 @@ def read(path: Path) -> Measurement:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file", remedy="make one: edgekit bench BUNDLE --device DEVICE -o FILE")
-    try:
-        raw = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise IntegrityError(f"{path}: is not a record of edgekit bench: {error}", remedy=_AGAIN) from error
-    if (kind := raw.pop("kind", None)) != KIND:
-        raise InputError(f"{path}: is not a record of edgekit bench (its kind is {kind!r})", remedy=_AGAIN)
-    if (version := raw.pop("schema_version", None)) != SCHEMA_VERSION:
-        raise InputError(
-            f"{path}: was written by another version of edgekit (schema {version}, not {SCHEMA_VERSION})", remedy=_AGAIN
-        )
-    return config.checked(raw, Measurement, path)
+    return config.record(
+        path, Measurement, kind=KIND, version=SCHEMA_VERSION, called="a record of edgekit bench", again=_AGAIN
+    )

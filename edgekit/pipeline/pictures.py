@@ -47,12 +47,13 @@ def load(data: Data) -> Pictures:
     """
     chosen = Pictures(train=_train(data), held_out=held_out(data), evaluation=evaluation(data))
     for judged in (chosen.held_out, chosen.evaluation):
-        _refuse_small(judged)
+        refuse_small(judged)
     sets.check_disjoint(chosen.train, chosen.held_out, chosen.evaluation)
     return chosen
 
 
-def _refuse_small(judged: PictureSet) -> None:
+def refuse_small(judged: PictureSet) -> None:
+    """Raise InputError where no figure can be taken on a picture, since SSIM has no window in it."""
     for picture in judged:
         _, height, width = picture.pixels.shape
         if min(height, width) < SSIM_WINDOW:

@@ -64,13 +64,8 @@ def check_model(
     Raises:
         EdgekitError: As `compile.compile_model` for what it looks at before it makes anything, but for the pictures.
     """
-    compiling.check_targets(targets)
-    networks.refuse_ignored(what, weights=weights, folder=folder, overwrite=overwrite)
-    if what is None:
-        what = str(run.newest()) if run.exists() else compiling.student_of(targets)
+    what = compiling.chosen(what, targets, weights=weights, overrides=overrides, folder=folder, overwrite=overwrite)
     path = Path(what)
-    if path.is_dir():
-        compiling.refuse_overrides(path, overrides)
     if what.endswith(".onnx") and not path.is_dir():
         graph = checks.load_float_onnx(path)
         name, channels, stride = path.stem, checks.interface(graph, path).channels, cost.stride(graph, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgekit.backends import Built, Session
-from edgekit.backends.coreml import engine
+from edgekit.backends.coreml import engine, translations
 from edgekit.backends.coreml.convert import build
 from edgekit.backends.coreml.session import NativeSession, ReferenceSession
 from edgekit.backends.coreml.structure import check_structure
@@ -14,6 +14,8 @@ from edgekit.report import Audit
 from edgekit.target import Target
 
 __all__ = ["audit", "build", "check_structure", "open_session"]
+
+translations.register()
 
 
 def audit(bundle: Path, built: Built, target: Target) -> Audit:

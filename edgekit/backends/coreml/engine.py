@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgekit import files
-from edgekit.backends.coreml.program import Argument, Constant, Package, Program, Step, TensorType
+from edgekit.backends.coreml.program import REPLACE, Argument, Constant, Package, Program, Step, TensorType
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
 
 ON_A_MAC = platform.system() == "Darwin"
@@ -31,8 +31,6 @@ _UNTESTED_VERSION = re.compile(
     r"(Torch|scikit-learn|XGBoost|TensorFlow) version \S+ (has not been tested|is not supported)"
 )
 _MAC_ONLY_LIBRARY = re.compile(r"Failed to load _ML\w+: No module named 'coremltools\.libcoremlpython'")
-
-
 _OPERATOR = re.compile(r"\s*ERROR - converting '.*' op \(located at: ")
 
 
@@ -50,16 +48,9 @@ logging.getLogger("coremltools").addFilter(_is_worth_reading)
 
 import coremltools as ct  # noqa: E402
 from coremltools.converters.mil.frontend.milproto.load import load as _load_milproto  # noqa: E402
-from coremltools.converters.mil.frontend.torch.converter import TranscriptionContext as _Context  # noqa: E402
-from coremltools.converters.mil.frontend.torch.internal_graph import InternalTorchIRNode as _Node  # noqa: E402
-from coremltools.converters.mil.frontend.torch.ops import _get_inputs  # noqa: E402
-from coremltools.converters.mil.frontend.torch.ops import _int as _coremltools_int  # noqa: E402
-from coremltools.converters.mil.frontend.torch.torch_op_registry import register_torch_op as _register  # noqa: E402
-from coremltools.converters.mil.mil import Builder as _Builder  # noqa: E402
 from coremltools.converters.mil.mil import types as _types  # noqa: E402
 
 VERSION: str = ct.__version__
-REPLACE = "replace that operator in the network, or choose another target"
 MINIMUM_IOS = "iOS17"
 WEIGHTS = Path("com.apple.CoreML/weights")
 WEIGHT_FILE = Path("Data") / WEIGHTS / "weight.bin"
@@ -80,25 +71,6 @@ _DESCRIPTION_DTYPES = {
     ct.proto.FeatureTypes_pb2.ArrayFeatureType.FLOAT32: "fp32",
     ct.proto.FeatureTypes_pb2.ArrayFeatureType.INT32: "int32",
 }
-
-
-def hardtanh(context: _Context, node: _Node) -> None:
-    """Translate `nn.Hardtanh`, also with bounds that are integers, which coremltools' own refuses."""
-    x, low, high = _get_inputs(context, node, expected=3)
-    context.add(_Builder.clip(x=x, alpha=float(low.val), beta=float(high.val), name=node.name))
-
-
-def _int(context: _Context, node: _Node) -> None:
-    """Translate a number that the trace froze, such as `x.shape[2]`: coremltools' own fails on it with numpy 2.4."""
-    (number,) = _get_inputs(context, node, expected=1)
-    if number.val is None:
-        _coremltools_int(context, node)
-    else:
-        context.add(_Builder.const(val=int(np.asarray(number.val).item()), name=node.name), node.name)
-
-
-_register(hardtanh, override=True)
-_register(_int, torch_alias=["int"], override=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgekit.backends.coreml import engine
-from edgekit.backends.coreml.program import Constant, Program, Step, TensorType
+from edgekit.backends.coreml.program import REPLACE, Constant, Program, Step, TensorType
 from edgekit.errors import IntegrityError, UnsupportedError
 
 Value = Tensor | str
@@ -73,7 +72,7 @@ class Operands:
         """Return the error for a value that the reference does not evaluate."""
         return UnsupportedError(
             f"operator '{self._step.name}' ({self._step.operator}): no reference evaluation for {name} = {value}",
-            remedy=engine.REPLACE,
+            remedy=REPLACE,
         )
 
     def _value(self, name: str) -> Value:
@@ -101,7 +100,7 @@ def run(program: Program, constants: Mapping[str, Value], feeds: Mapping[str, Te
         for step in program.steps:
             if step.operator not in OPERATORS:
                 raise UnsupportedError(
-                    f"operator '{step.name}': no reference evaluation for '{step.operator}'", remedy=engine.REPLACE
+                    f"operator '{step.name}': no reference evaluation for '{step.operator}'", remedy=REPLACE
                 )
             made = OPERATORS[step.operator](Operands(step, values))
             results = (made,) if isinstance(made, Tensor) else made

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 Constant = NDArray[np.generic] | str
 Argument = str | tuple[str, ...]
 
+# What to do about an operator that is not converted or not evaluated.
+REPLACE = "replace that operator in the network, or choose another target"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorType:
