@@ -497,3 +497,33 @@ def test_what_has_no_integer_kernel_is_refused_before_anything_is_trained(tmp_pa
     made = call("compile", path, "-t", "linux-arm64", "-o", tmp_path / "run", "--set", "budgets.int8_drop_db=0.001")
     assert made.code == 4
     assert "leaky.int8.onnx: LeakyRelu" in made.err
+
+
+class Twofold(Body):
+    def __init__(self) -> None:
+        super().__init__(conv(1, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x - self.body(x), x
+
+
+class Halved(Twofold):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.body(x), 2)
+
+
+class Dozen(Twofold):
+    stride = 12
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (Twofold, r"gives a tuple for a picture \(1, 1, 64, 64\)"),
+        (Halved, r"gives \(1, 1, 32, 32\) for a picture \(1, 1, 64, 64\)"),
+        (Dozen, r"has a stride of 12; set it to one of \(1, 2, 4, 8, 16, 32\)"),
+    ],
+)
+def test_a_class_that_gives_no_picture_or_has_an_odd_stride_is_refused(kind, told):
+    with pytest.raises(InputError, match=told):
+        networks.untrained(f"{__name__}:{kind.__name__}")

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,17 +227,13 @@ def _behind_interface(name: str, made: nn.Module) -> Denoiser:
         net = (made if isinstance(made, Denoiser) else _adapt(made)).eval()
         fuse.settle_weights(net)
         if net.stride not in _STRIDES:
-            raise InputError(f"'{name}' has a stride of {net.stride}", remedy="set it to one of " + _listed(_STRIDES))
+            raise InputError(f"'{name}' has a stride of {net.stride}", remedy=f"set it to one of {_STRIDES}")
         given = [value for value in example(net) if value is not None]
         denoised = net(*given)
         if not isinstance(denoised, Tensor) or denoised.shape != given[0].shape:
             came = tuple(denoised.shape) if isinstance(denoised, Tensor) else f"a {type(denoised).__name__}"
             raise InputError(f"'{name}' gives {came} for a picture {tuple(given[0].shape)}", remedy=remedy)
     return net
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
 
 
 def _adapt(made: nn.Module) -> Foreign:
