@@ -17,6 +17,8 @@ import torch
 
 from edgekit import backends, bundle, config, models, target
 from edgekit.backends import Built, Session
+from edgekit.data import noise
+from edgekit.data.synthetic import dead_leaves
 from edgekit.files import write_json
 from edgekit.measure import host, latency
 from edgekit.pipeline import compile as compiling
@@ -41,6 +43,21 @@ def import_time(folder: Path) -> Figures:
         lambda: _process(executable, "--help"), lambda: _process(sys.executable, "-c", ""), min_pairs=20, max_seconds=1
     )
     return {"help_ms": paired.a_median_us / 1000, "interpreter_ms": paired.b_median_us / 1000} | _ratio(paired)
+
+
+def pictures_time(folder: Path) -> Figures:
+    """Return the time to make a dead-leaves picture of 256x256 against that to add the protocol's noise to it."""
+    seeds = iter(range(10**6))
+    picture = dead_leaves(0, SIDE, SIDE)
+
+    def make() -> None:
+        dead_leaves(next(seeds), SIDE, SIDE)
+
+    def add() -> None:
+        noise.add_gaussian(picture, 25.0, index=0)
+
+    paired = latency.interleave(make, add, min_pairs=20, max_seconds=1)
+    return {"dead_leaves_ms": paired.a_median_us / 1000, "noise_ms": paired.b_median_us / 1000} | _ratio(paired)
 
 
 def training_speed(folder: Path) -> Figures:
@@ -102,6 +119,7 @@ def artifact_latency(folder: Path) -> Figures:
 
 BENCHMARKS: dict[str, tuple[Callable[[Path], Figures], str]] = {
     "import": (import_time, "whole processes, 20 pairs by turns, medians"),
+    "pictures": (pictures_time, f"dead leaves of {SIDE}x{SIDE}, one thread, 20 pairs by turns, medians"),
     "training": (training_speed, "forward, backward and AdamW step of 16x80x80, 2 threads, 20 pairs by turns, medians"),
     "compile": (
         compile_time,

