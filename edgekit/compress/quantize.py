@@ -41,7 +41,6 @@ LEAST_PICTURES = 8
 # A sound INT8 denoiser stays above 40 dB; below this the ranges or the placement are wrong.
 LEAST_AGREEMENT_DB = 25.0
 _FULL, _REDUCED = 127, 63
-# Processors that add the products of 8-bit numbers without saturating.
 
 
 @dataclass(frozen=True, kw_only=True)
