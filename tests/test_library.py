@@ -82,9 +82,9 @@ class _Net(nn.Module):
         return noisy - nn.functional.pixel_shuffle(self.up(features), 2) * sigma * 4
 
 
-def _source(folder: Path, channels: int, name: str = "tiny") -> Source:
+def _source(folder: Path, channels: int, name: str = "tiny", net_type: type[_Net] = _Net) -> Source:
     torch.manual_seed(channels)
-    net = _Net(channels).eval()
+    net = net_type(channels).eval()
     path = export_onnx(net, channels=channels, takes_sigma=True, stride=STRIDE, out=folder / f"{name}.onnx")
     return Source(
         name=name,
@@ -136,8 +136,10 @@ class Bundle:
         )[0]
 
 
-def _bundle(folder: Path, built_for: Target, channels: int = 1, name: str = "tiny") -> Bundle:
-    source = _source(folder, channels, name)
+def _bundle(
+    folder: Path, built_for: Target, channels: int = 1, name: str = "tiny", net_type: type[_Net] = _Net
+) -> Bundle:
+    source = _source(folder, channels, name, net_type)
     out = folder / "bundle"
     out.mkdir()
     return Bundle(folder=out, built=tvm.build(source, built_for, out), target=built_for, source=source)
@@ -903,6 +905,24 @@ def test_a_tile_without_an_inside_takes_no_larger_picture_and_says_so(tmp_path: 
         assert denoiser.denoise(_noisy(2 * HALO, 90, 1)).shape == (2 * HALO, 90)
         with pytest.raises(ValueError, match=f"so it takes pictures up to {TILE_WIDTH} x {2 * HALO}"):
             denoiser.denoise(_noisy(2 * HALO + 1, TILE_WIDTH, 1))
+
+
+class _Turned(_Net):
+    """How far this one looks is not known: it turns the picture."""
+
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return super().forward(noisy.transpose(2, 3), sigma).transpose(2, 3)
+
+
+def test_a_network_whose_reach_is_not_known_takes_no_larger_picture_and_says_so(tmp_path: Path) -> None:
+    bundle = _bundle(tmp_path, HOST, net_type=_Turned)
+    assert "(Transpose): how far it looks is not known" in bundle.built.notes[-1]
+    with bundle.python().Denoiser() as denoiser:
+        assert denoiser.denoise(_noisy(TILE_HEIGHT, TILE_WIDTH, 1)).shape == (TILE_HEIGHT, TILE_WIDTH)
+        said = f"^how far this network looks is not known, so it takes pictures up to {TILE_WIDTH} x {TILE_HEIGHT}$"
+        for height, width in ((TILE_HEIGHT + 1, TILE_WIDTH), (TILE_HEIGHT, TILE_WIDTH + 1)):
+            with pytest.raises(ValueError, match=said):
+                denoiser.denoise(_noisy(height, width, 1))
 
 
 def test_the_class_for_android_says_the_same(tmp_path: Path) -> None:

@@ -164,7 +164,8 @@ def _interface(
         height=tile.height,
         width=tile.width,
         takes_sigma=source.takes_sigma,
-        halo=halo,
+        halo=max(tile.height, tile.width) if halo is None else halo,
+        halo_known=halo is not None,
         tile_only=tile_only,
         stride=source.stride,
         # Variants that are chosen only where the processor has their features need none of it.
@@ -175,12 +176,12 @@ def _interface(
     )
 
 
-def _halo(source: Source, tile: _Tile) -> tuple[int, str]:
-    """Return the halo in pixels, and why the library takes no picture larger than a tile; empty where it does."""
+def _halo(source: Source, tile: _Tile) -> tuple[int | None, str]:
+    """Return the halo in pixels, None where it is not known; and why larger pictures than a tile are refused, if so."""
     try:
         halo = receptive_field(load_onnx(source.fp32_onnx)).aligned(source.stride)
     except UnsupportedError as error:
-        return max(tile.height, tile.width), str(error)
+        return None, str(error)
     inside = min(tile.height, tile.width) > 2 * halo
     return halo, "" if inside else f"nothing of the tile {tile} lies inside its halo of {halo} px"
 

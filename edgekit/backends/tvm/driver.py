@@ -51,7 +51,8 @@ class Interface:
 
     model: Name of the model; part of every symbol.
     triple: What the code is compiled for, for the header's first line.
-    halo: Pixels at a tile's cut edges that are not right, a multiple of the stride.
+    halo: Pixels at a tile's cut edges that are not right, a multiple of the stride; all of it where none is known.
+    halo_known: Whether it is.
     tile_only: Why pictures larger than a tile are refused; empty where they are not.
     stride: Of the network.
     needs: Features of every processor that runs it.
@@ -65,6 +66,7 @@ class Interface:
     width: int
     takes_sigma: bool
     halo: int
+    halo_known: bool
     tile_only: str
     stride: int
     needs: Needs
@@ -163,6 +165,7 @@ def generate(variants: Sequence[Variant], where: Places, interface: Interface) -
         "width": interface.width,
         "takes_sigma": interface.takes_sigma,
         "halo": interface.halo,
+        "halo_known": interface.halo_known,
         "tile_only": interface.tile_only,
         "pictures": interface.pictures,
         "stride": interface.stride,
