@@ -276,6 +276,52 @@ def test_how_far_they_look_is_known(tmp_path, name, halo):
     assert (field.halo_px, field.global_nodes) == (halo, ())
 
 
+def padding_itself(kind: str, *, step: int) -> onnx.ModelProto:
+    """Return a network whose operators find their borders by themselves: down by `step`, up again, and cropped."""
+    random = np.random.default_rng(0)
+    shapes = {"a": (8, 1, 4, 4), "b": (8, 8, 3, 3), "c": (step * step, 8, 3, 3)}
+    stored = {name: (random.standard_normal(shape) / 9).astype(np.float32) for name, shape in shapes.items()}
+    stored |= {"from": np.array([0, 0]), "axes": np.array([2, 3])}
+    make, size = helper.make_node, [1, 1, "h", "w"]
+    nodes = [
+        make("Conv", [NOISY, "a"], ["x"], "first", auto_pad=kind, kernel_shape=[4, 4]),
+        make("Conv", ["x", "b"], ["y"], "down", auto_pad=kind, kernel_shape=[3, 3], strides=[step, step]),
+        make("MaxPool", ["y"], ["z"], "pool", auto_pad=kind, kernel_shape=[2, 2]),
+        make("Conv", ["z", "c"], ["small"], "last", auto_pad=kind, kernel_shape=[3, 3]),
+        make("DepthToSpace", ["small"], ["large"], "up", blocksize=step, mode="CRD"),
+        make("Shape", [NOISY], ["size"], "size", start=2),
+        make("Slice", ["large", "from", "size", "axes"], ["noise"], "crop"),
+        make("Sub", [NOISY, "noise"], [DENOISED], "sub"),
+    ]
+    given, got = (helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name in (NOISY, DENOISED))
+    constants = [numpy_helper.from_array(values, name) for name, values in stored.items()]
+    graph = helper.make_graph(nodes, "padding itself", [given], [got], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("kind", ["SAME_UPPER", "SAME_LOWER"])
+def test_borders_that_operators_find_by_themselves_are_written_down(tmp_path, kind):
+    onnx.save(padding_itself(kind, step=2), tmp_path / "net.onnx")
+    model = checks.load_onnx(simplify(tmp_path / "net.onnx", tmp_path / "simple.onnx"))
+    pads = {node.name: walk.attribute(node, "pads") for node in model.graph.node}
+    one, two = ([0, 0, 1, 1], [1, 1, 2, 2]) if kind == "SAME_UPPER" else ([1, 1, 0, 0], [2, 2, 1, 1])
+    assert [pads[name] for name in ("first", "down", "pool", "last")] == [two, one, one, [1] * 4]
+    assert receptive_field(model).halo_px == 8
+    noisy = probe(72, 56, 1, seed=9)
+    want = Reference(checks.load_onnx(tmp_path / "net.onnx"))(noisy, LEVEL)
+    assert relative_change(Reference(model)(noisy, LEVEL), want) < 1e-5
+    with torch.no_grad():
+        followed = TorchGraph(model)(torch.from_numpy(noisy), torch.full((1, 1, 1, 1), LEVEL)).numpy()
+    assert relative_change(followed, want) < 1e-5
+
+
+def test_a_border_that_depends_on_the_picture_stays_with_its_operator(tmp_path):
+    onnx.save(padding_itself("SAME_UPPER", step=3), tmp_path / "net.onnx")
+    model = checks.load_onnx(simplify(tmp_path / "net.onnx", tmp_path / "simple.onnx"))
+    automatic = {node.name for node in model.graph.node if walk.attribute(node, "auto_pad") is not None}
+    assert automatic == {"down"}
+
+
 @pytest.mark.parametrize("name", ["ffdnet", "by hand"])
 def test_shuffles_have_their_names(tmp_path, name):
     counts = checks.op_counts(checks.load_onnx(simplified(PUBLISHED[name](), tmp_path)))

@@ -13,15 +13,16 @@ from edgekit.compress.export import OPSET, strip, write
 from edgekit.compress.shuffles import shuffles_named
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
 from edgekit.graph.checks import LEAST_OPSET, NOISY, interface, load_onnx, opset
-from edgekit.graph.cost import WEIGHT_INPUT
+from edgekit.graph.cost import WEIGHT_INPUT, infer_shapes, stride
 from edgekit.graph.reference import Reference, probe, relative_change
-from edgekit.graph.walk import constants_stored, copied, initializers
+from edgekit.graph.walk import attribute, constants_stored, copied, initializers
 
 MOST_CHANGE = 1e-5
 _SIGMAS = (5 / 255, 25 / 255, 50 / 255)
 # Multiples of the largest stride that a network may have.
 _SIZES = ((64, 96), (96, 32), (128, 128))
 _IR_VERSION = 8
+_SAME = (b"SAME_UPPER", b"SAME_LOWER")
 
 Simplifier = Callable[[onnx.ModelProto], onnx.ModelProto]
 
@@ -39,8 +40,8 @@ def simplify(onnx_in: Path, out: Path, *, simplifier: Simplifier = onnx_simplifi
     (onnxsim#1284). Here three pictures of different size, content and noise level must come out the same.
 
     Reshapes and Transposes that are shuffles become SpaceToDepth and DepthToSpace. Constant nodes become initializers,
-    which is where weights are looked for. A file of an opset in which weights cannot be quantized by channel becomes
-    one of opset 17.
+    which is where weights are looked for. Borders that operators find by themselves get their widths. A file of an
+    opset in which weights cannot be quantized by channel becomes one of opset 17.
 
     Raises:
         InputError: `onnx_in` is not a whole denoiser, or ONNX Runtime does not load or run it.
@@ -50,6 +51,7 @@ def simplify(onnx_in: Path, out: Path, *, simplifier: Simplifier = onnx_simplifi
     before = load_onnx(onnx_in)
     run_before = Reference(before, name=str(onnx_in))
     after = constants_stored(simplifier(shuffles_named(_with_enough_opset(copied(before), onnx_in))))
+    _write_pads(after, onnx_in)
     strip(after)
     _refuse_half(after, onnx_in)
     _name_channels(after)
@@ -73,6 +75,36 @@ def simplify(onnx_in: Path, out: Path, *, simplifier: Simplifier = onnx_simplifi
             )
     write(after, out)
     return out
+
+
+def _write_pads(model: onnx.ModelProto, path: Path) -> None:
+    """Say how wide a border is that an operator finds by itself, where it is the same for all pictures; others stay.
+
+    ```
+    Conv(auto_pad=SAME_UPPER, kernel_shape=[4, 4])  ->  Conv(pads=[1, 1, 2, 2], kernel_shape=[4, 4])
+    ```
+    """
+    kinds = ("Conv", "MaxPool", "AveragePool")
+    automatic = [n for n in model.graph.node if n.op_type in kinds and attribute(n, "auto_pad") in _SAME]
+    if not automatic:
+        return
+    step = stride(model, path)
+    sizes = [infer_shapes(model, 33 * step + farther, 35 * step + farther) for farther in (0, step)]
+    for node in automatic:
+        window, strides = attribute(node, "kernel_shape"), attribute(node, "strides") or (1, 1)
+        if not window or attribute(node, "ceil_mode") or any(node.input[0] not in shapes for shapes in sizes):
+            continue
+        sides, others = (shapes[node.input[0]][2:] for shapes in sizes)
+        # What a stride leaves of a side is the same in a picture and the next larger one, or not in all.
+        if any((a - b) % by for a, b, by in zip(sides, others, strides, strict=True)):
+            continue
+        axes = zip(sides, window, strides, attribute(node, "dilations") or (1, 1), strict=True)
+        # As many results as ceil(side / by); the odd pixel lies where the kind says.
+        widths = [max((-(-n // by) - 1) * by + (size - 1) * apart + 1 - n, 0) for n, size, by, apart in axes]
+        less, more = [width // 2 for width in widths], [-(-width // 2) for width in widths]
+        pads = less + more if attribute(node, "auto_pad") == b"SAME_UPPER" else more + less
+        node.attribute.remove(next(a for a in node.attribute if a.name == "auto_pad"))
+        node.attribute.append(helper.make_attribute("pads", pads))
 
 
 def _refuse_half(model: onnx.ModelProto, path: Path) -> None:
