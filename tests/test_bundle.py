@@ -1,16 +1,17 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgekit import bundle
+from edgekit import bundle, target
 from edgekit.errors import InputError, IntegrityError
 from edgekit.files import sha256
-from edgekit.pipeline import denoise, verify
+from edgekit.pipeline import denoise, pages, verify
 
 
 @pytest.fixture
@@ -159,6 +160,41 @@ def test_a_picture_larger_than_the_tile_is_refused_with_the_reason_where_no_halo
         said = rf"is {width}x{height}, larger than the tile 64x48, .* no halo is known: node 'x' \(Softmax\).*; compile"
         with pytest.raises(InputError, match=said):
             opened(np.zeros((1, 1, height, width), np.float32), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "halo_px", "said"),
+    [
+        ("onnx", 35, "tiles have to overlap by 80 px, of which each gives up 40, and to begin at multiples of 8"),
+        ("ios-arm64", 63, "tiles have to overlap by 128 px, of which each gives up 64, and to begin at multiples of 8"),
+        ("ios-arm64", 187, "compile with a larger one (`--tile`, more than 384)"),
+        ("linux-arm64", 187, "px to each side |"),
+    ],
+)
+def test_the_readme_says_how_tiles_overlap_in_whole_strides(tmp_path, name, halo_px, said):
+    """A tile that begins elsewhere is another picture to the network's strides."""
+    files = {role: f"lib/{role}.h" for role in ("artifact", "swift", "header", "program", "static")}
+    model = {"name": "net", "channels": 3, "takes_sigma": True, "stride": 8, "parameters": 0, "macs_256": 0}
+    manifest = bundle.Manifest(
+        edgekit="0",
+        target=asdict(target.load(name)),
+        model=model | {"halo_px": halo_px, "global_ops": []},
+        budgets={},
+        protocol={"golden_outputs": "none"},
+        built={
+            "files": files,
+            "precision": "int8",
+            "tools": {},
+            "notes": [],
+            "facts": {"arena_bytes": 0, "halo_px": 0},
+        },
+        chain=(),
+        files={},
+    )
+    pages.write(tmp_path, manifest, None)
+    (line,) = (line for line in (tmp_path / "README.md").read_text().splitlines() if "receptive field" in line)
+    assert line.startswith(f"| receptive field | {halo_px} px to each side")
+    assert said in line
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(kept):
