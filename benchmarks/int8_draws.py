@@ -41,10 +41,11 @@ def losses_mdb(model: str, where: str, folder: Path) -> tuple[list[int], list[in
         net, channels=net.channels, takes_sigma=net.takes_sigma, stride=net.stride, out=folder / "raw.onnx"
     )
     student = int8.Student(name=model, fp32=simplify.simplify(raw, folder / "fp32.onnx"), stride=net.stride)
-    held_out, shown = pictures.held_out(recipe.data), pictures.evaluation(recipe.data)
+    shown = pictures.load(recipe.data)
+    held_out = shown.held_out
     judge = Judge(
         load_onnx(student.fp32),
-        [p.pixels for p in shown],
+        [p.pixels for p in shown.evaluation],
         int8.levels(recipe.noise),
         net.stride,
         exact=not placed_for.saturates,
@@ -60,7 +61,7 @@ def losses_mdb(model: str, where: str, folder: Path) -> tuple[list[int], list[in
         )
         prepared = quantize.prepare(student.fp32, samples, recipe.quantization, placed_for)
         graph = placement.place(prepared.model, prepared.ranges, placed_for, weight_limit=prepared.weight_limit)
-        reached = int8.within_budget(prepared, recipe, student, placed_for, folder, checkpoints=folder)
+        reached = int8.within_budget(prepared, recipe, shown, student, placed_for, folder, checkpoints=folder)
         first.append(judge.loss(graph).mean_mdb)
         compiled.append(judge.loss(reached.kept.model).mean_mdb)
         print(f"{model}, draw {draw}: {first[-1]}, compiled {compiled[-1]} thousandths of a dB", flush=True)

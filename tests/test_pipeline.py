@@ -595,6 +595,23 @@ def test_pictures_that_came_into_a_runs_folder_later_are_looked_at_before_int8_i
         compiling.compile_model(str(tmp_path / "run"), [ONNX])
 
 
+def test_pictures_to_choose_on_that_came_later_are_looked_at_where_int8_is_not_trained_too(photos, tmp_path):
+    mine = Path(shutil.copytree(photos, tmp_path / "mine"))
+    large = dead_leaves(95, 256, 256)[0]
+    Image.fromarray(large).save(mine / "evaluation" / "0.png")
+    recipe = tiny.recipe(mine, training=STEPS)
+    untrained = dataclasses.replace(recipe.quantization, qat=dataclasses.replace(recipe.quantization.qat, steps=0))
+    distill.distill(dataclasses.replace(recipe, quantization=untrained), tmp_path / "run")
+    shutil.rmtree(mine / "train")
+    assert set(compiling.compile_model(str(tmp_path / "run"), [ONNX]).bundles) == {ONNX.name}
+    Image.fromarray(large[40:240, 40:240].copy()).save(mine / "held_out" / "crop.png")
+    with pytest.raises(InputError, match=r"'crop.png' of held_out.* shows what is kept back as '0.png' of evaluation"):
+        compiling.compile_model(str(tmp_path / "run"), [ONNX])
+    shutil.copyfile(mine / "evaluation" / "1.png", mine / "held_out" / "crop.png")
+    with pytest.raises(InputError, match=r"'crop.png' of held_out and '1.png' of evaluation are the same picture"):
+        compiling.compile_model(str(tmp_path / "run"), [ONNX])
+
+
 @pytest.fixture
 def own_evaluation(photos, tmp_path) -> tuple[Path, Recipe]:
     """A trained run in `run`, and its recipe, whose folders lie in `mine`."""

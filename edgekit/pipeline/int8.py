@@ -25,6 +25,7 @@ from edgekit.errors import UnsupportedError
 from edgekit.files import sha256
 from edgekit.graph import checks, walk
 from edgekit.pipeline import pictures
+from edgekit.pipeline.pictures import Pictures
 from edgekit.recipe import Noise, Quantization, Recipe, int8_drop_db, int8_worst_db
 from edgekit.run import Run
 from edgekit.target import Engine
@@ -87,15 +88,15 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
         if settings.mode == "dynamic":
             quantize.quantize_dynamic(student.fp32, out / FILE)
             return {}
-        if shown is not None and (listed := opened.stages().get("pictures")) and listed.inputs != shown.digests():
+        listed = opened.stages().get("pictures")
+        if listed and any(listed.inputs[role] != digest for role, digest in shown.digests().items()):
             # The run's folders hold other pictures than when its student was trained.
             pictures.refuse_leaks(shown)
-        return _static(opened, recipe, student, where, out)
+        return _static(opened, recipe, shown, student, where, out)
 
-    shown = pictures.load(recipe.data) if settings.mode == "static" and settings.qat.steps else None
-    held_out = shown.held_out if shown is not None else pictures.held_out(recipe.data)
-    inputs = {"simplified": sha256(student.fp32), "held_out": sets.digest(held_out)}
-    if shown is not None:
+    shown = pictures.load(recipe.data, learns=settings.mode == "static" and settings.qat.steps > 0)
+    inputs = {"simplified": sha256(student.fp32), "held_out": sets.digest(shown.held_out)}
+    if shown.train:
         inputs["train"] = sets.digest(shown.train)
     stage = opened.stage(
         f"quantize/{PLACEMENTS[engine]}",
@@ -146,11 +147,13 @@ def calibration(recipe: Recipe, stride: int) -> Calibration:
     )
 
 
-def _static(opened: Run, recipe: Recipe, student: Student, where: Placement, out: Path) -> Mapping[str, object]:
+def _static(
+    opened: Run, recipe: Recipe, shown: Pictures, student: Student, where: Placement, out: Path
+) -> Mapping[str, object]:
     prepared = quantize.prepare(student.fp32, calibration(recipe, student.stride), recipe.quantization, where)
     if not where.floats:
         _check_kernels(_placed(prepared, where, recipe.quantization), student, out)
-    reached = within_budget(prepared, recipe, student, where, out, checkpoints=opened.root)
+    reached = within_budget(prepared, recipe, shown, student, where, out, checkpoints=opened.root)
     report = quantize.written(reached.kept.model, prepared, student.fp32, out / FILE)
     return {
         "loss_before_mdb": reached.before.mean_mdb,
@@ -175,13 +178,21 @@ def _check_kernels(graph: onnx.ModelProto, student: Student, out: Path) -> None:
 
 
 def within_budget(
-    prepared: Prepared, recipe: Recipe, student: Student, where: Placement, out: Path, *, checkpoints: Path
+    prepared: Prepared,
+    recipe: Recipe,
+    shown: Pictures,
+    student: Student,
+    where: Placement,
+    out: Path,
+    *,
+    checkpoints: Path,
 ) -> Reached:
     """Return the INT8 graph that keeps the recipe's budget: placed, trained if need be, layers rolled back if need be.
 
     Args:
         prepared: The student's graph, ranges and calibration pictures.
         recipe: Its data, noise, budgets and settings.
+        shown: The recipe's pictures.
         student: What was prepared.
         where: The engine's placement.
         out: Folder that gets the graphs on the way.
@@ -203,7 +214,7 @@ def within_budget(
     if trained:
         log.info("INT8 loses %.3f dB before any training: training it with its rounding", before.mean_mdb / 1000)
         try:
-            graph = _train(recipe, ends_in_float(graph, prepared, where), prepared, out, checkpoints)
+            graph = _train(recipe, shown, ends_in_float(graph, prepared, where), prepared, out, checkpoints)
         except UnsupportedError as error:
             log.warning("it is not trained, and layers go back to float where it loses too much: %s", error)
             trained = False
@@ -245,7 +256,9 @@ def _added_for(model: onnx.ModelProto, convolutions: Collection[str]) -> tuple[s
     )
 
 
-def _train(recipe: Recipe, graph: onnx.ModelProto, prepared: Prepared, out: Path, checkpoints: Path) -> onnx.ModelProto:
+def _train(
+    recipe: Recipe, shown: Pictures, graph: onnx.ModelProto, prepared: Prepared, out: Path, checkpoints: Path
+) -> onnx.ModelProto:
     """Return the graph after training with its rounding; an interrupted training goes on from its checkpoint.
 
     Raises:
@@ -254,7 +267,6 @@ def _train(recipe: Recipe, graph: onnx.ModelProto, prepared: Prepared, out: Path
     export.write(graph, out / "untrained.int8.onnx")
     folder = checkpoints / f"qat-{sha256(out / 'untrained.int8.onnx')[:12]}"
     folder.mkdir(exist_ok=True)
-    shown = pictures.load(recipe.data)
     try:
         qat.finetune(
             qdq=out / "untrained.int8.onnx",

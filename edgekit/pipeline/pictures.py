@@ -22,7 +22,7 @@ _CALIBRATION_SIGMAS = (5.0, 15.0, 25.0, 40.0, 50.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """train is learned from; held_out chooses weights and ranges; evaluation does neither."""
+    """train is learned from, empty where nothing is; held_out chooses weights and ranges; evaluation does neither."""
 
     train: PictureSet
     held_out: PictureSet
@@ -33,19 +33,25 @@ class Pictures:
         return {role: sets.digest(pictures) for role, pictures in self.by_role().items()}
 
     def by_role(self) -> dict[str, PictureSet]:
-        """Return the sets by their role; two may have one name, as folders of the same name have."""
-        return {"train": self.train, "held_out": self.held_out, "evaluation": self.evaluation}
+        """Return the sets that hold pictures by their role; two may have one name, as folders of the same name have."""
+        roles = {"train": self.train, "held_out": self.held_out, "evaluation": self.evaluation}
+        return {role: pictures for role, pictures in roles.items() if pictures}
 
 
-def load(data: Data) -> Pictures:
+def load(data: Data, *, learns: bool = True) -> Pictures:
     """Return the recipe's pictures; `refuse_leaks` looks further than for equal ones.
+
+    Args:
+        data: Where they lie.
+        learns: Whether anything is learned from them; else the pictures to learn from are not read.
 
     Raises:
         InputError: A folder is missing or empty, a picture cannot be read, or one picture is in two sets; fewer than 8
             pictures are left to choose weights and ranges on, or one of those is constant; one that a figure is taken
             on is too small for it.
     """
-    chosen = Pictures(train=_train(data), held_out=held_out(data), evaluation=evaluation(data))
+    train = _train(data) if learns else PictureSet(name="nothing", pictures=())
+    chosen = Pictures(train=train, held_out=held_out(data), evaluation=evaluation(data))
     for judged in (chosen.held_out, chosen.evaluation):
         refuse_small(judged)
     sets.check_disjoint(chosen.train, chosen.held_out, chosen.evaluation)
