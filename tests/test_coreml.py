@@ -577,6 +577,15 @@ def test_a_map_of_the_noise_level_is_taken_however_it_is_made(name, tmp_path):
 
 
 @pytest.mark.parametrize("takes_sigma", [True, False], ids=["sigma", "blind"])
+def test_a_package_spells_its_network_as_its_author_does(takes_sigma, tmp_path):
+    source = replace(source_of(network(noise_level=takes_sigma), takes_sigma=takes_sigma), name="MyNet")
+    built = coreml.build(source, small_target(), tmp_path)
+    about = engine.ct.utils.load_spec(str(tmp_path / built.files["artifact"])).description.metadata
+    kind = "Image" if takes_sigma else "Blind image"
+    assert about.shortDescription == f"{kind} denoiser 'MyNet' for 64x64 tiles, computed in float16"
+
+
+@pytest.mark.parametrize("takes_sigma", [True, False], ids=["sigma", "blind"])
 def test_the_readme_calls_what_the_swift_file_defines(takes_sigma, tmp_path):
     built = coreml.build(source_of(network(noise_level=takes_sigma), takes_sigma=takes_sigma), small_target(), tmp_path)
     model = {"name": "nano", "channels": 1, "takes_sigma": takes_sigma, "stride": 8, "parameters": 0, "macs_256": 0}

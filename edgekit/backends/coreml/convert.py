@@ -131,12 +131,12 @@ def _description(
     source: Source, target: Target, compute: Compute, shape: tuple[int, int, int, int]
 ) -> engine.Description:
     height, width = shape[2:]
-    level = "" if source.takes_sigma else "blind "
+    kind = "Image denoiser" if source.takes_sigma else "Blind image denoiser"
     return engine.Description(
         author=f"edgekit {edgekit.__version__}",
         license="The licence of the weights is stated in the model card beside this package.",
         version=edgekit.__version__,
-        summary=f"{level}image denoiser '{source.name}' for {height}x{width} tiles, computed in {compute}".capitalize(),
+        summary=f"{kind} '{source.name}' for {height}x{width} tiles, computed in {compute}",
         features={
             INPUT: f"{' x '.join(map(str, shape))} float32: pixels in 0...1 plus noise, unclipped",
             NOISE_LEVEL: "Standard deviation of the noise on the scale of the pixels: 25/255 for 'sigma 25'",
