@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -155,6 +156,18 @@ def test_the_table_names_every_layer_and_every_addition(prepared, judge, tmp_pat
     assert json.loads(json_file.read_text())["rows"][0]["layer"] == table.rows[0].layer
     assert all(f"| {row.layer} |" in page.read_text() for row in table.rows)
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_table_is_written_an_older_plot_goes_and_a_line_says_what_to_install(
+    tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "sensitivity.png").write_bytes(b"of other figures")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    row = sensitivity.Sensitivity(layer="first", alone_udb=10, gain_udb=5, macs_permille=1000, time_us=None)
+    table = sensitivity.Table(placement="openvino", loss=budget.Loss(mean_mdb=1, worst_mdb=2), rows=(row,))
+    assert [path.name for path in sensitivity.write(table, tmp_path, "one")] == ["sensitivity.json", "sensitivity.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sensitivity.json", "sensitivity.md"]
+    assert "pip install 'edgekit[plot]'" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +12,10 @@ import onnx
 
 from edgekit.compress.budget import Judge, Loss, layers
 from edgekit.compress.placement import Placement, release
-from edgekit.errors import ToolMissingError
 from edgekit.files import atomic_file, write_json
 from edgekit.graph.cost import macs_by_node
 
+log = logging.getLogger(__name__)
 _SIDE = 256
 _SHOWN = 20
 
@@ -83,19 +85,19 @@ def sensitivity(
 
 
 def write(table: Table, folder: Path, title: str) -> tuple[Path, ...]:
-    """Write `sensitivity.json`, `.md` and `.png` into a folder and return them.
-
-    Raises:
-        ToolMissingError: matplotlib, which draws the plot, is not installed.
-    """
+    """Write `sensitivity.json`, `.md` and, where matplotlib is installed, `.png` into a folder and return them."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = folder / "sensitivity.json", folder / "sensitivity.md", folder / "sensitivity.png"
-    write_json(made[0], asdict(table))
-    with atomic_file(made[1]) as temporary:
+    record, page, plot = folder / "sensitivity.json", folder / "sensitivity.md", folder / "sensitivity.png"
+    write_json(record, asdict(table))
+    with atomic_file(page) as temporary:
         temporary.write_text(markdown(table, title), encoding="utf-8")
-    with atomic_file(made[2]) as temporary:
+    if importlib.util.find_spec("matplotlib") is None:
+        log.warning("no plot: matplotlib is not installed; run: pip install 'edgekit[plot]'")
+        plot.unlink(missing_ok=True)
+        return record, page
+    with atomic_file(plot) as temporary:
         _plot(table.rows[:_SHOWN], title, temporary)
-    return made
+    return record, page, plot
 
 
 def markdown(table: Table, title: str) -> str:
@@ -119,14 +121,9 @@ def markdown(table: Table, title: str) -> str:
 
 
 def _plot(rows: Sequence[Sensitivity], title: str, path: Path) -> None:
-    try:
-        # Drawing is the one thing that needs it.
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ToolMissingError(
-            "the sensitivity plot needs the package 'matplotlib', which is not installed",
-            remedy="run: pip install matplotlib",
-        ) from error
+    # Drawing is the one thing that needs it.
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 0.3 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))
