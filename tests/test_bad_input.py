@@ -175,7 +175,7 @@ def test_a_dry_run_refuses_a_wrong_setting(call, cwd):
 
 
 def test_a_dry_run_refuses_what_compiling_would(call, cwd, finished):
-    call("compile", "nosuch", "--dry-run").refused(2, "no weights are shipped for 'nosuch'")
+    call("compile", "nosuch", "--dry-run").refused(2, "'nosuch' is no model with shipped weights")
     call("compile", finished, "--set", "budgets.int8_drop_db=1", "--dry-run").refused(2, "the settings of its recipe")
     call("compile", "base-color", "--set", "data.channels=1", "--dry-run").refused(2, "'base-color' takes 3")
     call("compile", "edgekit.models.plain:DnCnn", "--dry-run").refused(2, "needs its weights")
@@ -373,11 +373,21 @@ def test_shipped_weights_whose_bytes_changed_are_refused(cwd, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "arguments", [("compile", "--dry-run"), ("lint",), ("sensitivity", "--engine", "onnxruntime")], ids=lambda a: a[0]
+)
+@pytest.mark.parametrize("what", ["runs/nosuch", "mine.py", "mine.pth"])
+def test_what_is_no_model_is_told_what_would_be_one(call, cwd, arguments, what):
+    told = f"'{what}' is no model with shipped weights, no run folder, no ONNX file and no package.module:Class; known: "
+    call(arguments[0], what, *arguments[1:]).refused(2, told)
+
+
+@pytest.mark.parametrize(
     ("what", "told"),
     [
         ("no.such_module:Net", "'no.such_module:Net' cannot be made: ModuleNotFoundError: No module named 'no'"),
         ("edgekit.models.plain:Nothing", "AttributeError: module 'edgekit.models.plain' has no attribute 'Nothing'"),
         ("json:dumps", "'json:dumps' cannot be made: "),
+        ("nets/mine.py:Net", "'nets/mine.py:Net' names a file, not a module; give mine:Net, in the file's folder"),
         ("collections:OrderedDict", "'collections:OrderedDict' is a OrderedDict, not a torch.nn.Module"),
     ],
 )

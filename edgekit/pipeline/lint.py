@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from edgekit import models, zoo
+from edgekit import models
 from edgekit.graph import checks
 from edgekit.graph import lint as rules
 from edgekit.graph.lint import Finding
@@ -59,7 +59,7 @@ def _network(what: str, options: Mapping[str, models.Option], weights: Path | No
         return networks.from_class(what, weights).net if weights else networks.untrained(what)
     if what in models.names():
         return models.create(what, options).eval()
-    card = zoo.card(what)
+    card = networks.card(what)
     return models.create(card.model, {**card.options, **options}).eval()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from edgekit import models, recipe, run, zoo
 from edgekit.compress import fuse
-from edgekit.errors import EdgekitError, InputError
+from edgekit.errors import EdgekitError, InputError, nearest
 from edgekit.files import sha256, write_json
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
@@ -119,11 +119,25 @@ def named(what: str, path: Path | None = None) -> Network:
     """Return the network of a run folder, a shipped name, or `package.module:Class` with the weights at `path`.
 
     Raises:
-        InputError: As `from_run`, `shipped` and `from_class`.
+        InputError: It is none of these; else as `from_run` and `from_class`.
     """
     if Path(what).is_dir():
         return from_run(Path(what))
-    return from_class(what, path) if ":" in what else shipped(what)
+    return from_class(what, path) if ":" in what else shipped(card(what).name)
+
+
+def card(what: str) -> zoo.Card:
+    """Return the card of a shipped MODEL.
+
+    Raises:
+        InputError: It is none, and nothing else that a MODEL may be.
+    """
+    if what not in (known := zoo.names()):
+        raise InputError(
+            f"'{what}' is no model with shipped weights, no run folder, no ONNX file and no package.module:Class; "
+            f"{nearest(what, known)}"
+        )
+    return zoo.card(what)
 
 
 def refuse_ignored(
@@ -170,9 +184,9 @@ def from_class(name: str, path: Path | None) -> Network:
     Raises:
         InputError: No such class, one that cannot be made, no weights, or weights that do not fit.
     """
+    made = _made(name)
     if path is None:
         raise InputError(f"'{name}' needs its weights", remedy="add --weights FILE.safetensors")
-    made = _made(name)
     weights.load_into(made, path)
     net = _behind_interface(name, made)
     label = name.partition(":")[2].lower()
@@ -199,6 +213,10 @@ def _made(name: str) -> nn.Module:
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise InputError(f"'{name}' names no class", remedy="give package.module:Class")
+    if module.endswith(".py"):
+        raise InputError(
+            f"'{name}' names a file, not a module", remedy=f"give {Path(module).stem}:{attribute}, in the file's folder"
+        )
     # The console script's own folder stands on the path, not the one that the user's network lies in.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
