@@ -221,7 +221,7 @@ def compile_(
     edgekit compile --target android-arm64
     edgekit compile nano -t linux-x86_64 -o runs/nano
     edgekit compile nano -t linux-arm64 --tile 256
-    edgekit compile mynet.py_module:Net --weights net.safetensors -t onnx
+    edgekit compile mynet:Net --weights net.safetensors -t onnx
     edgekit compile mynet.onnx -t onnx --set data.calibration=photos --set budgets.int8_drop_db=0.03
     """
     from edgekit import target
