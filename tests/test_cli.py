@@ -148,13 +148,15 @@ def test_a_dry_run_of_training_ends_at_the_student_and_names_the_teacher_only_wh
     assert ("taught by" in steps["student"]) == (command == "distill")
 
 
-def test_a_plan_says_which_target_is_blocked_by_a_missing_engine(call, tiny, monkeypatch):
+def test_a_plan_says_which_target_is_blocked_by_a_missing_engine_and_what_installs_it(call, tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "tvm", None)
     text = (Path(__file__).parent.parent / "targets/android-arm64.yaml").read_text(encoding="utf-8")
     Path("mine.yaml").write_text(text.replace("name: android-arm64", "name: mine"), encoding="utf-8")
     steps = answer(call("plan", tiny, "-t", "android-arm64", "-t", "mine.yaml", "-t", "onnx", "--json").out)["items"]
     states = {s["name"]: s["state"] for s in steps if s["name"].startswith("bundles/")}
     assert states == {"bundles/android-arm64": "blocked", "bundles/mine": "blocked", "bundles/onnx": "to do"}
+    told = [s["name"] for s in steps if s["what"].endswith("; first: pip install 'edgekit[tvm]'")]
+    assert told == ["quantize/arm", "bundles/android-arm64", "bundles/mine"]
 
 
 def test_a_plan_refuses_a_teacher_that_does_not_exist(call, tiny):

@@ -40,13 +40,16 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: Path | None = None) 
     steps += [Step(name=n, what=w, state=_state(n, made)) for n, w in _COMPRESSION]
     if _has_weights(recipe.teacher):
         steps.append(Step(name="teacher", what=_TEACHER, state=_state("teacher", made)))
-    found = {finding.name for finding in doctor.examine() if finding.found}
+    missing = {finding.name: finding.fix for finding in doctor.examine() if not finding.found}
     named = {step.name: step for step in steps}
     for target in targets:
         for name, what in _of_target(target):
-            state = _state(name, made) if target.engine in found else "blocked"
+            if fix := missing.get(target.engine):
+                step = Step(name=name, what=f"{what}; first: {fix}", state="blocked")
+            else:
+                step = Step(name=name, what=what, state=_state(name, made))
             # Targets of one engine share its INT8 graph.
-            named.setdefault(name, Step(name=name, what=what, state=state))
+            named.setdefault(name, step)
     return list(named.values())
 
 
