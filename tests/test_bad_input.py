@@ -377,7 +377,7 @@ def test_shipped_weights_whose_bytes_changed_are_refused(cwd, monkeypatch):
 )
 @pytest.mark.parametrize("what", ["runs/nosuch", "mine.py", "mine.pth"])
 def test_what_is_no_model_is_told_what_would_be_one(call, cwd, arguments, what):
-    told = f"'{what}' is no model with shipped weights, no run folder, no ONNX file and no package.module:Class; known: "
+    told = f"'{what}' is no model with shipped weights, no run folder, no ONNX file and no package.module:Class; "
     call(arguments[0], what, *arguments[1:]).refused(2, told)
 
 
