@@ -292,8 +292,9 @@ def verify(
     settings = verifying.Settings(threads=threads, seconds=seconds)
     reports = []
     for path in paths:
+        to = _place(output or verifying.default_path(path), path)
         report = verifying.verify(path, settings=settings, records=records or None)
-        verifying.write(report, output or verifying.default_path(path))
+        verifying.write(report, to)
         reports.append(report)
     _emit([r.as_json() for r in reports], as_json, lambda: _print_reports(reports))
     _exit_with(context, reports, allow_unverified)
@@ -371,6 +372,8 @@ def baseline(model: str, seconds: float, output: Path | None, as_json: bool) -> 
     from edgekit.pipeline import compile as compiling
     from edgekit.pipeline import networks
 
+    if output is not None:
+        _place(output)
     network = networks.from_run(Path(model)) if Path(model).is_dir() else networks.shipped(model)
     evaluation = sets.embedded("evaluation", channels=3 if network.net.channels == 3 else 1)
     golden = {compiling.golden_pictures(evaluation, target.load(t)) for t in target.names()}
@@ -457,6 +460,8 @@ def bench(
     if len(paths) > 1:
         names = ", ".join(str(path) for path in paths)
         raise InputError(f"{bundle}: has {len(paths)} bundles", remedy=f"name one: {names}")
+    if output is not None:
+        _place(output, paths[0])
     settings = benching.Settings(
         runs=runs,
         seconds=seconds,
@@ -587,8 +592,8 @@ def denoise(
         raise InputError(f"{image}: {'is not a file' if image.exists() else 'no such picture'}")
     from edgekit.pipeline import denoise as denoising
 
+    to = _place(output or image.with_name(f"{image.stem}.denoised.png"))
     opened = denoising.open_model(model, weights=weights)
-    to = output or image.with_name(f"{image.stem}.denoised.png")
     path = denoising.denoise_file(opened, image, to, sigma255=sigma, add_noise=add_noise)
     _emit({"output": str(path), "how": opened.how}, as_json, lambda: click.echo(path))
 
@@ -645,6 +650,8 @@ def sensitivity(
     from edgekit.compress.sensitivity import markdown, write
     from edgekit.pipeline import sensitivity as measuring
 
+    if output is not None:
+        _place(output / "sensitivity.json")
     chosen: Literal["onnxruntime", "openvino"] = "onnxruntime" if engine == "onnxruntime" else "openvino"
     name, found = measuring.of_model(model, chosen, weights=weights, overrides=overrides)
     files = write(found, output or Path("sensitivity") / f"{name}-{engine}", name)
@@ -819,6 +826,22 @@ def _failed(error: EdgekitError) -> int:
         logging.getLogger("edgekit").exception("traceback")
     click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
     return error.exit_code
+
+
+def _place(path: Path, bundle: Path | None = None) -> Path:
+    """Return where a result goes, after a look at whether it can go there, before anything is measured.
+
+    Raises:
+        InputError: It cannot be written there, or lies in the bundle that it is about.
+    """
+    from edgekit import files
+
+    if bundle is not None and bundle.resolve() in path.resolve().parents:
+        raise InputError(
+            f"{path}: lies in the bundle {bundle}, which is never written to", remedy="choose another place with -o"
+        )
+    files.refuse_unwritable(path)
+    return path
 
 
 def _emit(result: object, as_json: bool, show: Callable[[], object]) -> None:

@@ -58,17 +58,41 @@ def storage_errors(path: Path) -> Iterator[None]:
                 f"{path}: no space is left on the disk for it ({free} MiB free without it)",
                 remedy="free some and start the same command again, it goes on where it stopped",
             ) from error
-        if isinstance(error, OSError) and number in REFUSED and _is_of(error, path):
+        if isinstance(error, OSError) and (number in REFUSED or _takes_nothing(error)) and _is_of(error, path):
             raise InputError(
                 f"{path}: cannot be written: {error.strerror}", remedy="choose another place with -o"
             ) from error
         raise
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Refuse a place that no file can be written to, before anything is measured for it; makes nothing.
+
+    Raises:
+        InputError: A folder, a device or a pipe is there, or the folder that it would lie in takes no files.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():
+            raise InputError(
+                f"{path}: is a device or a pipe", remedy="name a file, which is written whole or not at all"
+            )
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=_existing(path.parent)):
+            pass
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise InputError(
+            f"{path}: cannot be written: {error.strerror}", remedy="choose another place with -o"
+        ) from error
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, which replaces `path` when the block ends without an error."""
     with storage_errors(path):
+        refuse_unwritable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -136,6 +160,11 @@ def _is_of(error: OSError, path: Path) -> bool:
         if any(p.parent == here.parent and temporary.fullmatch(p.name) for p in (there, *there.parents)):
             return True
     return False
+
+
+def _takes_nothing(error: OSError) -> bool:
+    """Return whether a folder that is there takes nothing new, as /proc: the system says that the new thing is not."""
+    return error.errno == errno.ENOENT and error.filename is not None and Path(error.filename).parent.is_dir()
 
 
 def _umask() -> int:

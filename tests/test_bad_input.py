@@ -1,6 +1,7 @@
 """Whatever is wrong, a command ends with one line that says what, where and what to do, and with its exit code."""
 
 import contextlib
+import os
 import pickle
 import resource
 import shutil
@@ -644,6 +645,34 @@ def test_a_place_that_cannot_be_written_to_is_refused(call, cwd, tiny, leaves):
     call("denoise", leaves / "leaves-1.png", "-o", "file/out.png").refused(2, "file/out.png: cannot be written")
     (cwd / "out.png").mkdir()
     call("denoise", leaves / "leaves-1.png", "-o", "out.png").refused(2, "out.png: cannot be written: Is a directory")
+
+
+def test_a_place_that_takes_no_files_is_refused_before_anything_is_measured(call, cwd, tiny, finished, leaves):
+    picture, bundle = leaves / "leaves-1.png", finished / "bundles/kept"
+    (cwd / "folder").mkdir()
+    os.mkfifo(cwd / "pipe")
+    os.mkfifo(cwd / "pipe.png")
+    for place, told in (("/proc/x", "cannot be written"), ("", "Is a directory"), ("pipe", "is a device or a pipe")):
+        call("verify", bundle, "-o", place).refused(2, told)
+        call("bench", bundle, "--device", "local", "-o", place).refused(2, told)
+        call("baseline", "nano", "-o", place).refused(2, told)
+    call("denoise", picture, "-o", "/proc/x.png").refused(2, "/proc/x.png: cannot be written: ", "-o")
+    call("denoise", picture, "-o", "pipe.png").refused(2, "pipe.png: is a device or a pipe; name a file")
+    call("sensitivity", "nano", "-o", "/proc/x").refused(2, "/proc/x/sensitivity.json: cannot be written: ", "-o")
+    call("compare", "nano", "-o", "/proc/x").refused(2, "/proc/x: cannot be written: ", "-o")
+    call("distill", tiny, "-o", "/proc/x").refused(2, "/proc/x: cannot be written: ", "-o")
+    call("compile", "nano", "-o", "/proc/x/run").refused(2, "/proc/x/run: cannot be written: ", "-o")
+    assert (cwd / "pipe").is_fifo()
+    assert sorted(p.name for p in cwd.iterdir()) == ["folder", "pipe", "pipe.png", "tiny.yaml"]
+
+
+@pytest.mark.parametrize("verb", [["verify"], ["bench", "--device", "local"]], ids=["verify", "bench"])
+def test_a_result_inside_the_bundle_that_it_is_about_is_refused(call, cwd, finished, verb):
+    shutil.copytree(finished / "bundles/kept", "kept")
+    before = tree(cwd)
+    for place in ("kept/manifest.json", "kept/reference/../new.json"):
+        call(*verb, "kept", "-o", place).refused(2, f"{place}: lies in the bundle kept, which is never written to")
+    assert tree(cwd) == before
 
 
 @pytest.fixture

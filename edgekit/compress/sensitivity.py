@@ -85,8 +85,11 @@ def sensitivity(
 
 
 def write(table: Table, folder: Path, title: str) -> tuple[Path, ...]:
-    """Write `sensitivity.json`, `.md` and, where matplotlib is installed, `.png` into a folder and return them."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `sensitivity.json`, `.md` and, where matplotlib is installed, `.png` into a folder and return them.
+
+    Raises:
+        InputError: The disk is full, or the folder cannot be written to.
+    """
     record, page, plot = folder / "sensitivity.json", folder / "sensitivity.md", folder / "sensitivity.png"
     write_json(record, asdict(table))
     with atomic_file(page) as temporary:
