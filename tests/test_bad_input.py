@@ -170,6 +170,12 @@ def test_a_setting_that_compiling_does_not_heed_is_refused(call, cwd, setting, t
     assert not Path("runs").exists()
 
 
+def test_layers_are_not_measured_in_an_int8_that_was_not_asked_for(call, cwd):
+    told = "quantization.mode is dynamic, and layers are measured in static INT8; leave it out"
+    call("sensitivity", "nano", "--set", "quantization.mode=dynamic").refused(2, told)
+    assert not list(cwd.iterdir())
+
+
 def test_a_dry_run_refuses_a_wrong_setting(call, cwd):
     told = "unknown key 'budgets.int8_drop'"
     call("compile", "nano", "-t", "onnx", "--dry-run", "--set", "budgets.int8_drop=1").refused(2, told)

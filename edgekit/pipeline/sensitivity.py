@@ -13,6 +13,7 @@ import numpy as np
 from edgekit.backends import DOORS, load
 from edgekit.compress import export, placement, quantize, sensitivity
 from edgekit.compress.sensitivity import Table
+from edgekit.errors import InputError
 from edgekit.graph import checks, cost
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import int8, networks
@@ -67,8 +68,14 @@ def table(
         pictures: How many held-out pictures the layers are measured on.
 
     Raises:
-        ToolMissingError: The engine is not installed. InputError: As `quantize.quantize_static`.
+        ToolMissingError: The engine is not installed.
+        InputError: Dynamic INT8 is asked for; else as `quantize.quantize_static`.
     """
+    if recipe.quantization.mode != "static":
+        raise InputError(
+            f"quantization.mode is {recipe.quantization.mode}, and layers are measured in static INT8",
+            remedy="leave it out; edgekit compare --dynamic measures dynamic INT8 as a whole",
+        )
     load(engine)
     name = int8.PLACEMENTS[engine]
     where = placement.PLACEMENTS[name]
