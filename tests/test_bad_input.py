@@ -239,6 +239,19 @@ def test_a_result_that_is_no_picture_format_is_refused(call, cwd, leaves):
     call("denoise", leaves / "leaves-1.png", "-o", "x.gif").refused(2, "x.gif: '.gif' is no picture format; use one of")
 
 
+def test_a_picture_with_damaged_exif_data_is_denoised_without_a_word_of_pillows(cwd):
+    gray = Image.fromarray(np.full((40, 40), 99, np.uint8))
+    gray.save(cwd / "x.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
+    ended = call_process("denoise", "x.jpg")
+    assert (ended.code, ended.err) == (0, "")
+
+
+def test_a_large_picture_that_is_cut_is_told_in_one_line(cwd):
+    Image.new("1", (9500, 9500)).save(cwd / "x.png")
+    (cwd / "x.png").write_bytes((cwd / "x.png").read_bytes()[:-5000])
+    call_process("denoise", "x.png").refused(2, "x.png: not a readable picture: image file is truncated")
+
+
 # Weights
 
 

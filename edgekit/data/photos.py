@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -39,7 +40,8 @@ def read_picture(path: Path, channels: Channels) -> Pixels:
         InputError: The file is missing, damaged, no picture, or has more than 8 bits a channel.
     """
     try:
-        with Image.open(path) as image:
+        # Whatever Pillow finds odd in a file that it reads (its EXIF data, or that it is large) is no error here.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             _refuse_deep(path, image)
             # Pillow maps a transparent palette to colours only by way of RGBA.
             opaque = image.convert("RGBA") if "transparency" in image.info else image
