@@ -797,6 +797,8 @@ def main() -> None:
         code = _failed(error)
     except OSError as error:
         code = _failed(_refused(error))
+    except (MemoryError, RuntimeError) as error:
+        code = _failed(_out_of_memory(error))
     except SystemExit as error:
         # So click and rich leave when nobody reads stdout any more; a verdict that was not read did not pass.
         code = BROKEN_PIPE if error.code == 1 else error.code
@@ -818,6 +820,13 @@ def _refused(error: OSError) -> InputError:
         return InputError(
             f"{error.filename}: {error.strerror}", remedy="name another file, or allow access to this one"
         )
+    raise error
+
+
+def _out_of_memory(error: Exception) -> InputError:
+    """Return a clear line where memory ran out, in numpy's or torch's words; or raise the error again."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+        return InputError("memory ran out", remedy="take smaller pictures, a smaller model, or a larger machine")
     raise error
 
 

@@ -1,7 +1,7 @@
 """The errors that edgekit raises, each with its exit code.
 
 EdgekitError                 1  internal: a defect of edgekit's own
-├── InputError               2  usage, configuration or input (a recipe, a picture, a folder, a full disk)
+├── InputError               2  usage, configuration or input (a recipe, a picture, a folder, a full disk or memory)
 ├── LimitError               3  a limit that cannot be kept whatever is tried
 ├── UnsupportedError         4  an operator, model or precision that the engine or target does not take
 ├── ToolMissingError         5  an engine or tool that is not installed, or is installed and broken

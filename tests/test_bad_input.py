@@ -252,6 +252,19 @@ def test_a_large_picture_that_is_cut_is_told_in_one_line(cwd):
     call_process("denoise", "x.png").refused(2, "x.png: not a readable picture: image file is truncated")
 
 
+def test_memory_that_runs_out_is_told(call, cwd):
+    Image.fromarray(np.zeros((4000, 4000), np.uint8)).save(cwd / "x.png")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2**30, before[1]))
+    try:
+        ended = call("denoise", "x.png", "-m", "teacher")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    ended.refused(2, "memory ran out; take smaller pictures, a smaller model, or a larger machine")
+    assert list(tree(cwd)) == ["x.png"]
+
+
 # Weights
 
 
