@@ -330,6 +330,7 @@ def test_pictures_that_a_run_chose_its_weights_by_are_refused_whatever_their_fol
         (("nano", "nano"), 2, ("two models are called 'nano'",)),
         (("nano", "--peer", "DnCNN"), 2, ("DnCNN", "NAME=FILE.onnx")),
         (("nano", "--peer", "DnCNN@x=net.onnx"), 2, ("'x' is no noise level",)),
+        (("nano", "--peer", "DnCNN@nan=net.onnx"), 2, ("'nan' is no noise level",)),
         (("nano", "--peer", "DnCNN@50=net.onnx"), 2, ("noise level 50", "--sigma 50")),
         (("nano", "--peer", "a=missing.onnx"), 2, ("missing.onnx",)),
         (("nano", "--peer", "a=text.onnx"), 2, ("text.onnx", "not a whole ONNX model")),
@@ -339,7 +340,15 @@ def test_pictures_that_a_run_chose_its_weights_by_are_refused_whatever_their_fol
     ],
     ids=[
         *("empty folder", "no folder", "small picture", "unknown model", "one model twice", "peer without a file"),
-        *("level no number", "level not measured", "missing file", "no ONNX", "other interface", "taken name"),
+        *(
+            "level no number",
+            "level not finite",
+            "level not measured",
+            "missing file",
+            "no ONNX",
+            "other interface",
+            "taken name",
+        ),
         "output is a file",
     ],
 )

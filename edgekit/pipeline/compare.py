@@ -151,7 +151,8 @@ def parse_peer(text: str) -> Peer:
     if not (name and equals and file):
         raise InputError(f"--peer {text}: is not NAME=FILE.onnx", remedy="as in --peer DnCNN@25=dncnn.onnx")
     try:
-        sigma255 = float(level) if at else None
+        if (sigma255 := float(level) if at else None) is not None and not math.isfinite(sigma255):
+            raise ValueError(level)
     except ValueError as error:
         raise InputError(
             f"--peer {text}: '{level}' is no noise level", remedy="give a number, as in DnCNN@25"
