@@ -134,8 +134,8 @@ def card(what: str) -> zoo.Card:
     """
     if what not in (known := zoo.names()):
         raise InputError(
-            f"'{what}' is no model with shipped weights, no run folder, no ONNX file and no package.module:Class; "
-            f"{nearest(what, known)}"
+            f"'{what}' is no model with shipped weights, no run folder, no ONNX file and no package.module:Class",
+            remedy=nearest(what, known),
         )
     return zoo.card(what)
 
