@@ -40,7 +40,9 @@ def losses_mdb(model: str, where: str, folder: Path) -> tuple[list[int], list[in
     raw = export_onnx(
         net, channels=net.channels, takes_sigma=net.takes_sigma, stride=net.stride, out=folder / "raw.onnx"
     )
-    student = int8.Student(name=model, fp32=simplify.simplify(raw, folder / "fp32.onnx"), stride=net.stride)
+    student = int8.Student(
+        name=model, model=model, fp32=simplify.simplify(raw, folder / "fp32.onnx"), stride=net.stride
+    )
     shown = pictures.load(recipe.data)
     held_out = shown.held_out
     judge = Judge(

@@ -216,7 +216,10 @@ _INT8_WORST_DB = {"base": 0.15, "large": 0.15, "control": 0.15}
 
 
 def int8_drop_db(budgets: Budgets, model: str) -> float:
-    """Return the most dB that INT8 may cost a model: the recipe's, else 0.08 for nano and small and 0.05 for others."""
+    """Return the most dB that INT8 may cost a model: the recipe's, else 0.08 for nano and small and 0.05 for others.
+
+    `model` is a name of `edgekit models`, and not what a user calls a file.
+    """
     return _INT8_DROP_DB.get(model, 0.05) if budgets.int8_drop_db is None else budgets.int8_drop_db
 
 

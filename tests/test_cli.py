@@ -307,6 +307,16 @@ def test_a_model_is_compiled_with_the_settings_that_it_is_told(call, cwd, leaves
     assert 900 < audit["integer_macs_permille"] < 1000
 
 
+@pytest.mark.parametrize("name", ["nano", "base"])
+def test_a_file_that_is_called_like_a_shipped_model_does_not_get_its_int8_budget(call, cwd, finished, name):
+    shutil.copyfile(finished / "05-simplify/student.fp32.onnx", f"{name}.onnx")
+    kept = write_target(cwd / "kept.yaml", "kept", LIMITS["kept"])
+    kept.write_text(kept.read_text(encoding="utf-8").replace("int8", "float32"), encoding="utf-8")
+    assert call("-q", "compile", f"{name}.onnx", "-t", "kept.yaml").code == 0
+    limits = answer(call("-q", "verify", "--seconds", "1", "--json").out)["items"][0]["limits"]
+    assert [x["limit"] for x in limits if x["name"].startswith("int8_")] == ["at most 0.050 dB"]
+
+
 def quantization(folder: Path) -> dict[str, object]:
     """Return what a run says about its INT8 graph for ONNX Runtime."""
     stages = json.loads((folder / "run.json").read_text(encoding="utf-8"))["stages"]

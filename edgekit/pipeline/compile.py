@@ -79,8 +79,8 @@ class _Graph:
 
     @property
     def model(self) -> str:
-        """The network's name in `edgekit models`, which its INT8 budget follows; else the graph's own."""
-        return (self.network.model if self.network else "") or self.name
+        """The network's name in `edgekit models`, which its INT8 budget follows; empty for a user's own."""
+        return self.network.model if self.network else ""
 
 
 def compile_model(
@@ -316,7 +316,7 @@ def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence
     teacher = _export_teacher(opened, recipe)
     bundles = {}
     for target in targets:
-        student = int8.Student(name=graph.model, fp32=graph.fp32, stride=graph.stride)
+        student = int8.Student(name=graph.name, model=graph.model, fp32=graph.fp32, stride=graph.stride)
         quantized = int8.quantized(opened, recipe, student, target.engine) if target.precision == "int8" else None
         stage = _bundle(opened, recipe, graph, quantized, teacher, target, evaluation)
         bundles[target.name] = opened.root / stage.folder

@@ -43,9 +43,13 @@ _MOST_PICTURES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A float graph to quantize. name: Of the model, which decides its budget. stride: Of its input's sides."""
+    """A float graph to quantize. stride: Of its input's sides.
+
+    model: Its network's name in `edgekit models`, which decides its budget; empty for a user's own.
+    """
 
     name: str
+    model: str
     fp32: Path
     stride: int
 
@@ -106,8 +110,8 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
         | {
             "stride": student.stride,
             "noise": asdict(recipe.noise),
-            "int8_drop_db": int8_drop_db(recipe.budgets, student.name),
-            "int8_worst_db": int8_worst_db(recipe.budgets, student.name),
+            "int8_drop_db": int8_drop_db(recipe.budgets, student.model),
+            "int8_worst_db": int8_worst_db(recipe.budgets, student.model),
             "threads": torch.get_num_threads() if settings.qat.steps or settings.change_basis else 0,
             "saturates": settings.reduce_range == "auto" and quantize.narrowed(where),
         },
@@ -204,8 +208,8 @@ def within_budget(
     export.write(prepared.model, out / EQUALIZED)
     judge = judge_of(recipe, student.fp32, student.stride, exact=prepared.exact)
     limit = Budget(
-        mean_db=int8_drop_db(recipe.budgets, student.name),
-        worst_db=int8_worst_db(recipe.budgets, student.name),
+        mean_db=int8_drop_db(recipe.budgets, student.model),
+        worst_db=int8_worst_db(recipe.budgets, student.model),
     )
     graph = _placed(prepared, where, recipe.quantization)
     before = judge.loss(graph)
