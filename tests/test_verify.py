@@ -756,6 +756,13 @@ def test_a_baseline_survives_its_file(measured, tmp_path, monkeypatch):
     assert baseline.recorded().records == (dataclasses.replace(found, device="Some GPU (R) 5"),)
 
 
+def test_a_device_whose_name_has_a_slash_has_its_record_where_verify_looks(measured, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = dataclasses.replace(measured[0], device="AMD Ryzen 7 7840HS w/ Radeon 780M Graphics")
+    assert baseline.write(found) == Path("results/baselines/nano-amd-ryzen-7-7840hs-w-radeon-780m-graphics.json")
+    assert baseline.recorded().records == (found,)
+
+
 def test_a_runs_record_does_not_replace_that_of_the_shipped_weights(measured, tmp_path, monkeypatch):
     found, _ = measured
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -128,7 +129,7 @@ def write(record: Baseline, path: Path | None = None) -> Path:
 
     Weights other than the shipped ones have their hash in the name: a run's student may be called like its teacher.
     """
-    name = "-".join(record.device.lower().replace("(", " ").replace(")", " ").split()) or "unknown"
+    name = "-".join(re.findall(r"[a-z0-9]+", record.device.lower())) or "unknown"
     shipped = record.teacher in zoo.names() and zoo.card(record.teacher).sha256 == record.teacher_sha256
     teacher = record.teacher if shipped else f"{record.teacher}-{record.teacher_sha256[:12]}"
     path = path or FOLDER / f"{teacher}-{name}.json"
