@@ -137,6 +137,8 @@ def distill(
 ) -> None:
     """Train the recipe's student from its teacher, in a run folder that goes on where it stopped.
 
+    RECIPE is a name of `edgekit recipes`, or a YAML file.
+
     \b
     edgekit distill
     edgekit distill quickstart --set training.steps=2000 -o runs/longer
@@ -155,6 +157,8 @@ def train(
     recipe_name: str, output: Path | None, overrides: tuple[str, ...], overwrite: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Train the recipe's network on clean pictures alone: a teacher, or a student without one.
+
+    RECIPE is a name of `edgekit recipes`, or a YAML file.
 
     \b
     edgekit train teacher-unet --set training.max_minutes=20
@@ -322,6 +326,8 @@ def run(
     as_json: bool,
 ) -> None:
     """Distil, compile and verify in one.
+
+    RECIPE is a name of `edgekit recipes`, or a YAML file.
 
     \b
     edgekit run quickstart -t android-arm64 -t linux-x86_64 -t ios-arm64
@@ -672,6 +678,8 @@ def plan(
     recipe_name: str, targets: tuple[str, ...], output: Path | None, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Show what a run would do.
+
+    RECIPE is a name of `edgekit recipes`, or a YAML file.
 
     \b
     edgekit plan quickstart -t android-arm64

@@ -64,6 +64,11 @@ def test_a_commands_help_has_an_example_on_a_line_of_its_own(name, call):
     assert "\\b" not in shown.out
 
 
+@pytest.mark.parametrize("name", [n for n in COMMANDS if "recipe_name" in {p.name for p in cli.commands[n].params}])
+def test_a_command_that_takes_a_recipe_says_that_it_may_be_a_file(name, call):
+    assert "RECIPE is a name of `edgekit recipes`, or a YAML file." in call(name, "--help").out
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_examples_of_a_commands_help_can_be_parsed(name):
     found = cli.commands[name]
