@@ -191,6 +191,7 @@ def test_a_dry_run_refuses_what_compiling_would(call, cwd, finished):
     onnx_file = finished / "05-simplify/student.fp32.onnx"
     for model in ("nano", finished, onnx_file):
         call("compile", model, "-t", "odd.yaml", "--dry-run").refused(4, "input 64x20 is not a tile", "multiples of 8")
+    call("compile", onnx_file, "-t", "ios-arm64", "--dry-run").refused(4, "compiles from torch")
     assert list(tree(cwd)) == ["odd.yaml"]
 
 

@@ -546,7 +546,8 @@ def test_an_onnx_file_does_not_serve_a_target_that_compiles_from_torch(own, tmp_
     pytest.importorskip("coremltools")
     path = shutil.copyfile(own.bundles[FLOAT.name] / "model.fp32.onnx", tmp_path / "net.onnx")
     with pytest.raises(UnsupportedError, match="'ios-arm64' compiles from torch, and 'net' is an ONNX file"):
-        compiling.compile_model(str(path), [target.load("ios-arm64")], folder=tmp_path / "run")
+        compiling.compile_model(str(path), [FLOAT, target.load("ios-arm64")], folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "nothing is made for the other target before"
 
 
 @pytest.mark.parametrize("what", ["nanno", "no/such/folder", "missing.onnx"])

@@ -209,6 +209,7 @@ def _compile_onnx(
     interface = checks.interface(loaded := checks.load_float_onnx(path), path)
     stride = cost.stride(loaded, path)
     name = _identifier(path.stem)
+    check_onnx(name, targets)
     recipe = _told_recipe(name, interface.channels, overrides)
     identity = {"recipe": asdict(recipe), "compiles": {"model": path.name, "sha256": sha256(path)}}
     with run.open_run(folder or run.RUNS / name, identity, overwrite=overwrite) as opened:
@@ -334,6 +335,16 @@ def check_tile(name: str, stride: int, target: Target) -> None:
         )
 
 
+def check_onnx(name: str, targets: Sequence[Target]) -> None:
+    """Raise UnsupportedError for a target that does not compile from an ONNX file, before any work for one."""
+    for target in targets:
+        if target.engine == "coreml":
+            raise UnsupportedError(
+                f"target '{target.name}' compiles from torch, and '{name}' is an ONNX file",
+                remedy="name a run folder, a shipped model, or package.module:Class with --weights",
+            )
+
+
 def _built(path: Path) -> Built:
     return config.checked(bundle.read(path).built, Built, path / bundle.MANIFEST)
 
@@ -434,11 +445,7 @@ def _waits_for_outputs(path: Path, target: Target) -> bool:
 
 def _source(recipe: Recipe, graph: _Graph, quantized: Path | None, target: Target) -> Source:
     def module() -> torch.nn.Module:
-        if graph.network is None:
-            raise UnsupportedError(
-                f"target '{target.name}' compiles from torch, and '{graph.name}' is an ONNX file",
-                remedy="name a run folder, a shipped model, or package.module:Class with --weights",
-            )
+        assert graph.network is not None
         return fuse.fuse(graph.network.net, *networks.example(graph.network.net))
 
     return Source(

@@ -72,6 +72,7 @@ def check_model(
     if what.endswith(".onnx") and not path.is_dir():
         graph = checks.load_float_onnx(path)
         name, channels, stride = path.stem, checks.interface(graph, path).channels, cost.stride(graph, path)
+        compiling.check_onnx(name, targets)
     else:
         network = networks.named(what, weights)
         name, channels, stride = network.name, network.net.channels, network.net.stride
