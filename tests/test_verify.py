@@ -229,7 +229,10 @@ UNDECIDED = {
     "no teacher": (
         _without_teacher,
         limits(speedup_vs_fp32=1.0),
-        {"student_drop_db": "the bundle holds no teacher", "speedup_vs_fp32": "the bundle holds no teacher"},
+        dict.fromkeys(
+            ("student_drop_db", "speedup_vs_fp32"),
+            "the bundle holds no teacher; name one with teacher.model where it is compiled",
+        ),
     ),
     "memory that nobody counts": (
         lambda folder: None,

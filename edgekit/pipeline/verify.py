@@ -37,6 +37,7 @@ _MIN_PAIRS = 8
 # Far below what another kind of processor changes in the last bits, far above what another network gives.
 GOLDEN_DB = 40.0
 _SATURATES = "This processor is x86 without VNNI: with these weights, the engine's sums saturate here."
+_NO_TEACHER = "the bundle holds no teacher; name one with teacher.model where it is compiled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,7 +438,7 @@ def _student_limit(
             limit=limit,
             measured="not run",
             verdict="incomplete",
-            reason="the bundle holds no teacher",
+            reason=_NO_TEACHER,
         )
     drop = best - student.psnr_mdb
     source = f"teacher on {recorded[-1].device}" if recorded else "teacher measured here"
@@ -568,7 +569,7 @@ def _speed_limit(target: Target, timing: _Timing | None, levels: Sequence[str], 
     assert target.limits.speedup_vs_fp32 is not None
     limit = f"at least {target.limits.speedup_vs_fp32:g}x"
     if timing is None:
-        reason = why if "native" not in levels else "the bundle holds no teacher"
+        reason = why if "native" not in levels else _NO_TEACHER
         return _not_run("speedup_vs_fp32", limit, reason)
     ratio = timing.ratio
     decided = latency.decide(ratio, target.limits.speedup_vs_fp32)
