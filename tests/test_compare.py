@@ -331,6 +331,7 @@ def test_pictures_that_a_run_chose_its_weights_by_are_refused_whatever_their_fol
         (("nano", "--peer", "DnCNN"), 2, ("DnCNN", "NAME=FILE.onnx")),
         (("nano", "--peer", "DnCNN@x=net.onnx"), 2, ("'x' is no noise level",)),
         (("nano", "--peer", "DnCNN@nan=net.onnx"), 2, ("'nan' is no noise level",)),
+        (("nano", "--peer", "DnCNN@300=net.onnx"), 2, ("'300' is no noise level", "up to 255")),
         (("nano", "--peer", "DnCNN@50=net.onnx"), 2, ("noise level 50", "--sigma 50")),
         (("nano", "--peer", "a=missing.onnx"), 2, ("missing.onnx",)),
         (("nano", "--peer", "a=text.onnx"), 2, ("text.onnx", "not a whole ONNX model")),
@@ -340,16 +341,8 @@ def test_pictures_that_a_run_chose_its_weights_by_are_refused_whatever_their_fol
     ],
     ids=[
         *("empty folder", "no folder", "small picture", "unknown model", "one model twice", "peer without a file"),
-        *(
-            "level no number",
-            "level not finite",
-            "level not measured",
-            "missing file",
-            "no ONNX",
-            "other interface",
-            "taken name",
-        ),
-        "output is a file",
+        *("level no number", "level not a finite one", "level too high", "level not measured", "missing file"),
+        *("no ONNX", "other interface", "taken name", "output is a file"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_run(call, cwd, arguments, code, words):

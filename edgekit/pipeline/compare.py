@@ -151,12 +151,14 @@ def parse_peer(text: str) -> Peer:
     if not (name and equals and file):
         raise InputError(f"--peer {text}: is not NAME=FILE.onnx", remedy="as in --peer DnCNN@25=dncnn.onnx")
     try:
-        if (sigma255 := float(level) if at else None) is not None and not math.isfinite(sigma255):
-            raise ValueError(level)
-    except ValueError as error:
+        sigma255 = float(level) if at else None
+    except ValueError:
+        sigma255 = math.nan
+    # Not a number is in no range either.
+    if sigma255 is not None and not 0 < sigma255 <= 255:
         raise InputError(
-            f"--peer {text}: '{level}' is no noise level", remedy="give a number, as in DnCNN@25"
-        ) from error
+            f"--peer {text}: '{level}' is no noise level", remedy="give a number above 0, up to 255, as in DnCNN@25"
+        )
     return Peer(name=name, path=Path(file), sigma255=sigma255)
 
 
