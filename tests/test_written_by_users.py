@@ -545,6 +545,16 @@ def test_what_has_no_integer_kernel_is_refused_before_anything_is_trained(tmp_pa
     assert "leaky.int8.onnx: LeakyRelu" in made.err
 
 
+def test_a_shipped_model_without_integer_kernels_is_refused_by_its_own_name(tmp_path, call):
+    """Not by that of `base`, whose budget it follows."""
+    pytest.importorskip("tvm")
+    told = call(
+        "compile", "base-v3", "-t", "linux-arm64", "-o", tmp_path / "run", "--set", "quantization.equalize=false"
+    )
+    assert told.code == 4
+    assert "base-v3.int8.onnx: HardSwish" in told.err
+
+
 class Twofold(Body):
     def __init__(self) -> None:
         super().__init__(conv(1, 1))

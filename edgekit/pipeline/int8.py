@@ -43,9 +43,10 @@ _MOST_PICTURES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A float graph to quantize. stride: Of its input's sides.
+    """A float graph to quantize.
 
-    model: Its network's name in `edgekit models`, which decides its budget; empty for a user's own.
+    name: Of the network, for the errors. model: Its own in `edgekit models`, which decides its budget; empty for a
+    user's own. stride: Of its input's sides.
     """
 
     name: str
