@@ -162,6 +162,25 @@ def test_a_picture_larger_than_the_tile_is_refused_with_the_reason_where_no_halo
             opened(np.zeros((1, 1, height, width), np.float32), 0.1)
 
 
+def page(folder: Path, name: str, *, halo_px: int = 35) -> list[str]:
+    """Return the lines of the README of a bundle for a shipped target, which holds nothing else."""
+    roles = ("artifact", "swift", "header", "program", "static", *(("kotlin", "cmake") if "android" in name else ()))
+    built = {"files": {role: f"lib/{role}.h" for role in roles}, "precision": "int8", "tools": {}, "notes": []}
+    model = {"name": "net", "channels": 3, "takes_sigma": True, "stride": 8, "parameters": 0, "macs_256": 0}
+    manifest = bundle.Manifest(
+        edgekit="0",
+        target=asdict(target.load(name)),
+        model=model | {"halo_px": halo_px, "global_ops": []},
+        budgets={},
+        protocol={"golden_outputs": "none"},
+        built=built | {"facts": {"arena_bytes": 0, "halo_px": 0}},
+        chain=(),
+        files={},
+    )
+    pages.write(folder, manifest, None)
+    return (folder / "README.md").read_text(encoding="utf-8").splitlines()
+
+
 @pytest.mark.parametrize(
     ("name", "halo_px", "said"),
     [
@@ -173,28 +192,16 @@ def test_a_picture_larger_than_the_tile_is_refused_with_the_reason_where_no_halo
 )
 def test_the_readme_says_how_tiles_overlap_in_whole_strides(tmp_path, name, halo_px, said):
     """A tile that begins elsewhere is another picture to the network's strides."""
-    files = {role: f"lib/{role}.h" for role in ("artifact", "swift", "header", "program", "static")}
-    model = {"name": "net", "channels": 3, "takes_sigma": True, "stride": 8, "parameters": 0, "macs_256": 0}
-    manifest = bundle.Manifest(
-        edgekit="0",
-        target=asdict(target.load(name)),
-        model=model | {"halo_px": halo_px, "global_ops": []},
-        budgets={},
-        protocol={"golden_outputs": "none"},
-        built={
-            "files": files,
-            "precision": "int8",
-            "tools": {},
-            "notes": [],
-            "facts": {"arena_bytes": 0, "halo_px": 0},
-        },
-        chain=(),
-        files={},
-    )
-    pages.write(tmp_path, manifest, None)
-    (line,) = (line for line in (tmp_path / "README.md").read_text().splitlines() if "receptive field" in line)
+    (line,) = (line for line in page(tmp_path, name, halo_px=halo_px) if "receptive field" in line)
     assert line.startswith(f"| receptive field | {halo_px} px to each side")
     assert said in line
+
+
+@pytest.mark.parametrize(("name", "ending"), [("android-arm64", ""), ("linux-arm64", " -lpthread")])
+def test_the_readme_links_threads_where_they_are_a_library_of_their_own(tmp_path, name, ending):
+    """Android's are in its libc, and its NDK ends with an error where it is asked for more."""
+    (line,) = (line for line in page(tmp_path, name) if line.endswith("-o example_static"))
+    assert line == f"cc -Iinclude example.c lib/static.h{ending} -o example_static"
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(kept):
