@@ -192,7 +192,8 @@ def _latency_rows(latency: Latency | None) -> list[tuple[str, str]]:
         return []
     rows = [(f"latency of a call, 1 thread, {latency.runs} runs", _percentiles(latency.call))]
     if latency.megapixel is not None:
-        how = f"{latency.side}x{latency.side}, {latency.threads} threads, {latency.picture_runs} runs"
+        threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
+        how = f"{latency.side}x{latency.side}, {threads}, {latency.picture_runs} runs"
         rows.append((f"latency of a delivered megapixel, {how}", _percentiles(latency.megapixel)))
     loaded = "" if latency.load_us is None else f"loaded in {latency.load_us / 1000:.2f} ms, "
     return [*rows, ("first call", f"{loaded}{latency.first_us / 1000:.2f} ms")]

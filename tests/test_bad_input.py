@@ -185,6 +185,8 @@ def test_a_dry_run_refuses_what_compiling_would(call, cwd, finished):
     call("compile", "nosuch", "--dry-run").refused(2, "'nosuch' is no model with shipped weights")
     call("compile", finished, "--set", "budgets.int8_drop_db=1", "--dry-run").refused(2, "the settings of its recipe")
     call("compile", "base-color", "--set", "data.channels=1", "--dry-run").refused(2, "'base-color' takes 3")
+    call("compile", "base-color", "--set", "teacher.model=control", "--dry-run").refused(2, "'control'", "channels")
+    call("compile", "nano", "--set", "teacher.weights=t.safetensors", "--dry-run").refused(2, "t.safetensors: no such")
     call("compile", "edgekit.models.plain:DnCnn", "--dry-run").refused(2, "needs its weights")
     call("compile", "-t", "ios-arm64", "--dry-run").refused(2, "the targets name no one student")
     edit(write_target(cwd / "odd.yaml", "odd", LIMITS["kept"]), "runner:", "input: {height: 20, width: 64}\nrunner:")

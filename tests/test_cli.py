@@ -146,6 +146,19 @@ def test_a_plan_says_what_is_made_and_what_is_to_do(call, tiny, finished):
     assert "from shipped weights, 3 steps, taught by 'nano'" in steps["student"]["what"]
 
 
+def test_a_plan_tells_both_limits_of_training_and_of_training_for_int8_only_where_it_may_be(call, tiny):
+    def told(*settings: str) -> dict[str, str]:
+        steps = answer(call("plan", tiny, *(x for s in settings for x in ("--set", s)), "--json").out)["items"]
+        return {s["name"]: s["what"] for s in steps}
+
+    limited = told("training.max_minutes=2.5", "quantization.qat.steps=600")
+    assert "weights, 3 steps, at most 2.5 minutes, taught by" in limited["student"]
+    assert limited["quantize/onnxruntime"] == "INT8 for onnxruntime, trained with its rounding where it loses too much"
+    by_time = told("training.steps=0", "training.max_minutes=2.5", "quantization.qat.steps=0")
+    assert "weights, at most 2.5 minutes, taught by" in by_time["student"]
+    assert by_time["quantize/onnxruntime"] == "INT8 for onnxruntime"
+
+
 @pytest.mark.parametrize("command", ["distill", "train"])
 def test_a_dry_run_of_training_ends_at_the_student_and_names_the_teacher_only_where_one_teaches(call, tiny, command):
     steps = {s["name"]: s["what"] for s in answer(call(command, tiny, "--dry-run", "--json").out)["items"]}

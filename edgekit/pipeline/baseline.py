@@ -113,7 +113,7 @@ def measure(
         teacher=teacher.name,
         teacher_sha256=teacher.sha256,
         device=gpu.name if gpu else machine.cpu.model,
-        driver=f"{gpu.driver}, CUDA {gpu.cuda}" if gpu else "",
+        driver=f"{gpu.driver or 'unknown'}, CUDA {gpu.cuda}" if gpu else "",
         threads=0 if gpu else torch.get_num_threads(),
         latencies=tuple(latencies),
         sigma255=sigma255,

@@ -38,6 +38,7 @@ from edgekit.target import Target
 log = logging.getLogger(__name__)
 GOLDEN_SIDE = 256
 _OF_COMPILING = ("data", "noise", "quantization", "budgets", "teacher")
+_SIMPLIFYING = ("compress/export", "compress/shuffles", "compress/simplify", "graph")
 _OF_TRAINING = {f.name for f in dataclasses.fields(Recipe)} - set(_OF_COMPILING)
 _ENGINE_PACKAGES = {
     "onnxruntime": ("onnxruntime",),
@@ -302,7 +303,7 @@ def _simplified(opened: Run, onnx: Path, link: Link) -> tuple[Stage, Link]:
         number=5,
         inputs={"onnx": link.sha256},
         settings={},
-        code=("compress/simplify", "graph"),
+        code=_SIMPLIFYING,
         packages=("onnx", "onnxsim", "onnxruntime"),
         work=work,
     )
@@ -369,7 +370,7 @@ def _export_teacher(opened: Run, recipe: Recipe) -> tuple[Path, Link] | None:
         number=7,
         inputs={"teacher": teacher.sha256},
         settings={},
-        code=("models", "compress/export", "compress/simplify"),
+        code=("models", *_SIMPLIFYING),
         packages=("torch", "onnx", "onnxsim"),
         work=work,
     )
@@ -583,7 +584,8 @@ def default_recipe(name: str, channels: int, overrides: Sequence[str] = ()) -> R
     """Return the settings for a MODEL that no recipe made, with dotted overrides put in.
 
     Raises:
-        InputError: Another number of channels than 1 or 3; an override that is wrong, or that only training heeds.
+        InputError: Another number of channels than 1 or 3; an override that is wrong, or that only training heeds; a
+            teacher that there is not.
     """
     from edgekit.recipe import Data
 
@@ -605,6 +607,8 @@ def default_recipe(name: str, channels: int, overrides: Sequence[str] = ()) -> R
     told = config.changed(recipe, overrides) if overrides else recipe
     if told.data.channels != channels:
         raise InputError(f"--set data.channels={told.data.channels}: '{name}' takes {channels}", remedy="leave it out")
+    if overrides and told.teacher is not None:
+        networks.from_recipe(told.teacher, channels)
     return told
 
 

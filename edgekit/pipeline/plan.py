@@ -12,7 +12,7 @@ from edgekit.errors import InputError
 from edgekit.graph import checks, cost
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import doctor, int8, networks
-from edgekit.recipe import Model, Recipe
+from edgekit.recipe import Model, Quantization, Recipe
 from edgekit.target import Target
 
 
@@ -43,7 +43,7 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: Path | None = None) 
     missing = {finding.name: finding.fix for finding in doctor.examine() if not finding.found}
     named = {step.name: step for step in steps}
     for target in targets:
-        for name, what in _of_target(target):
+        for name, what in _of_target(target, recipe.quantization):
             if fix := missing.get(target.engine):
                 step = Step(name=name, what=f"{what}; first: {fix}", state="blocked")
             else:
@@ -107,13 +107,11 @@ _COMPRESSION = (
 _TEACHER = "the FP32 teacher as ONNX, to compare with"
 
 
-def _of_target(target: Target) -> Iterator[tuple[str, str]]:
+def _of_target(target: Target, settings: Quantization) -> Iterator[tuple[str, str]]:
     """Give the name of each step of a target, and what it does."""
     if target.precision == "int8" and target.engine in int8.PLACEMENTS:
-        yield (
-            f"quantize/{int8.PLACEMENTS[target.engine]}",
-            f"INT8 for {target.engine}, trained with its rounding where it loses too much",
-        )
+        trained = ", trained with its rounding where it loses too much" if settings.qat.steps else ""
+        yield f"quantize/{int8.PLACEMENTS[target.engine]}", f"INT8 for {target.engine}{trained}"
     runner = " ".join((target.runner.kind, *target.runner.cpus))
     yield f"bundles/{target.name}", f"{target.engine}, {target.precision}, verified by: {runner}"
 
@@ -125,10 +123,12 @@ def _has_weights(teacher: Model | None) -> TypeGuard[Model]:
 
 def _student(recipe: Recipe, alone: bool) -> str:
     count = models.parameter_count(networks.architecture(recipe.student, recipe.data.channels))
-    limit = f"{recipe.training.steps} steps" if recipe.training.steps else f"{recipe.training.max_minutes:g} minutes"
+    steps, minutes = recipe.training.steps, recipe.training.max_minutes
+    limits = [text for text, limit in ((f"{steps} steps", steps), (f"at most {minutes:g} minutes", minutes)) if limit]
     teacher = f", taught by '{recipe.teacher.model}'" if not alone and _has_weights(recipe.teacher) else ""
     return (
-        f"train '{recipe.student.model}' ({count:,} parameters) from {recipe.student.weights} weights, {limit}{teacher}"
+        f"train '{recipe.student.model}' ({count:,} parameters) from {recipe.student.weights} weights, "
+        f"{', '.join(limits)}{teacher}"
     )
 
 
