@@ -359,7 +359,7 @@ def _empty(root: Path) -> None:
     for path in sorted(root.iterdir(), key=lambda p: p.name == _RECORD):
         if path.name == _LOCK:
             continue
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()

@@ -373,6 +373,19 @@ def test_files_of_a_run_may_be_read_as_widely_as_others(cwd):
     assert (cwd / "r/x/w.safetensors").stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.parametrize("overwrite", [False, True], ids=["made again", "overwritten"])
+def test_a_stage_that_somebody_moved_and_linked_is_replaced_and_what_was_moved_is_kept(cwd, overwrite):
+    with run.open_run(cwd / "r", IDENTITY) as opened:
+        make(opened, [])
+    before = tree((cwd / "r/01-first").rename(cwd / "moved"))
+    (cwd / "r/01-first").symlink_to(cwd / "moved")
+    identity = {"recipe": {"name": "other"}} if overwrite else IDENTITY
+    with run.open_run(cwd / "r", identity, overwrite=overwrite) as opened:
+        make(opened, [], inputs={"weights": "other"})
+    assert not (cwd / "r/01-first").is_symlink()
+    assert tree(cwd / "moved") == before
+
+
 def test_a_run_that_came_to_nothing_makes_room_for_another(cwd):
     with pytest.raises(InputError, match="no such model"), run.open_run(cwd / "r", {"recipe": {"model": "nanno"}}):
         raise InputError("no such model")
