@@ -1,4 +1,5 @@
 import re
+import sys
 
 import numpy as np
 import onnx
@@ -258,6 +259,13 @@ def test_an_export_that_would_be_wrong_leaves_no_file(tmp_path, net, error, said
     with pytest.raises(error, match=said):
         export(net, tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_operator_that_onnx_has_no_form_for_is_refused_without_a_word_of_torchs(tmp_path, capfd):
+    with pytest.raises(UnsupportedError, match="bessel_j0"):
+        export(Spectrum(), tmp_path / "net.onnx")
+    sys.stdout.write("after\n")
+    assert capfd.readouterr().out == "after\n"
 
 
 def altered(change):

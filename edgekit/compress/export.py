@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,7 +106,7 @@ def _example(height: int, width: int, channels: int, takes_sigma: bool, *, seed:
 def _traced(net: nn.Module, example: tuple[Tensor, ...]) -> onnx.ModelProto:
     """Return the graph that the exporter makes of the network."""
     size = {2: "height", 3: "width"}
-    with tempfile.TemporaryDirectory() as folder, _space_to_depth(), warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, _space_to_depth(), _without_stdout(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = Path(folder, "traced.onnx")
         try:
@@ -128,6 +130,23 @@ def _traced(net: nn.Module, example: tuple[Tensor, ...]) -> onnx.ModelProto:
                 remedy="write it with modules of torch.nn in float32, without torch.jit.script",
             ) from error
         return onnx.ModelProto.FromString(file.read_bytes())
+
+
+@contextmanager
+def _without_stdout() -> Iterator[None]:
+    """Keep off stdout the graph that torch's C++ writes there before it raises, whose log has no switch that works."""
+    if sys.stdout is None:
+        yield
+        return
+    sys.stdout.flush()
+    shown = os.dup(1)
+    try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 1)
+        yield
+    finally:
+        os.dup2(shown, 1)
+        os.close(shown)
 
 
 class _Graph(Protocol):
