@@ -13,7 +13,7 @@ import tiny
 import torch
 from PIL import Image
 
-from edgekit import models
+from edgekit import models, run
 from edgekit.backends.onnxruntime import open_onnx
 from edgekit.compress import export
 from edgekit.data import sets
@@ -304,7 +304,8 @@ def test_the_command_prints_the_table_and_writes_the_files(call, cwd, pictures, 
     assert called.code == 0, called.err
     assert "tiny-run" in called.out
     assert "not run: NLM" in called.out
-    assert sorted(p.name for p in (cwd / "comparison").iterdir()) == ["comparison.json", "plot.png", "table.md"]
+    made = ["comparison.json", "models", "plot.png", "table.md"]
+    assert sorted(p.name for p in (cwd / "comparison").iterdir()) == made
 
 
 def test_pictures_that_a_run_learned_from_are_refused(call, cwd, run_folder, leaves):
@@ -318,6 +319,14 @@ def test_pictures_that_a_run_chose_its_weights_by_are_refused_whatever_their_fol
     for seen in ("train", "held_out"):
         call("compare", "run", "--pictures", pictures / seen / "images", "--dry-run").refused(2, "learned from 'images")
     assert call("compare", "run", "--pictures", pictures / "evaluation" / "images", "--dry-run").code == 0
+
+
+def test_a_folder_that_another_comparison_is_made_in_is_refused_and_its_table_kept(cwd, call):
+    (cwd / "made/models").mkdir(parents=True)
+    (cwd / "made/table.md").write_text("figures", encoding="utf-8")
+    with run.lock(cwd / "made/models"):
+        call("compare", "nano", "-o", "made", "--without", "nlm").refused(2, "made/models: is in use by process", "-o")
+    assert (cwd / "made/table.md").read_text(encoding="utf-8") == "figures"
 
 
 @pytest.mark.parametrize(

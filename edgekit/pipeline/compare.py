@@ -44,6 +44,7 @@ CLASSICS = ("nlm", "bm3d")
 BM3D_LICENCE = "the package bm3d (Tampere University) may be used for non-commercial purposes only"
 _LEFT_OUT = "left out on request"
 _STRIDE = 8
+_MODELS = "models"  # the folder that networks are compiled in
 _SIDE = compiling.GOLDEN_SIDE
 _PROTOCOL = (
     "white Gaussian noise by docs/protocol.md (RandomState(index + 1000003 * seed)), unclipped; PSNR of a peak of 1, "
@@ -206,16 +207,17 @@ def compare(planned: Plan, *, say: Say = log.info) -> Comparison:
         say: Told what is being measured.
 
     Raises:
-        InputError: The folder cannot be written to.
+        InputError: The folder cannot be written to, or another comparison is being made in it.
     """
+    settings, models = planned.settings, planned.folder / _MODELS
     with storage_errors(planned.folder):
-        planned.folder.mkdir(parents=True, exist_ok=True)
-    settings = planned.settings
-    reference, timer = _reference(planned)
+        models.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, entry in enumerate(planned.entries, 1):
-        say(f"{number}/{len(planned.entries)}: {entry.empty().title} on {entry.pictures.name}")
-        rows.append(_row(entry, settings, timer))
+    with run.lock(models):
+        reference, timer = _reference(planned)
+        for number, entry in enumerate(planned.entries, 1):
+            say(f"{number}/{len(planned.entries)}: {entry.empty().title} on {entry.pictures.name}")
+            rows.append(_row(entry, settings, timer))
     unique = {e.pictures.name: e.pictures for e in planned.entries}
     return Comparison(
         rows=tuple(rows),
@@ -370,7 +372,7 @@ def _peer(peer: Peer, pictures: PictureSet, stride: int, settings: Settings) -> 
 
 def _networks(model: _Model, pictures: PictureSet, settings: Settings, folder: Path) -> list[Entry]:
     """Return the rows of one network: FP32, INT8 and, if asked, dynamic INT8; a teacher has FP32 alone."""
-    root = folder / "models" / model.name
+    root = folder / _MODELS / model.name
     # One file serves both engines' rows and the reference.
     float_graph = functools.cache(lambda: _float_graph(model, root))
 
