@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 JSON_SCHEMA_VERSION = 1
+_OUT_OF_MEMORY = re.compile("allocate memory|out of memory")  # torch's and ONNX Runtime's words
 BROKEN_PIPE = 141  # as the shell has it for a program that SIGPIPE ended
 
 
@@ -805,8 +807,10 @@ def main() -> None:
         code = _failed(error)
     except OSError as error:
         code = _failed(_refused(error))
-    except (MemoryError, RuntimeError) as error:
-        code = _failed(_out_of_memory(error))
+    except Exception as error:
+        if not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error))):
+            raise
+        code = _failed(InputError("memory ran out", remedy="take smaller pictures, a smaller model or more memory"))
     except SystemExit as error:
         # So click and rich leave when nobody reads stdout any more; a verdict that was not read did not pass.
         code = BROKEN_PIPE if error.code == 1 else error.code
@@ -828,13 +832,6 @@ def _refused(error: OSError) -> InputError:
         return InputError(
             f"{error.filename}: {error.strerror}", remedy="name another file, or allow access to this one"
         )
-    raise error
-
-
-def _out_of_memory(error: Exception) -> InputError:
-    """Return a clear line where memory ran out, in numpy's or torch's words; or raise the error again."""
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
-        return InputError("memory ran out", remedy="take smaller pictures, a smaller model, or a larger machine")
     raise error
 
 

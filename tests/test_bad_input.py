@@ -255,16 +255,18 @@ def test_a_large_picture_that_is_cut_is_told_in_one_line(cwd):
     call_process("denoise", "x.png").refused(2, "x.png: not a readable picture: image file is truncated")
 
 
-def test_memory_that_runs_out_is_told(call, cwd):
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_memory_that_runs_out_is_told(call, cwd, finished, engine):
+    model = "teacher" if engine == "torch" else finished / "05-simplify/student.fp32.onnx"
     Image.fromarray(np.zeros((4000, 4000), np.uint8)).save(cwd / "x.png")
     before = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + 2**30, before[1]))
     try:
-        ended = call("denoise", "x.png", "-m", "teacher")
+        ended = call("denoise", "x.png", "-m", model)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    ended.refused(2, "memory ran out; take smaller pictures, a smaller model, or a larger machine")
+    ended.refused(2, "memory ran out; take smaller pictures, a smaller model or more memory")
     assert list(tree(cwd)) == ["x.png"]
 
 

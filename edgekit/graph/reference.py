@@ -16,7 +16,7 @@ from edgekit.errors import InputError, UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
 
 Array = NDArray[np.float32]
-ERRORS_ONLY = 3
+FATAL_ONLY = 4  # an error raises as well, and is told by edgekit
 
 
 def feeds(noisy: Array, sigma: float, *, takes_sigma: bool) -> dict[str, Array]:
@@ -31,7 +31,7 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = ERRORS_ONLY
+    options.log_severity_level = FATAL_ONLY
     return options
 
 
