@@ -170,6 +170,12 @@ def test_without_matplotlib_the_table_is_written_an_older_plot_goes_and_a_line_s
     assert "pip install 'edgekit[plot]'" in caplog.text
 
 
+def test_a_layer_with_an_odd_name_stays_in_its_cell():
+    row = sensitivity.Sensitivity(layer="a|b\nc", alone_udb=0, gain_udb=0, macs_permille=1000, time_us=None)
+    table = sensitivity.Table(placement="openvino", loss=budget.Loss(mean_mdb=0, worst_mdb=0), rows=(row,))
+    assert sensitivity.markdown(table, "mine").splitlines()[-1].startswith("| a\\|b c | +0.0000 |")
+
+
 @pytest.mark.parametrize(
     ("model", "given", "limit"), [("nano", None, 0.08), ("small", None, 0.08), ("base", None, 0.05), ("nano", 0.2, 0.2)]
 )

@@ -116,8 +116,9 @@ def markdown(table: Table, title: str) -> str:
     ]
     for row in table.rows:
         time = "" if row.time_us is None else f"{row.time_us / 1000:.2f}"
+        layer = " ".join(row.layer.replace("|", "\\|").splitlines())
         lines.append(
-            f"| {row.layer} | {row.gain_udb / 1e6:+.4f} | {row.alone_udb / 1e6:.4f} "
+            f"| {layer} | {row.gain_udb / 1e6:+.4f} | {row.alone_udb / 1e6:.4f} "
             f"| {row.macs_permille / 10:.1f} | {time} |"
         )
     return "\n".join(lines) + "\n"
