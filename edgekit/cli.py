@@ -21,6 +21,7 @@ from edgekit import __version__
 from edgekit.errors import INTERRUPTED, EdgekitError, InputError
 
 if TYPE_CHECKING:
+    from edgekit.config import Kind
     from edgekit.pipeline.comparison import Comparison, Written
     from edgekit.pipeline.compile import Compiled
     from edgekit.pipeline.distill import Distilled
@@ -103,6 +104,10 @@ def _targets_option(command: Callable[P, R]) -> Callable[P, R]:
         show_default=True,
         help="A name of `edgekit targets`, or a YAML file; may be given several times.",
     )(command)
+
+
+def _shipped_argument(command: Callable[P, R]) -> Callable[P, R]:
+    return click.argument("name", metavar="[NAME]", required=False)(command)
 
 
 def _output_option(text: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -705,15 +710,20 @@ def doctor(as_json: bool) -> None:
 
 
 @cli.command()
+@_shipped_argument
 @_json_option
-def targets(as_json: bool) -> None:
-    """List the shipped targets.
+def targets(name: str | None, as_json: bool) -> None:
+    """List the shipped targets, or print the file of one, to write one of your own from.
 
     \b
     edgekit targets
+    edgekit targets android-arm64 > mine.yaml
     """
     from edgekit import target
 
+    if name is not None:
+        _print_shipped(name, "target", as_json)
+        return
     loaded = [target.load(name) for name in target.names()]
     rows = [(t.name, t.engine, t.precision, t.runner.kind, t.student or "-", t.description) for t in loaded]
     heads = ("target", "engine", "precision", "runner", "student", "description")
@@ -721,15 +731,20 @@ def targets(as_json: bool) -> None:
 
 
 @cli.command()
+@_shipped_argument
 @_json_option
-def recipes(as_json: bool) -> None:
-    """List the shipped recipes.
+def recipes(name: str | None, as_json: bool) -> None:
+    """List the shipped recipes, or print the file of one, to write one of your own from.
 
     \b
     edgekit recipes
+    edgekit recipes student-small > mine.yaml
     """
     from edgekit import recipe
 
+    if name is not None:
+        _print_shipped(name, "recipe", as_json)
+        return
     loaded = [recipe.load(name) for name in recipe.names()]
     rows = [(r.name, r.student.model, r.teacher.model if r.teacher else "-", r.description) for r in loaded]
     _emit(loaded, as_json, lambda: _table("", ("recipe", "student", "teacher", "description"), rows))
@@ -889,6 +904,14 @@ def _show_plan(
 
 def _print_steps(steps: Sequence[Step], as_json: bool) -> None:
     _emit(steps, as_json, lambda: _table("", ("step", "what", "state"), [(s.name, s.what, s.state) for s in steps]))
+
+
+def _print_shipped(name: str, kind: Kind, as_json: bool) -> None:
+    from edgekit import config, recipe, target
+
+    path = config.shipped_file(name, kind)
+    loaded = target.load(name) if kind == "target" else recipe.load(name)
+    _emit(loaded, as_json, lambda: click.echo(path.read_text(encoding="utf-8"), nl=False))
 
 
 def _say_targets(model: str, names: list[str]) -> None:

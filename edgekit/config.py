@@ -38,6 +38,17 @@ def shipped(kind: Kind) -> list[str]:
     return sorted(path.stem for path in folder(kind).glob("*.yaml"))
 
 
+def shipped_file(name: str, kind: Kind) -> Path:
+    """Return the YAML file of a shipped recipe or target.
+
+    Raises:
+        InputError: Nothing of that name.
+    """
+    if name not in (known := shipped(kind)):
+        raise InputError(f"unknown {kind} '{name}'; {nearest(name, known)}", remedy=f"see: edgekit {kind}s")
+    return folder(kind) / f"{name}.yaml"
+
+
 def load_named(name_or_path: str | Path, *, kind: Kind, into: type[T], overrides: Sequence[str] = ()) -> T:
     """Return the shipped file of that name, or the file at that path, as a checked `into`.
 
@@ -45,11 +56,8 @@ def load_named(name_or_path: str | Path, *, kind: Kind, into: type[T], overrides
         InputError: Nothing of that name, or a broken file.
     """
     text = str(name_or_path)
-    if text.endswith((".yaml", ".yml")):
-        return load(Path(text), into, overrides)
-    if text not in (known := shipped(kind)):
-        raise InputError(f"unknown {kind} '{text}'; {nearest(text, known)}", remedy=f"see: edgekit {kind}s")
-    return load(folder(kind) / f"{text}.yaml", into, overrides)
+    path = Path(text) if text.endswith((".yaml", ".yml")) else shipped_file(text, kind)
+    return load(path, into, overrides)
 
 
 def load(path: Path, into: type[T], overrides: Sequence[str] = ()) -> T:

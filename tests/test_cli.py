@@ -109,6 +109,19 @@ def test_a_wrong_command_line_exits_with_2(call, arguments, told):
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.parametrize(
+    ("verb", "name"), [*(("targets", n) for n in target.names()), *(("recipes", n) for n in recipe.names())]
+)
+def test_the_file_of_a_shipped_recipe_or_target_is_a_start_for_ones_own(call, cwd, verb, name):
+    (cwd / "mine.yaml").write_text(call(verb, name).out, encoding="utf-8")
+    loaded = (target if verb == "targets" else recipe).load("mine.yaml")
+    told = answer(call(verb, name, "--json").out)
+    assert told.pop("name") == loaded.name == name
+    assert told["description"] == loaded.description
+    call(verb, name[:-1]).refused(2, f"unknown {verb[:-1]} '{name[:-1]}'; did you mean")
+    call(verb, "mine.yaml").refused(2, f"unknown {verb[:-1]} 'mine.yaml'")
+
+
 @pytest.mark.parametrize("command_name", ["targets", "recipes", "models"])
 def test_what_is_shipped_is_listed(command_name, call):
     names = {"targets": target.names(), "recipes": recipe.names(), "models": models.names()}[command_name]
