@@ -89,7 +89,7 @@ def _model_settings_option(command: Callable[P, R]) -> Callable[P, R]:
         "overrides",
         multiple=True,
         metavar="NAME=VALUE",
-        help="Setting of a MODEL, as a recipe has it: pictures, noise, budgets, quantization; dotted name.",
+        help="Setting of a MODEL, as a recipe has it: pictures, noise, quantization and such; dotted name.",
     )(command)
 
 
@@ -808,7 +808,7 @@ def completion(shell: str) -> None:
 
 
 def main() -> None:
-    """Run the command line; every failure is one line on stderr and its own exit code."""
+    """Run the command line; a failure is one line on stderr (click's own, of usage, a few) and its exit code."""
     try:
         code = cli.main(prog_name="edgekit", standalone_mode=False)
     except click.exceptions.Abort:

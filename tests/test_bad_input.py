@@ -170,6 +170,14 @@ def test_a_setting_that_compiling_does_not_heed_is_refused(call, cwd, setting, t
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    "setting", ["budgets.int8_drop_db=1", "quantization.qat.steps=9", "data.train=[mine]", "teacher.model=control"]
+)
+def test_a_setting_that_layers_are_measured_without_is_refused(call, cwd, setting):
+    told = f"--set {setting}: layers are measured without it; leave it out"
+    call("sensitivity", "nano", "--set", setting).refused(2, told)
+
+
 def test_layers_are_not_measured_in_an_int8_that_was_not_asked_for(call, cwd):
     told = "quantization.mode is dynamic, and layers are measured in static INT8; leave it out"
     call("sensitivity", "nano", "--set", "quantization.mode=dynamic").refused(2, told)

@@ -21,6 +21,7 @@ from edgekit.recipe import Recipe
 
 _SIDE = 256
 _RUNS = 10
+_UNHEEDED = ("teacher", "data.train", "data.evaluation", "quantization.qat", "budgets")
 
 
 def of_model(
@@ -39,9 +40,13 @@ def of_model(
         overrides: Dotted settings of the recipe, such as `data.calibration=photos`.
 
     Raises:
-        InputError: Nothing of that name, a wrong setting, or weights for what has its own. Else as `table`.
+        InputError: Nothing of that name, a wrong setting or one that is not heeded, or weights for what has its own.
+            Else as `table`.
     """
     networks.refuse_ignored(what, weights=weights)
+    for override in overrides:
+        if f"{override.partition('=')[0]}.".startswith(tuple(f"{name}." for name in _UNHEEDED)):
+            raise InputError(f"--set {override}: layers are measured without it", remedy="leave it out")
     if what.endswith(".onnx"):
         path, model = Path(what), compiling.simplified(Path(what))
         recipe = compiling.default_recipe(path.stem, checks.interface(model, path).channels, overrides)
