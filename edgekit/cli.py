@@ -83,14 +83,9 @@ def _settings_option(command: Callable[P, R]) -> Callable[P, R]:
     )(command)
 
 
-def _model_settings_option(command: Callable[P, R]) -> Callable[P, R]:
-    return click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="NAME=VALUE",
-        help="Setting of a MODEL, as a recipe has it: pictures, noise, quantization and such; dotted name.",
-    )(command)
+def _model_settings_option(what: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    text = f"Setting of a MODEL, as a recipe has it: {what}; dotted name."
+    return click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help=text)
 
 
 def _targets_option(command: Callable[P, R]) -> Callable[P, R]:
@@ -209,7 +204,7 @@ def _distill(
     help="Side of the square tile, for targets that have a fixed one [default: the target's].",
 )
 @_output_option("Run folder of a MODEL [default: runs/<model>].")
-@_model_settings_option
+@_model_settings_option("pictures, noise, quantization, budgets, teacher")
 @_overwrite_option
 @_dry_run_option
 @_json_option
@@ -649,7 +644,7 @@ def lint(model: str, target_name: str | None, options: tuple[str, ...], weights:
 )
 @click.option("--weights", type=click.Path(path_type=Path), help="Weights of a package.module:Class.")
 @_output_option("Folder of the table and the plot [default: sensitivity/<model>-<engine>].")
-@_model_settings_option
+@_model_settings_option("calibration pictures, noise, quantization")
 @_json_option
 def sensitivity(
     model: str, engine: str, weights: Path | None, output: Path | None, overrides: tuple[str, ...], as_json: bool
