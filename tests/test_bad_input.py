@@ -90,7 +90,7 @@ def test_a_wrong_setting_is_refused(call, tiny):
 def test_an_unknown_recipe_target_or_model_is_refused_with_the_nearest(call, cwd):
     call("distill", "quikstart").refused(2, "unknown recipe 'quikstart'; did you mean 'quickstart'?; see: edgekit rec")
     call("compile", "nano", "-t", "linux").refused(2, "unknown target 'linux'; did you mean", "see: edgekit targets")
-    call("compile", "nanno", "-t", "onnx").refused(2, "'nanno'; did you mean 'nano'?")
+    call("compile", "nanno", "-t", "onnx").refused(2, "'nanno' is no model", "; did you mean 'nano'?")
     assert tree(cwd) == {}
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -477,6 +478,46 @@ def test_a_network_whose_reach_is_not_known_is_compiled_for_pictures_in_one_piec
         tile(noisy, 0.1)
 
 
+@pytest.fixture
+def in_pieces(monkeypatch) -> Callable[[str], tuple[list[tuple[int, ...]], float]]:
+    """Denoise a picture that is large here, and return the shapes of its pieces and the largest error."""
+    monkeypatch.setattr(denoising, "_AT_ONCE", 100 * 100)
+    monkeypatch.setattr(denoising, "_PIECE", 40)
+    noisy = np.random.default_rng(0).random((1, 1, 197, 135), dtype=np.float32)
+
+    def found(what: str) -> tuple[list[tuple[int, ...]], float]:
+        opened, shapes = denoising.open_model(what), list[tuple[int, ...]]()
+
+        def denoise(piece, sigma):
+            shapes.append(piece.shape[2:])
+            return opened.denoise(piece, sigma)
+
+        whole = dataclasses.replace(opened, reach=None)(noisy, 0.1)
+        pieces = dataclasses.replace(opened, denoise=denoise)(noisy, 0.1)
+        return shapes, float(np.abs(pieces - whole).max())
+
+    return found
+
+
+def test_a_large_picture_is_denoised_in_pieces_that_give_the_same(in_pieces, tmp_path):
+    net = networks.shipped("nano").net
+    export_onnx(net, channels=1, takes_sigma=True, stride=net.stride, out=tmp_path / "mine.onnx")
+    bundle_of_nano = compiling.compile_model("nano", [FLOAT], folder=tmp_path / "run").bundles[FLOAT.name]
+    for what in ("nano", str(tmp_path / "mine.onnx"), str(bundle_of_nano)):
+        shapes, error = in_pieces(what)
+        # A halo of 40 pixels on each side of 40.
+        assert shapes == [(120, 120)] * 6
+        assert error < 1e-6
+
+
+def test_a_picture_that_has_to_be_looked_at_whole_is_not_cut(in_pieces, tmp_path):
+    dynamic = ["quantization.mode=dynamic", "teacher=null"]
+    made = compiling.compile_model("nano", [ONNX], folder=tmp_path / "run", overrides=dynamic).bundles[ONNX.name]
+    # Its channels are weighted by means over all pixels; ranges are taken from all pixels.
+    for what in ("base-v3", str(made)):
+        assert in_pieces(what) == ([(200, 136)], 0.0)
+
+
 def test_int8_that_training_does_not_follow_is_made_without_it(own_weights, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(int8, "_UNTRAINED", {"int8": -1e6, "int16": -1e6})  # So that there is a loss to train away.
     overrides = ["budgets.int8_drop_db=10.0", "data.evaluation_pictures=1", "teacher=null"]
@@ -790,7 +831,8 @@ def test_targets_of_different_students_or_none_need_a_name(tmp_path, monkeypatch
 
 def test_the_run_folder_of_a_shipped_model_is_compiled_like_any_other(tmp_path):
     folder = tmp_path / "run"
-    compiling.compile_model("nano", [FLOAT], folder=folder)
+    quick = ["quantization.calibration_pictures=8", "quantization.qat.steps=2", "budgets.int8_drop_db=9.0"]
+    compiling.compile_model("nano", [FLOAT], folder=folder, overrides=quick)
     again = compiling.compile_model(str(folder), [ONNX])
     assert set(again.bundles) == {ONNX.name}
     assert {"fuse", "export", "simplify", "teacher"} <= set(again.reused)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 from PIL import Image
 
 from edgekit import backends, bundle, config
 from edgekit.backends import Built
 from edgekit.data import noise, photos
-from edgekit.errors import InputError
+from edgekit.errors import InputError, UnsupportedError
 from edgekit.files import atomic_file
 from edgekit.graph import checks, cost
+from edgekit.graph.receptive_field import receptive_field
 from edgekit.measure import quality
 from edgekit.measure.quality import Array, Denoise
+from edgekit.models.denoiser import Denoiser
+from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import networks
 from edgekit.target import Target
 
@@ -29,6 +35,8 @@ _FORMATS = {
     ".jpeg": "JPEG",
 }
 _MOST_PIXELS = {"WEBP": 16_383, "JPEG": 65_500}  # of a side
+# A picture of more pixels is denoised in pieces that each give this side of it, so that memory does not grow with it.
+_AT_ONCE, _PIECE = 2048 * 2048, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +45,8 @@ class Opened:
 
     tile, halo: Of an artifact that takes one input size only; None for any size.
     one_piece: Why a picture larger than the tile is refused; empty where it is cut into tiles.
+    reach: Of what takes any size: returns the halo of the pieces of a large picture, a multiple of the stride; None
+        where pieces would not give the same as the whole.
     """
 
     denoise: Denoise
@@ -46,6 +56,7 @@ class Opened:
     tile: tuple[int, int] | None = None
     halo: int = 0
     one_piece: str = ""
+    reach: Callable[[], int | None] | None = None
 
     def __call__(self, noisy: Array, sigma: float) -> Array:
         """Return a picture (1, c, h, w) of any size denoised.
@@ -65,7 +76,14 @@ class Opened:
                 self.denoise, noisy, sigma, tile_height=height, tile_width=width, halo=self.halo, stride=self.stride
             )
         padded = quality.pad_to_multiple(noisy, self.stride)
-        return quality.crop(self.denoise(padded, sigma), *noisy.shape[-2:])
+        halo = self.reach() if self.reach is not None and padded[0, 0].size > _AT_ONCE else None
+        if halo is None:
+            return quality.crop(self.denoise(padded, sigma), *noisy.shape[-2:])
+        most = _PIECE // self.stride * self.stride + 2 * halo
+        height, width = (min(most, side) for side in padded.shape[-2:])
+        return quality.denoise_tiled(
+            self.denoise, noisy, sigma, tile_height=height, tile_width=width, halo=halo, stride=self.stride
+        )
 
 
 def open_model(what: str, *, weights: Path | None = None, threads: int = 2) -> Opened:
@@ -83,10 +101,20 @@ def open_model(what: str, *, weights: Path | None = None, threads: int = 2) -> O
         model = checks.load_onnx(path)
         channels, stride = checks.interface(model, path).channels, cost.stride(model, path)
         session = backends.load_onnx("onnxruntime").open_onnx(path, threads=threads)
-        return Opened(denoise=session, channels=channels, stride=stride, how="onnxruntime")
-    network = networks.named(what, weights)
+        return Opened(
+            denoise=session,
+            channels=channels,
+            stride=stride,
+            how="onnxruntime",
+            reach=lambda: _reach(lambda: compiling.simplified(path), stride),
+        )
+    net = networks.named(what, weights).net
     return Opened(
-        denoise=networks.as_function(network.net), channels=network.net.channels, stride=network.net.stride, how="torch"
+        denoise=networks.as_function(net),
+        channels=net.channels,
+        stride=net.stride,
+        how="torch",
+        reach=lambda: _reach(lambda: _graph(net), net.stride),
     )
 
 
@@ -122,6 +150,20 @@ def denoise_file(opened: Opened, source: Path, to: Path, *, sigma255: float, add
     return to
 
 
+def _reach(read: Callable[[], onnx.ModelProto], stride: int) -> int | None:
+    """Return the halo of a graph in whole strides; None where it is not known, or something looks at the whole."""
+    try:
+        field = receptive_field(read())
+    except UnsupportedError:
+        return None
+    return None if field.global_nodes else field.aligned(stride)
+
+
+def _graph(net: Denoiser) -> onnx.ModelProto:
+    with tempfile.TemporaryDirectory() as folder:
+        return checks.load_onnx(compiling.float_graph(net, Path(folder)))
+
+
 def _open_bundle(path: Path, threads: int) -> Opened:
     manifest = bundle.read(path)
     target = config.checked(manifest.target, Target, path / bundle.MANIFEST)
@@ -130,6 +172,17 @@ def _open_bundle(path: Path, threads: int) -> Opened:
     stride = int(str(manifest.model["stride"]))
     height, width = target.input.height, target.input.width
     tile = (height, width) if height is not None and width is not None else None
+
+    def reach() -> int | None:
+        if manifest.model["halo_px"] is None or manifest.model["global_ops"]:
+            return None
+        # Dynamic INT8 takes its ranges from all of the picture.
+        artifact = path / built.files["artifact"]
+        dynamic = target.engine == "onnxruntime" and "DynamicQuantizeLinear" in checks.op_counts(
+            checks.load_onnx(artifact)
+        )
+        return None if dynamic else manifest.halo(0, 0)
+
     return Opened(
         denoise=session,
         channels=int(str(manifest.model["channels"])),
@@ -138,4 +191,5 @@ def _open_bundle(path: Path, threads: int) -> Opened:
         tile=tile,
         halo=manifest.halo(*tile) if tile else 0,
         one_piece=str(manifest.model.get("halo_unknown", "")) if manifest.model["halo_px"] is None else "",
+        reach=reach,
     )
