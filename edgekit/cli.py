@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 JSON_SCHEMA_VERSION = 1
-_OUT_OF_MEMORY = re.compile("allocate memory|out of memory")  # torch's and ONNX Runtime's words
+# In the words of torch, on a CPU and a GPU, and of ONNX Runtime, whose errors have no narrower class than Exception.
+_OUT_OF_MEMORY = re.compile(
+    "DefaultCPUAllocator: can't allocate memory|CUDA out of memory|Failed to allocate memory for requested buffer"
+)
 BROKEN_PIPE = 141  # as the shell has it for a program that SIGPIPE ended
 
 
@@ -818,6 +821,7 @@ def main() -> None:
     except OSError as error:
         code = _failed(_refused(error))
     except Exception as error:
+        # Any other error is a defect of edgekit's own, and keeps its traceback.
         if not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error))):
             raise
         code = _failed(InputError("memory ran out", remedy="take smaller pictures, a smaller model or more memory"))

@@ -27,6 +27,7 @@ from edgekit.errors import InputError, IntegrityError
 from edgekit.graph import checks
 from edgekit.models import weights
 from edgekit.pipeline import denoise as denoising
+from edgekit.pipeline import doctor
 
 ROOT = Path(__file__).parent.parent
 HOLD = """
@@ -261,6 +262,15 @@ def test_a_large_picture_that_is_cut_is_told_in_one_line(cwd):
     Image.new("1", (9500, 9500)).save(cwd / "x.png")
     (cwd / "x.png").write_bytes((cwd / "x.png").read_bytes()[:-5000])
     call_process("denoise", "x.png").refused(2, "x.png: not a readable picture: image file is truncated")
+
+
+def test_a_defect_keeps_its_traceback_whatever_words_it_has(call, cwd, monkeypatch):
+    def examine():
+        raise RuntimeError("out of memory cards")
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    with pytest.raises(RuntimeError, match="out of memory cards"):
+        call("doctor")
 
 
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
