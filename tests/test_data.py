@@ -227,6 +227,12 @@ def test_embedded_calibration_pictures_have_one_size():
     assert {picture.pixels.shape for picture in made} == {(1, 256, 256)}
 
 
+def test_a_dead_leaves_picture_is_made_once_a_process(monkeypatch):
+    first = sets.embedded("train", leaves=3)
+    monkeypatch.delattr(sets, "dead_leaves")
+    assert sets.embedded("train", leaves=3).pictures[-3:] == first.pictures[-3:]
+
+
 def test_embedded_sets_need_no_network_and_no_package_that_a_bare_machine_lacks():
     done = subprocess.run([sys.executable, "-c", BARE_MACHINE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import unicodedata
@@ -132,7 +133,8 @@ def embedded(split: Split, *, channels: Channels = 1, leaves: int = TRAIN_LEAVES
     Args:
         split: Which of the three.
         channels: 1 for gray, 3 for colour.
-        leaves: How many dead-leaves pictures the training set gets, each about 0.2 s; the others ignore it.
+        leaves: How many dead-leaves pictures the training set gets, each about 0.2 s the first time in a
+            process; the others ignore it.
 
     Raises:
         InputError: A photograph is missing from its package, or cannot be read.
@@ -239,7 +241,13 @@ def _middle(picture: Picture, height: int, width: int) -> Picture:
 
 def _leaves(split: Split, count: int, channels: Channels) -> tuple[Picture, ...]:
     seeds = range(FIRST_SEED[split], FIRST_SEED[split] + count)
-    return tuple(Picture(name=f"dead-leaves/{seed}", pixels=dead_leaves(seed, TILE, TILE, channels)) for seed in seeds)
+    return tuple(_leaf_picture(seed, channels) for seed in seeds)
+
+
+@functools.cache
+def _leaf_picture(seed: int, channels: Channels) -> Picture:
+    """Return a picture that is made once a process: a run and each INT8 graph of it ask for the same 64."""
+    return Picture(name=f"dead-leaves/{seed}", pixels=dead_leaves(seed, TILE, TILE, channels))
 
 
 def _split_of(file: Path, shares: Shares) -> Split:
