@@ -5,7 +5,7 @@ conv - Q - DQ - DepthToSpace - Q - DQ    ->   conv - Q - Transpose, Reshape - DQ
 ```
 Its integer convolutions have their channels last, and DepthToSpace would have them first: it is the slowest of all its
 nodes for the bytes that it moves, one by one, and its neighbours are transposed for its sake. `base` in INT8 took
-14.1 ms, and takes 13.2 (docs/int8.md). In float it brings nothing.
+14.1 ms, and takes 13.2 (docs/int8-inside.md). In float it brings nothing.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ x - [zero point z] - conv(W, b)         ->   x + s z - [zero point 0] - conv(W, 
 ```
 The last subtraction is slow where it meets maps of one channel, and nothing where it is a part of the last convolution;
 whole vectors of channels move faster than single values; a zero point of zero needs no correction. `base` in INT8 took
-14.9 ms, and takes 14.3, 13.9 and 13.6 with one after the other (docs/int8.md).
+14.9 ms, and takes 14.3, 13.9 and 13.6 with one after the other (docs/int8-inside.md).
 """
 
 from __future__ import annotations

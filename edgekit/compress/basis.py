@@ -63,7 +63,7 @@ class Descent:
 
 
 # What the estimate leaves out is worth as much as what it tells apart, and differs from network to network: the first
-# is better for base, the second for nano (docs/int8.md).
+# is better for base, the second for nano (docs/int8-inside.md).
 DESCENTS = (Descent(steps=200, coherent=3.0), Descent(steps=400, coherent=1.0))
 
 

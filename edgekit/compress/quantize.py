@@ -226,7 +226,7 @@ def written(quantized: onnx.ModelProto, prepared: Prepared, fp32: Path, out: Pat
 def quantize_dynamic(fp32: Path, out: Path) -> Path:
     """Return `out`, now the graph with int8 weights whose activations are quantized picture by picture as it runs.
 
-    Finding the ranges while it runs costs more than the integers save: docs/int8.md has the measurement. It is
+    Finding the ranges while it runs costs more than the integers save: docs/int8-inside.md has the measurement. It is
     there to be compared with.
 
     Raises:

@@ -238,7 +238,7 @@ def ends_in_float(graph: onnx.ModelProto, prepared: Prepared, where: Placement) 
 
     The error of the last convolution, and of the addition before it, would reach the picture whole; what the first one
     gives would be rounded before the noise level is added to it and again after that. No training brings that back, and
-    in float it costs next to no time (docs/int8.md).
+    in float it costs next to no time (docs/int8-inside.md).
     """
     if not where.results:
         return graph
