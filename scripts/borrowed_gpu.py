@@ -4,7 +4,7 @@ Here, where edgekit is installed:
 
     python scripts/borrowed_gpu.py prepare --pictures photos --held-out others -e set12=DIR -e bsd68=DIR -o gpu
 
-There, with torch, accelerate, safetensors, numpy, Pillow and click, from the root of a checkout; the same command again
+(--from-shipped goes on from the weights that ship, --scale 0.5 takes half the time.) There, with torch, accelerate, safetensors, numpy, Pillow and click, from the root of a checkout; the same command again
 goes on exactly where it stopped, as long as the folder of the state is there:
 
     PYTHONPATH=. python scripts/borrowed_gpu.py train gpu --state /tmp/state --out result --minutes 9
@@ -107,6 +107,11 @@ def main() -> None:
 @click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Change a setting of every recipe.")
 @click.option("--scale", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Of all times and steps.")
 @click.option("--only", multiple=True, metavar="NAME", help="Leave out all other trainings.")
+@click.option(
+    "--from-shipped",
+    is_flag=True,
+    help="Begin as the shipped weights, but where trainings are compared at equal steps.",
+)
 @click.option("--limit-mib", type=float, default=64, show_default=True, help="Most that travels, with the checkout.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 def prepare(
@@ -116,6 +121,7 @@ def prepare(
     overrides: Sequence[str],
     scale: float,
     only: Sequence[str],
+    from_shipped: bool,
     limit_mib: float,
     output: Path,
 ) -> None:
@@ -145,7 +151,15 @@ def prepare(
     for entry in kept:
         # The teacher's weights are made there; here only its architecture is known.
         teacher = Model(model="teacher", weights=job_file.RANDOM) if entry.taught else None
-        job_file.write(replace(made[entry.name], teacher=teacher), output / "jobs" / entry.name / "job.json")
+        job = replace(made[entry.name], teacher=teacher)
+        if from_shipped and not entry.steps:
+            # What the end of a short training loses to its beginning, it leaves as it was.
+            job = replace(
+                job,
+                student=replace(job.student, weights="shipped"),
+                training=replace(job.training, keep_better=True),
+            )
+        job_file.write(job, output / "jobs" / entry.name / "job.json")
     if "teacher" not in made and (alone := [e.name for e in kept if e.taught]):
         click.echo(f"UNTAUGHT, since the teacher is left out: {', '.join(alone)}")
     plan = [asdict(replace(e, minutes=e.minutes * scale, steps=round(e.steps * scale))) for e in kept]
@@ -284,6 +298,8 @@ def _card(trained: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, s
     if settings["loss"] == "charbonnier":
         loss = f"Charbonnier, from {settings['mse_from']:.0%} of the run on mean squared error"
     stages = f"{trained['steps']:,} steps in {minutes} minutes, ended by: {trained['ended_by']}"
+    if job["student"]["weights"] != job_file.RANDOM:
+        stages = f"began as the weights that were shipped then; {stages}"
     if settings["late_patch"] is not None:
         stages += f"; patches of {settings['late_patch']} from {settings['late_from']:.0%} of the run on"
     if settings["rounding_from"] < 1:

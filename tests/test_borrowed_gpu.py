@@ -110,6 +110,23 @@ def test_a_plan_trains_in_pieces_and_its_weights_come_home_as_they_were_measured
         assert all(5000 < m["psnr_mdb"] < 50000 for m in trained[name]["measured"])
 
 
+def test_a_plan_can_begin_as_the_shipped_weights_but_where_trainings_are_compared(pictures, piece, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    prepare(pictures, "--only", "nano", "--only", "small-untaught", "--scale", "0.005", "--from-shipped")
+    compared = json.loads((pictures / "plan/jobs/small-untaught/job.json").read_text())
+    assert compared["student"]["weights"] == "random"
+    assert set(json.loads(piece(200)).values()) == {"done"}
+    script("collect", str(pictures / "out"), "-o", str(pictures / "home"))
+    stages = [
+        json.loads((pictures / "home" / f"{n}.trained.json").read_text())["stages"] for n in ("nano", "small-untaught")
+    ]
+    assert [stage.startswith("began as the weights that were shipped then; ") for stage in stages] == [True, False]
+    # A few steps lead nowhere near as far as from one network to another.
+    shipped, brought = (weights.read(p) for p in (zoo.weights("nano"), pictures / "home/nano.safetensors"))
+    assert all((brought[n] - values).norm() <= 0.1 * values.norm() for n, values in shipped.items() if values.ndim == 4)
+
+
 def test_the_weights_come_home_from_a_machine_that_cannot_record_a_baseline(pictures):
     prepare(pictures, "--only", "teacher")
     # What a teacher that is done leaves, without the minutes that its training takes.
