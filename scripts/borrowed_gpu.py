@@ -4,8 +4,9 @@ Here, where edgekit is installed:
 
     python scripts/borrowed_gpu.py prepare --pictures photos --held-out others -e set12=DIR -e bsd68=DIR -o gpu
 
-(--from-shipped goes on from the weights that ship, --scale 0.5 takes half the time.) There, with torch, accelerate, safetensors, numpy, Pillow and click, from the root of a checkout; the same command again
-goes on exactly where it stopped, as long as the folder of the state is there:
+(--from-shipped goes on from the weights that ship, --scale 0.5 takes half the time.) There, with torch, accelerate,
+safetensors, numpy, Pillow and click, from the root of a checkout; the same command again goes on exactly where it
+stopped, as long as the folder of the state is there:
 
     PYTHONPATH=. python scripts/borrowed_gpu.py train gpu --state /tmp/state --out result --minutes 9
 
@@ -37,7 +38,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from edgekit import models
+from edgekit import models, zoo
 from edgekit.data import overlap, sets
 from edgekit.data.photos import list_pictures
 from edgekit.data.sets import PictureSet
@@ -65,6 +66,8 @@ class Entry:
     name: Of the weights. wave: Trainings of one wave share the GPU; the next wave begins when all of them are done.
     steps: Where trainings are compared at equal steps; else the rate follows time, over `minutes`.
     taught: By the plan's teacher, if it could be trained. half: Shipped in float16.
+    from_shipped: Begins as the weights of its name in the zoo, which the checkout has there, and keeps them where what
+        it makes of them is no better.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Entry:
     steps: int = 0
     taught: bool = True
     half: bool = False
+    from_shipped: bool = False
 
 
 # In order of priority. The students of a wave run side by side, since one alone leaves most of a large GPU idle.
@@ -151,18 +155,17 @@ def prepare(
     for entry in kept:
         # The teacher's weights are made there; here only its architecture is known.
         teacher = Model(model="teacher", weights=job_file.RANDOM) if entry.taught else None
-        job = replace(made[entry.name], teacher=teacher)
-        if from_shipped and not entry.steps:
-            # What the end of a short training loses to its beginning, it leaves as it was.
-            job = replace(
-                job,
-                student=replace(job.student, weights="shipped"),
-                training=replace(job.training, keep_better=True),
-            )
-        job_file.write(job, output / "jobs" / entry.name / "job.json")
+        job_file.write(replace(made[entry.name], teacher=teacher), output / "jobs" / entry.name / "job.json")
     if "teacher" not in made and (alone := [e.name for e in kept if e.taught]):
         click.echo(f"UNTAUGHT, since the teacher is left out: {', '.join(alone)}")
-    plan = [asdict(replace(e, minutes=e.minutes * scale, steps=round(e.steps * scale))) for e in kept]
+    plan = [
+        asdict(
+            replace(
+                e, minutes=e.minutes * scale, steps=round(e.steps * scale), from_shipped=from_shipped and not e.steps
+            )
+        )
+        for e in kept
+    ]
     about = f"{train} photographs ({', '.join(folder.resolve().name for folder in pictures)})"
     record = {"schema_version": 1, "plan": plan, "evaluate": sorted(folders), "pictures": about}
     write_json(output / "plan.json", record)
@@ -221,6 +224,9 @@ def one(folder: Path, name: str, state: Path, until: float) -> None:
     if job.teacher is not None and _taught(state, entry):
         teacher = replace(job.teacher, weights=str(_shipped(state, "teacher")))
     job = replace(job, teacher=teacher)
+    if entry.from_shipped:
+        begun = replace(job.student, weights=str(zoo.weights(name)))
+        job = replace(job, student=begun, training=replace(job.training, keep_better=True))
     pictures = folder / "pictures"
     path, outcome = training.train(
         job, [pictures / "train"], pictures / "held_out", state / name, pause_at=until, checked=True
@@ -298,7 +304,7 @@ def _card(trained: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, s
     if settings["loss"] == "charbonnier":
         loss = f"Charbonnier, from {settings['mse_from']:.0%} of the run on mean squared error"
     stages = f"{trained['steps']:,} steps in {minutes} minutes, ended by: {trained['ended_by']}"
-    if job["student"]["weights"] != job_file.RANDOM:
+    if trained["from_shipped"]:
         stages = f"began as the weights that were shipped then; {stages}"
     if settings["late_patch"] is not None:
         stages += f"; patches of {settings['late_patch']} from {settings['late_from']:.0%} of the run on"
@@ -566,6 +572,7 @@ def _record(folder: Path, state: Path, plan: Sequence[Entry], entry: Entry) -> d
         "measured": _read(state / entry.name / "measured.json").get("measured", []),
         "beside": sum(e.wave == entry.wave for e in plan) - 1,
         "job": _read(folder / "jobs" / entry.name / "job.json"),
+        "from_shipped": entry.from_shipped,
     }
 
 
