@@ -195,6 +195,42 @@ def test_a_second_run_makes_nothing_anew(made, recipe, copied):
 _VOLATILE = ("lock", "measured.json")
 
 
+@pytest.fixture
+def changed_code(monkeypatch) -> Callable[[str], None]:
+    """Return a function that has a module of edgekit count as one whose source is another."""
+    source = run.code_sha256
+
+    def change(module: str) -> None:
+        def sha256(modules: tuple[str, ...]) -> str:
+            counts = any(module == known or module.startswith(f"{known}/") for known in modules)
+            return source(modules) + ("changed" if counts else "")
+
+        monkeypatch.setattr(run, "code_sha256", sha256)
+
+    return change
+
+
+@pytest.mark.parametrize("module", ["data/noise", "graph", "recipe", "report"])
+def test_a_bundle_is_made_anew_where_code_behind_its_manifest_or_pages_changed(copied, changed_code, module):
+    """A halo, a budget or a golden picture of before would stand in it for good."""
+    changed_code(module)
+    assert f"bundles/{FLOAT.name}" not in compiling.compile_model(str(copied), [FLOAT]).reused
+
+
+def test_a_student_is_made_anew_where_the_code_that_judges_it_changed(copied, recipe, changed_code):
+    """Its figures are what it was kept for."""
+    before = {s.name: s.key for s in run.read_stages(copied)}
+    changed_code("measure/quality")
+    distill.distill(recipe, copied)
+    after = {s.name: s.key for s in run.read_stages(copied)}
+    assert (after["pictures"] == before["pictures"], after["student"] == before["student"]) == (True, False)
+
+
+def test_the_teachers_graph_depends_on_the_tools_that_simplify_it(made):
+    tools = {s.name: s.tools.items() for s in run.read_stages(made.distilled.folder)}
+    assert tools["simplify"] <= tools["teacher"]
+
+
 def test_another_limit_makes_the_bundle_anew_and_nothing_else(copied):
     stricter = dataclasses.replace(ONNX, limits=Limits(size_mib=1.0))
     again = compiling.compile_model(str(copied), [stricter])

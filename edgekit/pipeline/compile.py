@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 GOLDEN_SIDE = 256
 _OF_COMPILING = ("data", "noise", "quantization", "budgets", "teacher")
 _SIMPLIFYING = ("compress/export", "compress/shuffles", "compress/simplify", "graph")
+_SIMPLIFYING_TOOLS = ("onnx", "onnxsim", "onnxruntime")
 _OF_TRAINING = {f.name for f in dataclasses.fields(Recipe)} - set(_OF_COMPILING)
 _ENGINE_PACKAGES = {
     "onnxruntime": ("onnxruntime",),
@@ -304,7 +305,7 @@ def _simplified(opened: Run, onnx: Path, link: Link) -> tuple[Stage, Link]:
         inputs={"onnx": link.sha256},
         settings={},
         code=_SIMPLIFYING,
-        packages=("onnx", "onnxsim", "onnxruntime"),
+        packages=_SIMPLIFYING_TOOLS,
         work=work,
     )
     return stage, Link(kind="simplified", sha256=opened.sha256(stage, "student.fp32.onnx"), made_from=link.sha256)
@@ -371,7 +372,7 @@ def _export_teacher(opened: Run, recipe: Recipe) -> tuple[Path, Link] | None:
         inputs={"teacher": teacher.sha256},
         settings={},
         code=("models", *_SIMPLIFYING),
-        packages=("torch", "onnx", "onnxsim"),
+        packages=("torch", *_SIMPLIFYING_TOOLS),
         work=work,
     )
     return opened.file(stage, "teacher.fp32.onnx"), Link(kind="teacher", sha256=teacher.sha256, made_from=None)
@@ -420,11 +421,15 @@ def _bundle(
             "backends",
             "runners",
             "bundle",
+            "report",
+            "recipe",
             "pipeline/compile",
             "pipeline/pages",
             "pipeline/templates",
             "models",
             "compress/fuse",
+            "graph",
+            "data/noise",
         ),
         packages=_ENGINE_PACKAGES[target.engine],
         work=work,

@@ -27,7 +27,7 @@ from edgekit.training.loop import Moment
 
 log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "accelerate", "safetensors", "numpy", "pillow", "scikit-image", "scikit-learn")
-_CODE = ("models", "data", "training", "recipe", "pipeline/distill")
+_CODE = ("models", "data", "measure/quality", "training", "recipe", "pipeline/distill")
 HARM_MDB = 20
 _STATE = "02-student.state"
 Progress = Callable[[Moment], None]
