@@ -9,13 +9,14 @@ import torch
 from onnx import numpy_helper
 
 from edgekit import models
-from edgekit.compress import quantize
+from edgekit.compress import budget, quantize
 from edgekit.compress.equalize import equalize
 from edgekit.compress.export import export_onnx
 from edgekit.compress.placement import PLACEMENTS, place, release
 from edgekit.compress.ranges import observe
 from edgekit.compress.simplify import simplify
 from edgekit.compress.torch_graph import TorchGraph
+from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.graph import checks, walk
 from edgekit.graph.reference import Reference, agreement_db, feeds, probe, relative_change, session_options
@@ -477,6 +478,14 @@ def test_unusual_networks_are_placed_close_to_the_float_one(unusual, name):
     onnx.checker.check_model(model, full_check=True)
     noisy = probe(48, 64, 1, seed=30)
     assert agreement_db(Reference(model, exact=True)(noisy, SIGMA), opened(made.model)(noisy, SIGMA)) > 35
+
+
+def test_the_layers_of_an_unusual_network_are_told_apart(unusual):
+    where = PLACEMENTS["onnxruntime"]
+    made = quantize.prepare(unusual, PICTURES, ONE_BASIS, where)
+    judge = budget.Judge(made.model, [dead_leaves(0, 64, 64, 1)], (25.0,), 8)
+    found = budget.layers(placed(made, "onnxruntime"), made.model, where, judge, pictures=1)
+    assert {n.name for n in made.model.graph.node if n.op_type == "Conv"} <= {layer.name for layer in found}
 
 
 def test_equalizing_an_unusual_network_keeps_the_function(unusual):

@@ -180,6 +180,8 @@ def layers(
 ) -> tuple[Layer, ...]:
     """Return the layers of a QDQ graph that have anything rounded, best dB per time first.
 
+    Only additions of maps are ever rounded (`placement.computes_in_integers`); those of vectors are left out.
+
     Args:
         quantized: The graph.
         floating: The float graph that it was made from.
@@ -194,7 +196,7 @@ def layers(
     for node in floating.graph.node:
         if node.op_type == "Conv":
             groups[node.name] = [node]
-        elif node.op_type == "Add":
+        elif node.op_type == "Add" and len(shapes.get(node.output[0], ())) == 4:
             trunk = f"additions at 1/{_SIDE // shapes[node.output[0]][2]}"
             groups.setdefault(trunk if placement.results else node.name, []).append(node)
     found = []
