@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+log = logging.getLogger("edgekit")
 JSON_SCHEMA_VERSION = 1
 # In the words of torch, on a CPU and a GPU, and of ONNX Runtime, whose errors have no narrower class than Exception.
 _OUT_OF_MEMORY = re.compile(
@@ -61,8 +62,7 @@ class _Finite(click.FloatRange):
 @click.version_option(__version__, prog_name="edgekit")
 @click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but results and errors.")
-@click.pass_context
-def cli(context: click.Context, verbose: bool, quiet: bool) -> None:
+def cli(verbose: bool, quiet: bool) -> None:
     """Take a heavy image denoiser, put it on a phone, and prove that it still works.
 
     The way through: recipe -> run folder -> target -> artifact -> verdict.
@@ -72,8 +72,7 @@ def cli(context: click.Context, verbose: bool, quiet: bool) -> None:
     """
     level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING, force=True)
-    logging.getLogger("edgekit").setLevel(level)
-    context.obj = {"verbose": verbose, "quiet": quiet}
+    log.setLevel(level)
 
 
 def _recipe_argument(command: Callable[P, R]) -> Callable[P, R]:
@@ -809,9 +808,7 @@ def main() -> None:
     """Run the command line; a failure is one line on stderr (click's own, of usage, a few) and its exit code."""
     try:
         code = cli.main(prog_name="edgekit", standalone_mode=False)
-    except click.exceptions.Abort:
-        code = _interrupted()
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         code = _interrupted()
     except click.ClickException as error:
         error.show()
@@ -850,8 +847,8 @@ def _refused(error: OSError) -> InputError:
 
 
 def _failed(error: EdgekitError) -> int:
-    if "-v" in sys.argv or "--verbose" in sys.argv:
-        logging.getLogger("edgekit").exception("traceback")
+    if log.isEnabledFor(logging.DEBUG):
+        log.exception("traceback")
     click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
     return error.exit_code
 

@@ -302,6 +302,21 @@ def test_quiet_says_nothing_but_the_result(call, tiny):
     assert "runs/tiny: evaluation pictures" in shown.out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [(["-v"], True), (["--verbose"], True), (["-qv"], True), (["-q"], False), ([], False)],
+    ids=lambda value: "".join(value) if isinstance(value, list) else None,
+)
+def test_an_error_shows_its_traceback_to_whoever_asks_for_more(call, arguments, shown):
+    called = call(*arguments, "targets", "abacus")
+    assert called.code == 2
+    assert ("Traceback" in called.err) == shown
+
+
+def test_what_is_named_like_an_option_asks_for_nothing(call):
+    call("targets", "--", "-v").refused(2, "unknown target '-v'")
+
+
 @pytest.mark.parametrize(("flags", "code"), [([], 7), (["--allow-unverified"], 0)], ids=["undecided", "allowed"])
 def test_a_run_prints_json_and_nothing_else_on_stdout(call, cwd, tiny, flags, code):
     write_target(cwd / "kept.yaml", "kept", LIMITS["kept"])
