@@ -241,7 +241,7 @@ def compile_(
         named = planning.check_model(
             model, wanted, weights=weights, overrides=overrides, folder=output, overwrite=overwrite
         )
-        _emit([asdict(t) for t in wanted], as_json, lambda: _say_targets(named, [t.name for t in wanted]))
+        _emit(wanted, as_json, lambda: _say_targets(named, [t.name for t in wanted]))
         return
     from edgekit.pipeline import compile as compiling
 
@@ -345,9 +345,7 @@ def run(
     from edgekit.pipeline import whole
 
     with _progress() as progress:
-        result = whole.run_recipe(
-            loaded, wanted, output, overwrite=overwrite, progress=progress, say=logging.getLogger("edgekit").info
-        )
+        result = whole.run_recipe(loaded, wanted, output, overwrite=overwrite, progress=progress)
 
     def show() -> None:
         _print_distilled(result.distilled)
@@ -355,8 +353,8 @@ def run(
 
     _emit(
         {
-            "distilled": asdict(result.distilled),
-            "compiled": asdict(result.compiled),
+            "distilled": result.distilled,
+            "compiled": result.compiled,
             "reports": [r.as_json() for r in result.reports],
         },
         as_json,
@@ -386,9 +384,9 @@ def baseline(model: str, seconds: float, output: Path | None, as_json: bool) -> 
         _place(output)
     network = networks.from_run(Path(model)) if Path(model).is_dir() else networks.shipped(model)
     evaluation = sets.embedded("evaluation", channels=3 if network.net.channels == 3 else 1)
-    golden = {compiling.golden_pictures(evaluation, target.load(t)) for t in target.names()}
+    golden = [compiling.golden_pictures(evaluation, target.load(t)) for t in target.names()]
     unique = {sets.digest(g): g for g in (evaluation, *golden)}
-    record = measuring.measure(network, list(unique.values()), seconds=seconds, say=logging.getLogger("edgekit").info)
+    record = measuring.measure(network, list(unique.values()), seconds=seconds)
     path = measuring.write(record, output)
 
     def show() -> None:
@@ -572,7 +570,7 @@ def compare(
 
     found = comparing.compare(planned)
     written = comparison.write(found, planned.folder)
-    _emit({"comparison": asdict(found), "files": asdict(written)}, as_json, lambda: _print_comparison(found, written))
+    _emit({"comparison": found, "files": written}, as_json, lambda: _print_comparison(found, written))
 
 
 @cli.command()
@@ -649,7 +647,12 @@ def lint(model: str, target_name: str | None, options: tuple[str, ...], weights:
 @_model_settings_option("calibration pictures, noise, quantization")
 @_json_option
 def sensitivity(
-    model: str, engine: str, weights: Path | None, output: Path | None, overrides: tuple[str, ...], as_json: bool
+    model: str,
+    engine: Literal["onnxruntime", "openvino"],
+    weights: Path | None,
+    output: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Measure what each layer of a network costs in INT8: dB on held-out pictures, milliseconds on this machine.
 
@@ -662,11 +665,10 @@ def sensitivity(
 
     if output is not None:
         _place(output / "sensitivity.json")
-    chosen: Literal["onnxruntime", "openvino"] = "onnxruntime" if engine == "onnxruntime" else "openvino"
-    name, found = measuring.of_model(model, chosen, weights=weights, overrides=overrides)
+    name, found = measuring.of_model(model, engine, weights=weights, overrides=overrides)
     files = write(found, output or Path("sensitivity") / f"{name}-{engine}", name)
     _emit(
-        {"table": asdict(found), "files": [str(f) for f in files]},
+        {"table": found, "files": files},
         as_json,
         lambda: click.echo(f"{markdown(found, name)}\n{files[0].parent}"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import statistics
 import time
@@ -24,6 +25,7 @@ from edgekit.pipeline import networks
 from edgekit.pipeline.networks import Network
 from edgekit.target import STRICT
 
+log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 KIND = "edgekit-baseline"
 FOLDER = Path("results/baselines")
@@ -79,7 +81,7 @@ def measure(
     shapes: tuple[tuple[int, int], ...] = SHAPES,
     seconds: float = 10.0,
     sigma255: float = 25.0,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = log.info,
 ) -> Baseline:
     """Return a new record of a teacher on this machine's GPU, or on its CPU where there is none.
 

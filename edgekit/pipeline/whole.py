@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from edgekit.pipeline.distill import Distilled, Progress
 from edgekit.recipe import Recipe
 from edgekit.report import Report
 from edgekit.target import Target
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,18 @@ def run_recipe(
     overwrite: bool = False,
     settings: verify.Settings | None = None,
     progress: Progress = distill.silent,
-    say: Callable[[str], None],
+    say: verify.Say = log.info,
 ) -> Result:
     """Distil the recipe's student, compile it for each target and verify every artifact.
+
+    Args:
+        recipe: The recipe.
+        targets: What to compile for.
+        folder: The run folder; `runs/<recipe's name>` unless told.
+        overwrite: Replace another run that is in the folder.
+        settings: How latency is measured.
+        progress: Called now and then with where training stands.
+        say: Told what is being verified.
 
     Raises:
         EdgekitError: As `distill.distill`, `compile.compile_model` and `verify.verify`.
