@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def _lines() -> Callable[[Moment], None]:
 
 def _describe(moment: Moment) -> str:
     step = f"step {moment.step}/{moment.steps}" if moment.steps else f"step {moment.step}"
-    psnr = "" if moment.psnr_db != moment.psnr_db else f"held out {moment.psnr_db:.2f} dB, "
+    psnr = "" if math.isnan(moment.psnr_db) else f"held out {moment.psnr_db:.2f} dB, "
     left = f"{int(moment.seconds_left) // 60}:{int(moment.seconds_left) % 60:02d} left"
     return f"{step}, loss {moment.loss:.4f}, {psnr}{moment.images_per_second:.0f} images/s, {left}"
 

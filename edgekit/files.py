@@ -15,9 +15,6 @@ from pathlib import Path
 
 from edgekit.errors import EdgekitError, InputError
 
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
-
-
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 REFUSED = frozenset(
     {

@@ -53,10 +53,10 @@ class Stage:
 class Run:
     """An open, locked run folder."""
 
-    def __init__(self, root: Path, identity: Mapping[str, object]) -> None:
+    def __init__(self, root: Path, identity: Mapping[str, object], stages: Sequence[Stage] = ()) -> None:
         self.root = root
         self._identity = dict(identity)
-        self._stages: dict[str, Stage] = {}
+        self._stages = {stage.name: stage for stage in stages}
         self.reused: list[str] = []
 
     def stage(
@@ -151,9 +151,6 @@ class Run:
             {"schema_version": _SCHEMA_VERSION, "edgekit": __version__, "identity": self._identity, "stages": stages},
         )
 
-    def _load(self) -> None:
-        self._stages = {s.name: s for s in _read(self.root)[1]}
-
 
 @contextmanager
 def open_run(root: Path, identity: Mapping[str, object] | None, *, overwrite: bool = False) -> Iterator[Run]:
@@ -179,9 +176,7 @@ def open_run(root: Path, identity: Mapping[str, object] | None, *, overwrite: bo
         if (root / _RECORD).exists():
             recorded, stages = _read(root)
             if identity is None or recorded == json.loads(json.dumps(identity)):
-                run = Run(root, recorded)
-                run._load()
-                yield run
+                yield Run(root, recorded, stages)
                 return
             if not overwrite and _is_worth_keeping(root, stages):
                 raise InputError(

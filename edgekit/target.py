@@ -87,7 +87,6 @@ class Runner:
 
     kind: `local` natively on this machine, `qemu` under user-mode emulation as each of `cpus`,
         `reference` by evaluating the artifact's own program without its engine.
-    latency: whether a time measured by this runner is a latency of the target.
     """
 
     __pydantic_config__: ClassVar = STRICT

@@ -287,9 +287,9 @@ def test_quantizing_changes_the_bytes_but_not_the_count(tmp_path):
     float_model = exported(models.create("nano"), tmp_path)
     pictures = [(reference.probe(32, 32, 1, seed=i), 0.1) for i in range(8)]
     quantize_static(tmp_path / "simple.onnx", pictures, tmp_path / "int8.onnx", Quantization(calibration_pictures=8))
-    before, after = cost.cost(float_model, 64, 64), cost.cost(checks.load_onnx(tmp_path / "int8.onnx"), 64, 64)
-    assert (after.macs, after.parameters) == (before.macs, before.parameters)
-    assert after.model_bytes < before.model_bytes
+    integer_model = checks.load_onnx(tmp_path / "int8.onnx")
+    assert cost.cost(integer_model, 64, 64) == cost.cost(float_model, 64, 64)
+    assert integer_model.ByteSize() < float_model.ByteSize()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a graph costs: parameters, multiply-accumulates and bytes, the same on every machine."""
+"""What a graph costs: parameters and multiply-accumulates, the same on every machine."""
 
 from __future__ import annotations
 
@@ -27,15 +27,11 @@ class Cost:
     """The cost of one picture.
 
     parameters: Learned numbers, in whatever type; scales, zero points and shapes are not counted.
-    macs: Multiply-accumulates of convolutions and matrix products for a picture of height x width.
-    model_bytes: Size of the serialized graph.
+    macs: Multiply-accumulates of convolutions and matrix products.
     """
 
     parameters: int
     macs: int
-    height: int
-    width: int
-    model_bytes: int
 
 
 def cost(model: onnx.ModelProto, height: int, width: int) -> Cost:
@@ -44,13 +40,7 @@ def cost(model: onnx.ModelProto, height: int, width: int) -> Cost:
     Raises:
         UnsupportedError: A shape that cannot be inferred.
     """
-    return Cost(
-        parameters=parameters(model),
-        macs=sum(macs_by_node(model, height, width).values()),
-        height=height,
-        width=width,
-        model_bytes=model.ByteSize(),
-    )
+    return Cost(parameters=parameters(model), macs=sum(macs_by_node(model, height, width).values()))
 
 
 def parameters(model: onnx.ModelProto) -> int:

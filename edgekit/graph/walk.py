@@ -127,30 +127,6 @@ def float_convolutions(model: onnx.ModelProto) -> tuple[str, ...]:
     )
 
 
-def float_additions(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Return the names of the additions and subtractions of a QDQ graph of which no operand was rounded for them.
-
-    The output of an integer convolution does not count as rounded for its reader: it exists in no other form.
-    """
-    made_by = producers(model)
-    return tuple(
-        n.name
-        for n in model.graph.node
-        if n.op_type in ("Add", "Sub") and not any(_rounded_for_reader(made_by, name) for name in n.input)
-    )
-
-
-def _rounded_for_reader(made_by: dict[str, onnx.NodeProto], name: str) -> bool:
-    """Return whether a tensor is the end of a QDQ pair around something else than a convolution, or its ReLU."""
-    if not _dequantized(made_by, name):
-        return False
-    pair = made_by.get(made_by[name].input[0])
-    source = made_by.get(pair.input[0]) if pair is not None else None
-    if source is not None and source.op_type == "Relu":
-        source = made_by.get(source.input[0])
-    return source is None or source.op_type != "Conv"
-
-
 def _dequantized(made_by: dict[str, onnx.NodeProto], name: str) -> bool:
     return name in made_by and made_by[name].op_type == "DequantizeLinear"
 

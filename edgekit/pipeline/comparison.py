@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import jinja2
-
 from edgekit.files import atomic_file, write_json
 from edgekit.measure.latency import Ratio
+from edgekit.pipeline import pages
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,16 +156,10 @@ def write(comparison: Comparison, folder: Path) -> Written:
 
 def markdown(comparison: Comparison, no_plot: str = "") -> str:
     """Return the page `table.md`."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("edgekit.pipeline"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["cell"] = _escaped
+    templates = pages.environment()
+    templates.filters["cell"] = _escaped
     tables = [(p, [cells(row, comparison.sigmas) for row in _of(comparison, p)]) for p in comparison.pictures]
-    page: str = environment.get_template("compare.md.j2").render(
+    page: str = templates.get_template("compare.md.j2").render(
         c=comparison, header=header(comparison.sigmas), tables=tables, plot=PLOT, no_plot=no_plot
     )
     return page

@@ -27,10 +27,11 @@ from edgekit.errors import IncompleteError, InputError, ToolMissingError, Unsupp
 from edgekit.files import sha256
 from edgekit.graph import checks, cost
 from edgekit.graph.receptive_field import ReceptiveField, receptive_field
+from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import int8, networks, pages, pictures
 from edgekit.pipeline.networks import Network
-from edgekit.recipe import Model, Quantization, Recipe, int8_drop_db, int8_worst_db
+from edgekit.recipe import Data, Model, Quantization, Recipe, int8_drop_db, int8_worst_db
 from edgekit.report import Audit
 from edgekit.run import Run, Stage
 from edgekit.target import Target
@@ -241,8 +242,6 @@ def _to_graph(opened: Run, network: Network) -> _Graph:
 
     def fuse_net(out: Path) -> Mapping[str, object]:
         fused = fuse.fuse(net, noisy, sigma)
-        from edgekit.models import weights
-
         weights.save(fused.state_dict(), out / "fused.safetensors")
         return {"batchnorms_folded": sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())}
 
@@ -585,6 +584,12 @@ def float_graph(net: Denoiser, folder: Path) -> Path:
     return simplify.simplify(raw, folder / "float.onnx")
 
 
+def float_model(net: Denoiser) -> onnx.ModelProto:
+    """Return the fused and simplified float graph of a network; raises as `float_graph`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return checks.load_onnx(float_graph(net, Path(folder)))
+
+
 def default_recipe(name: str, channels: int, overrides: Sequence[str] = ()) -> Recipe:
     """Return the settings for a MODEL that no recipe made, with dotted overrides put in.
 
@@ -592,8 +597,6 @@ def default_recipe(name: str, channels: int, overrides: Sequence[str] = ()) -> R
         InputError: Another number of channels than 1 or 3; an override that is wrong, or that only training heeds; a
             teacher that there is not.
     """
-    from edgekit.recipe import Data
-
     if channels not in (1, 3):
         raise InputError(f"'{name}' takes {channels} channels", remedy="edgekit compiles networks for 1 or 3")
     allowed = "settings here: " + ", ".join(_OF_COMPILING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from edgekit.graph import checks, cost
 from edgekit.graph.receptive_field import receptive_field
 from edgekit.measure import quality
 from edgekit.measure.quality import Array, Denoise
-from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import networks
 from edgekit.target import Target
@@ -114,7 +112,7 @@ def open_model(what: str, *, weights: Path | None = None, threads: int = 2) -> O
         channels=net.channels,
         stride=net.stride,
         how="torch",
-        reach=lambda: _reach(lambda: _graph(net), net.stride),
+        reach=lambda: _reach(lambda: compiling.float_model(net), net.stride),
     )
 
 
@@ -157,11 +155,6 @@ def _reach(read: Callable[[], onnx.ModelProto], stride: int) -> int | None:
     except UnsupportedError:
         return None
     return None if field.global_nodes else field.aligned(stride)
-
-
-def _graph(net: Denoiser) -> onnx.ModelProto:
-    with tempfile.TemporaryDirectory() as folder:
-        return checks.load_onnx(compiling.float_graph(net, Path(folder)))
 
 
 def _open_bundle(path: Path, threads: int) -> Opened:

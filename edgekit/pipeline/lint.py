@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 
 from edgekit import models
-from edgekit.graph import checks
 from edgekit.graph import lint as rules
 from edgekit.graph.lint import Finding
 from edgekit.models.denoiser import Denoiser
@@ -49,7 +47,7 @@ def lint(
 def _graph(what: str, options: Mapping[str, models.Option], weights: Path | None) -> onnx.ModelProto:
     if what.endswith(".onnx"):
         return compiling.simplified(Path(what))
-    return _exported(_network(what, options, weights))
+    return compiling.float_model(_network(what, options, weights))
 
 
 def _network(what: str, options: Mapping[str, models.Option], weights: Path | None) -> Denoiser:
@@ -61,8 +59,3 @@ def _network(what: str, options: Mapping[str, models.Option], weights: Path | No
         return models.create(what, options).eval()
     card = networks.card(what)
     return models.create(card.model, {**card.options, **options}).eval()
-
-
-def _exported(net: Denoiser) -> onnx.ModelProto:
-    with tempfile.TemporaryDirectory() as folder:
-        return checks.load_onnx(compiling.float_graph(net, Path(folder)))

@@ -18,25 +18,29 @@ _LICENCES = {
     "coreml": "The package was written by coremltools (BSD-3-Clause); Core ML is part of Apple's systems.",
     "onnxruntime": "An app ships ONNX Runtime (MIT) beside the model.",
 }
-
 _MUSL = "The program in bin/ has musl (MIT) inside, whose licence is licences/musl.txt."
 
 
-def write(out: Path, manifest: Manifest, audit: Audit | None) -> None:
-    """Write README.md, MODEL_CARD.md and NOTICES.md into a bundle; the first tells what runs in integers."""
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """Return what renders the templates of this package; a name that a template asks for and is not given raises."""
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("edgekit.pipeline"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+
+def write(out: Path, manifest: Manifest, audit: Audit | None) -> None:
+    """Write README.md, MODEL_CARD.md and NOTICES.md into a bundle; the first tells what runs in integers."""
+    templates = environment()
     engine = str(manifest.target["engine"])
-    notices = [_LICENCES["onnx"]] + ([_LICENCES[engine]] if engine in _LICENCES else [])
+    notices = [_LICENCES["onnx"], _LICENCES[engine]]
     files = manifest.built["files"]
     assert isinstance(files, Mapping)
     if "licence_musl" in files:
         notices.append(_MUSL)
     for name in ("README.md", "MODEL_CARD.md", "NOTICES.md"):
-        page = environment.get_template(f"{name}.j2").render(m=manifest, engine=engine, notices=notices, audit=audit)
+        page = templates.get_template(f"{name}.j2").render(m=manifest, engine=engine, notices=notices, audit=audit)
         (out / name).write_text(page, encoding="utf-8")

@@ -415,7 +415,7 @@ def _run(session: Session, noisy: Array) -> None:
 
 
 def _timed(row: Row, latency_us: int) -> Row:
-    return Row(**{**asdict(row), "latency_us": latency_us})
+    return replace(row, latency_us=latency_us)
 
 
 def _student_limit(
