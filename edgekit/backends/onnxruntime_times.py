@@ -13,8 +13,9 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from edgekit.graph.checks import NOISY, SIGMA
-from edgekit.graph.reference import session_options
+from edgekit.graph.checks import SIGMA
+from edgekit.graph.reference import feeds, session_options
+from edgekit.graph.walk import producers
 
 # What ONNX Runtime puts behind the names of nodes, or of the tensors that it names nodes after.
 _BEHIND = re.compile(r"(_token_\d+|_nchwc|_nhwc|_fused)+$")
@@ -42,18 +43,15 @@ def node_times_us(
         options = session_options(1)
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder, "profile"))
         session = open_file(options)
-        feeds = {NOISY: noisy}
-        if SIGMA in {i.name for i in session.get_inputs()}:
-            feeds[SIGMA] = np.full((1, 1, 1, 1), 25 / 255, np.float32)
+        given = feeds(noisy, 25 / 255, takes_sigma=SIGMA in {i.name for i in session.get_inputs()})
         for _ in range(runs):
-            session.run(None, feeds)
+            session.run(None, given)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    known = {node.name: node.name for node in model.graph.node}
+    known, made_by = {node.name: node.name for node in model.graph.node}, producers(model)
     for node in model.graph.node:
-        for name in node.output:
-            # A ReLU becomes part of the convolution before it, which then bears the name of the ReLU's output.
-            made_by = next((n for n in model.graph.node if node.op_type == "Relu" and node.input[0] in n.output), node)
-            known[name] = made_by.name
+        # A ReLU becomes part of the convolution before it, which then bears the name of the ReLU's output.
+        owner = made_by.get(node.input[0], node) if node.op_type == "Relu" else node
+        known |= dict.fromkeys(node.output, owner.name)
     shortest: dict[str, int] = {}
     for event in events:
         if event.get("cat") != "Node" or not event["name"].endswith(_KERNEL):

@@ -29,10 +29,10 @@ from torch import Tensor
 from edgekit.compress.ranges import Calibration
 from edgekit.compress.torch_graph import TorchGraph
 from edgekit.errors import UnsupportedError
-from edgekit.graph.checks import DENOISED, SIGMA
+from edgekit.graph.checks import DENOISED
 from edgekit.graph.cost import infer_shapes
 from edgekit.graph.reference import Reference, probe, relative_change
-from edgekit.graph.walk import attribute, consumers, copied, group_count, initializers, producers
+from edgekit.graph.walk import attribute, consumers, copied, group_count, initializers, is_noise_level, producers
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def trunks(model: onnx.ModelProto) -> tuple[Trunk, ...]:
         return (
             made is not None
             and name != DENOISED
-            and (bool(passed[name]) or _is_noise_level(made, stored) or _is_dense(made))
+            and (bool(passed[name]) or is_noise_level(made, stored) or _is_dense(made))
             and all(name in passed[n.output[0]] or (_is_dense(n) and name == n.input[0]) for n in readers[name])
         )
 
@@ -305,7 +305,7 @@ def _written(model: onnx.ModelProto, bases: Mapping[str, Tensor]) -> onnx.ModelP
             change(node.input[1], "oihw,po->pihw", matrices[node.output[0]])
             if len(node.input) > 2:
                 change(node.input[2], "o,po->p", matrices[node.output[0]])
-        elif made and _is_noise_level(node, stored):
+        elif made and is_noise_level(node, stored):
             gain = stored[node.input[1]]
             del gain.dims[:]
             gain.dims.extend((1, len(matrices[node.output[0]]), 1, 1))
@@ -315,10 +315,6 @@ def _written(model: onnx.ModelProto, bases: Mapping[str, Tensor]) -> onnx.ModelP
 
 def _is_dense(node: onnx.NodeProto) -> bool:
     return node.op_type == "Conv" and group_count(node) == 1
-
-
-def _is_noise_level(node: onnx.NodeProto, stored: Stored) -> bool:
-    return node.op_type == "Mul" and node.input[0] == SIGMA and node.input[1] in stored
 
 
 def _is_shuffle(node: onnx.NodeProto) -> bool:

@@ -15,7 +15,7 @@ from edgekit.data.noise import add_gaussian
 from edgekit.errors import LimitError
 from edgekit.graph.cost import infer_shapes, integer_permille, macs_by_node
 from edgekit.graph.reference import Reference
-from edgekit.graph.walk import CONVOLUTIONS, float_convolutions
+from edgekit.graph.walk import integer_convolutions
 from edgekit.measure.quality import crop, pad_to_multiple, psnr
 
 Array = NDArray[np.float32]
@@ -330,10 +330,7 @@ def _missed(loss: Loss, budget: Budget, model: onnx.ModelProto, how: str) -> Lim
 
 def integer_macs_permille(model: onnx.ModelProto) -> int:
     """Return the share of multiply-accumulates whose weights are integers, in thousandths."""
-    left = float_convolutions(model)
-    return integer_permille(
-        model, frozenset(n.name for n in model.graph.node if n.op_type in CONVOLUTIONS and n.name not in left)
-    )
+    return integer_permille(model, frozenset(integer_convolutions(model)))
 
 
 def _inputs(model: onnx.ModelProto) -> list[list[str]]:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from edgekit.errors import IntegrityError
-from edgekit.graph.checks import DENOISED, NOISY, SIGMA
+from edgekit.graph.checks import DENOISED, NOISY
 from edgekit.graph.reference import Reference, probe, relative_change
-from edgekit.graph.walk import attribute, copied, group_count, initializers
+from edgekit.graph.walk import attribute, copied, group_count, initializers, is_noise_level
 
 Peaks = Mapping[str, NDArray[np.float64]]
 Channel = tuple[str, int]
@@ -84,7 +84,7 @@ def _grouped(model: onnx.ModelProto, peaks: Peaks) -> dict[Channel, Channel]:
         result = node.output[0]
         reads = tuple(node.input[:1]) if node.op_type in ("MaxPool", "Resize") else tuple(node.input)
         counts = [len(peaks.get(name, ())) for name in (*reads, result)]
-        if node.op_type == "Conv" or _is_noise_level(node, stored):
+        if node.op_type == "Conv" or is_noise_level(node, stored):
             continue
         if node.op_type in _SAME_CHANNELS and len(set(counts)) == 1:
             for name in reads:
@@ -163,13 +163,9 @@ def _scaled(model: onnx.ModelProto, factors: Mapping[str, NDArray[np.float64]]) 
             multiply(1, node, by[:, :, None, None])
             if len(node.input) > 2:
                 multiply(2, node, results)
-        elif _is_noise_level(node, stored):
+        elif is_noise_level(node, stored):
             multiply(1, node, factors[node.output[0]][None, :, None, None])
     return scaled
-
-
-def _is_noise_level(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
-    return node.op_type == "Mul" and node.input[0] == SIGMA and node.input[1] in stored
 
 
 def _is_depthwise(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:

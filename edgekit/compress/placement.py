@@ -39,8 +39,10 @@ from onnx import helper, numpy_helper, version_converter
 from edgekit.graph.checks import DENOISED, NOISY
 from edgekit.graph.walk import (
     CONVOLUTIONS,
+    PAIR,
     attribute,
     consumers,
+    copied,
     derived_from,
     first_convolutions,
     group_count,
@@ -59,7 +61,6 @@ _BETWEEN_MAPS = frozenset({"Concat", "MaxPool", "Resize"})
 # which costs its other readers a bit at most; a smaller one is rounded to its own grid first.
 _ALIKE = 0.5
 _MEANS = frozenset({"ReduceMean", "ReduceMax", "GlobalAveragePool", "GlobalMaxPool"})
-_PAIR = ("QuantizeLinear", "DequantizeLinear")
 _INT32_MAX = 2**31 - 1
 _MOST_BIAS = 2.0**30
 _LEAST_SCALE = 1e-8
@@ -187,8 +188,7 @@ def release(
         placement: That of the graph.
         floating: Where the weights and biases come from; None takes what the integers stand for.
     """
-    model = onnx.ModelProto()
-    model.CopyFrom(quantized)
+    model = copied(quantized)
     if not names:
         return model
     made_by, stored = producers(model), initializers(model)
@@ -212,7 +212,7 @@ def release(
 
     last = last_sum(model)
     for node in model.graph.node:
-        if node.op_type in _PAIR or _moves(node) or _is_between(node) or node.name in integer:
+        if node.op_type in PAIR or _moves(node) or _is_between(node) or node.name in integer:
             continue
         if node.output[0] != last or not _reads_picture(node, made_by):
             read_unrounded(node)
@@ -292,8 +292,7 @@ class _Writer:
             for name in original.output:
                 if name in self._rounded:
                     self._write_pair(name)
-        model = onnx.ModelProto()
-        model.CopyFrom(self._model)
+        model = copied(self._model)
         del model.graph.node[:], model.graph.value_info[:]
         model.graph.node.extend(self._nodes)
         model.graph.initializer.extend(self._tensors)
@@ -429,8 +428,8 @@ class _Writer:
     def _add_pair(self, read: str, name: str, *parameters: str) -> None:
         """Write a pair of that name behind the tensor `read`."""
         self._nodes += [
-            helper.make_node(_PAIR[0], [read, *parameters], [f"{name}_quantized"], f"{name}_Q"),
-            helper.make_node(_PAIR[1], [f"{name}_quantized", *parameters], [f"{name}_dequantized"], f"{name}_DQ"),
+            helper.make_node(PAIR[0], [read, *parameters], [f"{name}_quantized"], f"{name}_Q"),
+            helper.make_node(PAIR[1], [f"{name}_quantized", *parameters], [f"{name}_dequantized"], f"{name}_DQ"),
         ]
 
     def _write_weights(self, original: onnx.NodeProto, node: onnx.NodeProto) -> None:
@@ -471,7 +470,7 @@ class _Writer:
         self._store(parts[0], integers)
         self._store(parts[1], scales)
         self._store(parts[2], np.zeros(len(scales), integers.dtype))
-        self._nodes.append(helper.make_node(_PAIR[1], parts, [f"{name}_dequantized"], f"{name}_DQ", axis=axis))
+        self._nodes.append(helper.make_node(PAIR[1], parts, [f"{name}_dequantized"], f"{name}_DQ", axis=axis))
         return f"{name}_dequantized"
 
     def _store(self, name: str, values: NDArray[np.generic]) -> None:
@@ -573,13 +572,13 @@ def _integer_nodes(
         reads = {reader.op_type for reader in readers.get(name, [])}
         if reads == {"Relu"}:
             return gives_integers(readers[name][0].output[0])
-        return reads == {_PAIR[0]}
+        return reads == {PAIR[0]}
 
     return frozenset(
         n.name
         for n in model.graph.node
         if n.op_type in ("Conv", "Add")
-        and operands(name in made_by and made_by[name].op_type == _PAIR[1] for name in n.input[:2])
+        and operands(name in made_by and made_by[name].op_type == PAIR[1] for name in n.input[:2])
         and (not placement.results or gives_integers(n.output[0]))
     )
 
@@ -587,10 +586,10 @@ def _integer_nodes(
 def _before_pair(name: str, made_by: Mapping[str, onnx.NodeProto]) -> str | None:
     """Return the tensor that a QDQ pair ending in `name` rounds; None where there is no such pair."""
     dequantize = made_by.get(name)
-    if dequantize is None or dequantize.op_type != _PAIR[1]:
+    if dequantize is None or dequantize.op_type != PAIR[1]:
         return None
     quantize = made_by.get(dequantize.input[0])
-    return quantize.input[0] if quantize is not None and quantize.op_type == _PAIR[0] else None
+    return quantize.input[0] if quantize is not None and quantize.op_type == PAIR[0] else None
 
 
 def _reads_picture(node: onnx.NodeProto, made_by: Mapping[str, onnx.NodeProto]) -> bool:
@@ -606,4 +605,4 @@ def _is_integer(node: onnx.NodeProto | None, integer: frozenset[str], made_by: M
 
 
 def _is_rounded(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
-    return any(n.op_type == _PAIR[0] and n.input[0] == node.output[0] for n in model.graph.node)
+    return any(n.op_type == PAIR[0] and n.input[0] == node.output[0] for n in model.graph.node)

@@ -21,7 +21,7 @@ from edgekit.compress.export import strip, write
 from edgekit.compress.placement import Placement, Range
 from edgekit.compress.ranges import Calibration, observe
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
-from edgekit.graph.checks import DENOISED, LEAST_OPSET, NOISY, SIGMA, Interface, interface, load_float_onnx
+from edgekit.graph.checks import DENOISED, LEAST_OPSET, NOISY, Interface, interface, load_float_onnx
 from edgekit.graph.cost import integer_permille
 from edgekit.graph.reference import Reference, agreement_db
 from edgekit.graph.walk import (
@@ -32,6 +32,8 @@ from edgekit.graph.walk import (
     first_convolutions,
     float_convolutions,
     initializers,
+    integer_convolutions,
+    is_noise_level,
     last_convolutions,
 )
 from edgekit.measure import host
@@ -175,7 +177,7 @@ def _with_own_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     for name, nodes in readers.items():
         if name not in stored:
             continue
-        owners = [n for n in nodes if n.op_type in CONVOLUTIONS or (n.op_type == "Mul" and n.input[0] == SIGMA)]
+        owners = [n for n in nodes if n.op_type in CONVOLUTIONS or is_noise_level(n, stored)]
         # One of them keeps the tensor where nothing else reads it.
         for number, node in enumerate(owners[1:] if len(owners) == len(nodes) else owners, 1):
             own = f"{name}_{number}"
@@ -198,8 +200,7 @@ def written(quantized: onnx.ModelProto, prepared: Prepared, fp32: Path, out: Pat
         out: Where the file goes.
     """
     strip(quantized)
-    left = float_convolutions(quantized)
-    integer = tuple(n.name for n in quantized.graph.node if n.op_type in CONVOLUTIONS and n.name not in left)
+    left, integer = float_convolutions(quantized), integer_convolutions(quantized)
     if not integer:
         raise InputError(
             f"{fp32}: no convolution took INT8; left in float: {', '.join(left) or 'none'}",

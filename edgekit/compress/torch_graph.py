@@ -251,8 +251,7 @@ class TorchGraph(nn.Module):
     @torch.no_grad()
     def written(self) -> onnx.ModelProto:
         """Return the graph with the present weights, scales, zero points and biases; nothing else is changed."""
-        result = onnx.ModelProto()
-        result.CopyFrom(self._model)
+        result = copied(self._model)
         for tensor in result.graph.initializer:
             if tensor.name in self._present:
                 value = self._present[tensor.name]().double().numpy(force=True)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edgekit.graph.checks import DENOISED
+from edgekit.graph.checks import DENOISED, SIGMA
 
 CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -119,8 +119,19 @@ def last_sum(model: onnx.ModelProto) -> str:
     return name
 
 
+def is_noise_level(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
+    """Return whether a node multiplies the noise level by constants, one for each channel of what it is added to."""
+    return node.op_type == "Mul" and node.input[0] == SIGMA and node.input[1] in stored
+
+
+def integer_convolutions(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Return the names of the convolutions of a QDQ graph whose weights are dequantized integers."""
+    made_by = producers(model)
+    return tuple(n.name for n in model.graph.node if n.op_type in CONVOLUTIONS and _dequantized(made_by, n.input[1]))
+
+
 def float_convolutions(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Return the names of the convolutions of a QDQ graph whose weights are not dequantized integers."""
+    """Return the names of the other convolutions of a QDQ graph."""
     made_by = producers(model)
     return tuple(
         n.name for n in model.graph.node if n.op_type in CONVOLUTIONS and not _dequantized(made_by, n.input[1])

@@ -56,11 +56,10 @@ from edgekit.backends.tvm.transposed import shuffled
 from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
 from edgekit.graph.resizing import resizing
-from edgekit.graph.walk import consumers, initializers, producers
+from edgekit.graph.walk import PAIR, consumers, initializers, producers
 
 Weights: TypeAlias = NDArray[np.int8 | np.int16]
 
-_PAIR = ("QuantizeLinear", "DequantizeLinear")
 _ONLY = f"export the model with that, which is all there are kernels for, or {remedies.FLOAT32}"
 # What the picture is changed by last.
 _SIGNS = {"Add": 1, "Sub": -1}
@@ -515,13 +514,13 @@ class _Reader:
         """Return the nodes that read a tensor, also through a QDQ pair."""
         found: list[onnx.NodeProto] = []
         for node in self._readers.get(name, []):
-            found += self._real_readers(node.output[0]) if node.op_type in _PAIR else [node]
+            found += self._real_readers(node.output[0]) if node.op_type in PAIR else [node]
         return found
 
     def _real(self, name: str) -> str:
         """Return the tensor that a QDQ pair rounds, or the tensor itself."""
         node = self._made_by.get(name)
-        while node is not None and node.op_type in _PAIR and node.input[0] not in self._constants:
+        while node is not None and node.op_type in PAIR and node.input[0] not in self._constants:
             name = node.input[0]
             node = self._made_by.get(name)
         return name
@@ -552,7 +551,7 @@ class _Reader:
 
     def _is_wide_pair(self, node: onnx.NodeProto) -> bool:
         """Return whether a node is half of a 16-bit pair."""
-        return node.op_type in _PAIR and len(node.input) > 2 and self._constants[node.input[2]].dtype == np.int16
+        return node.op_type in PAIR and len(node.input) > 2 and self._constants[node.input[2]].dtype == np.int16
 
     def _weights(self, node: onnx.NodeProto) -> tuple[Weights, Floats]:
         """Return a convolution's int8 or int16 weights and the scale of each output channel."""
