@@ -13,8 +13,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekit.compress import placement, qat
+from edgekit.compress.budget import Loss
 from edgekit.compress.export import export_onnx
-from edgekit.compress.qat import Loss, QatReport, finetune
+from edgekit.compress.qat import QatReport, finetune
 from edgekit.compress.quantize import quantize_static
 from edgekit.compress.ranges import observe
 from edgekit.compress.simplify import simplify
@@ -405,9 +406,9 @@ def test_training_wins_back_more_than_narrower_ranges_alone(coarse, tmp_path):
     untrained = dataclasses.replace(settings, steps=1, rate=1e-12, scale_rate=0.0)
     narrowed = tune(coarse, tmp_path / "narrowed.onnx", untrained)
     assert found.kept == narrowed.kept == "trained"
-    assert narrowed.after.mean_millidb < 0.6 * narrowed.before.mean_millidb
-    assert found.after.mean_millidb < 0.9 * narrowed.after.mean_millidb
-    assert found.after.worst_millidb < found.before.worst_millidb
+    assert narrowed.after.mean_mdb < 0.6 * narrowed.before.mean_mdb
+    assert found.after.mean_mdb < 0.9 * narrowed.after.mean_mdb
+    assert found.after.worst_mdb < found.before.worst_mdb
     assert [m.step for m in moments] == list(range(10, 201, 10))
     assert moments[-1].seconds_left == 0
 
@@ -482,7 +483,7 @@ def test_a_checkpoint_of_another_training_is_refused(coarse, tmp_path):
 def test_a_training_that_makes_it_worse_is_not_kept(nano, tmp_path):
     found = tune(nano, tmp_path / "out.onnx", dataclasses.replace(FEW, rate=1.0, steps=10))
     assert found.kept == "start"
-    assert found.after.mean_millidb > found.before.mean_millidb
+    assert found.after.mean_mdb > found.before.mean_mdb
     assert (tmp_path / "out.onnx").read_bytes() == nano[1].read_bytes()
 
 
@@ -543,4 +544,4 @@ def test_a_graph_of_another_network_is_refused(nano, tmp_path):
 
 
 def test_the_loss_is_the_mean_and_the_worst_over_pictures():
-    assert qat._loss([30.0, 31.0, 32.0], [29.9, 31.02, 31.5]) == Loss(mean_millidb=193, worst_millidb=500)
+    assert qat._loss([30.0, 31.0, 32.0], [29.9, 31.02, 31.5]) == Loss(mean_mdb=193, worst_mdb=500)

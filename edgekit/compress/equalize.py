@@ -11,7 +11,7 @@ and having one weight scale for each channel they take any factor for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -62,50 +62,58 @@ def equalize(model: onnx.ModelProto, peaks: Peaks) -> onnx.ModelProto:
     return scaled
 
 
-def _grouped(model: onnx.ModelProto, peaks: Peaks) -> dict[Channel, Channel]:
-    """Return channel -> the channel that stands for all that share its factor; `_FIXED` for those that keep theirs."""
-    above: dict[Channel, Channel] = {}
+class _Ties:
+    """Channels that share their factor; whatever is tied to a fixed channel is fixed."""
 
-    def top(channel: Channel) -> Channel:
-        while (next_above := above.get(channel, channel)) != channel:
-            channel = next_above
+    def __init__(self) -> None:
+        self._above: dict[Channel, Channel] = {}
+
+    def top(self, channel: Channel) -> Channel:
+        """Return the channel that stands for all that a channel is tied to."""
+        while (above := self._above.get(channel, channel)) != channel:
+            channel = above
         return channel
 
-    def tie(one: Channel, other: Channel) -> None:
-        one, other = top(one), top(other)
+    def tie(self, one: Channel, other: Channel) -> None:
+        """Have two channels, and all that is tied to them, share their factor."""
+        one, other = self.top(one), self.top(other)
         if one != other:
-            # Whatever is tied to a fixed channel is fixed.
             one, other = (other, one) if other == _FIXED else (one, other)
-            above[other] = one
+            self._above[other] = one
 
-    stored = initializers(model)
+
+def _grouped(model: onnx.ModelProto, peaks: Peaks) -> dict[Channel, Channel]:
+    """Return channel -> the channel that stands for all that share its factor; `_FIXED` for those that keep theirs."""
+    ties, stored = _Ties(), initializers(model)
     for node in model.graph.node:
-        tensors = [name for name in (*node.input, *node.output) if name in peaks]
-        result = node.output[0]
-        reads = tuple(node.input[:1]) if node.op_type in ("MaxPool", "Resize") else tuple(node.input)
-        counts = [len(peaks.get(name, ())) for name in (*reads, result)]
-        if node.op_type == "Conv" or is_noise_level(node, stored):
-            continue
-        if node.op_type in _SAME_CHANNELS and len(set(counts)) == 1:
-            for name in reads:
-                for channel in range(counts[-1]):
-                    tie((name, channel), (result, channel))
-        elif node.op_type == "Concat" and all(counts) and sum(counts[:-1]) == counts[-1]:
-            for number, name in enumerate(reads):
-                for channel in range(counts[number]):
-                    tie((name, channel), (result, sum(counts[:number]) + channel))
-        elif node.op_type == "DepthToSpace" and attribute(node, "mode") == b"CRD" and result in peaks:
-            squares = attribute(node, "blocksize") ** 2
-            for channel in range(len(peaks[node.input[0]])):
-                tie((node.input[0], channel), (result, channel // squares))
-        else:
-            for name in tensors:
-                for channel in range(len(peaks[name])):
-                    tie(_FIXED, (name, channel))
-    for name in (NOISY, DENOISED):
-        for channel in range(len(peaks.get(name, ()))):
-            tie(_FIXED, (name, channel))
-    return {(name, c): top((name, c)) for name, peak in peaks.items() for c in range(len(peak))}
+        if node.op_type != "Conv" and not is_noise_level(node, stored):
+            for one, other in _alike(node, peaks):
+                ties.tie(one, other)
+    for channel in _channels((NOISY, DENOISED), peaks):
+        ties.tie(_FIXED, channel)
+    return {channel: ties.top(channel) for channel in _channels(peaks, peaks)}
+
+
+def _alike(node: onnx.NodeProto, peaks: Peaks) -> Iterator[tuple[Channel, Channel]]:
+    """Give the pairs of channels that share their factor because of what a node computes."""
+    result = node.output[0]
+    reads = tuple(node.input[:1]) if node.op_type in ("MaxPool", "Resize") else tuple(node.input)
+    counts = [len(peaks.get(name, ())) for name in (*reads, result)]
+    given = list(_channels(reads, peaks))
+    if node.op_type in _SAME_CHANNELS and len(set(counts)) == 1:
+        yield from ((channel, (result, channel[1])) for channel in given)
+    elif node.op_type == "Concat" and all(counts) and sum(counts[:-1]) == counts[-1]:
+        yield from zip(given, _channels((result,), peaks), strict=True)
+    elif node.op_type == "DepthToSpace" and attribute(node, "mode") == b"CRD" and result in peaks:
+        squares = attribute(node, "blocksize") ** 2
+        yield from ((channel, (result, channel[1] // squares)) for channel in given)
+    else:
+        yield from ((_FIXED, channel) for channel in _channels((*node.input, *node.output), peaks))
+
+
+def _channels(tensors: Iterable[str], peaks: Peaks) -> Iterator[Channel]:
+    """Give the channels of those tensors that have any."""
+    return ((name, channel) for name in tensors for channel in range(len(peaks.get(name, ()))))
 
 
 def _factors(model: onnx.ModelProto, peaks: Peaks, groups: Mapping[Channel, Channel]) -> dict[Channel, float]:

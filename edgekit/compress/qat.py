@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgekit import run
+from edgekit.compress.budget import Loss
 from edgekit.compress.export import write
 from edgekit.compress.torch_graph import TorchGraph, WeightQuantizer, lowest
 from edgekit.data.noise import add_gaussian
@@ -50,14 +51,6 @@ _NOISE_EXPONENT = 1.5
 _SEED = 2
 _CHECKED = 2
 _MOST_APART_DB = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """PSNR lost against the float graph, in thousandths of a dB: over all noisy held-out pictures, and on the worst."""
-
-    mean_millidb: int
-    worst_millidb: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +139,7 @@ def finetune(
     trained = _psnr(Reference(written, exact=exact), held_out, sigma, stride)
     _check_same(student, trained, held_out, sigma, stride, out)
     after = _loss(reference, trained)
-    better = after.mean_millidb < before.mean_millidb
+    better = after.mean_mdb < before.mean_mdb
     if better:
         write(written, out)
     else:
@@ -355,4 +348,4 @@ def _psnr(denoise: Callable[[Array, float], Array], pictures: Pictures, sigma: R
 
 def _loss(reference: Sequence[float], found: Sequence[float]) -> Loss:
     lost = [before - after for before, after in zip(reference, found, strict=True)]
-    return Loss(mean_millidb=round(1000 * sum(lost) / len(lost)), worst_millidb=round(1000 * max(lost)))
+    return Loss(mean_mdb=round(1000 * sum(lost) / len(lost)), worst_mdb=round(1000 * max(lost)))
