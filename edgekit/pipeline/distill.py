@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from edgekit import models, run
 from edgekit.data.sets import PictureSet
 from edgekit.errors import InputError
 from edgekit.files import json_sha256, write_json
 from edgekit.measure import quality
-from edgekit.measure.quality import QualityReport
+from edgekit.measure.quality import Denoise, QualityReport
 from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import networks, pictures
 from edgekit.pipeline.networks import Network
@@ -134,6 +135,25 @@ def _list_pictures(opened: Run, chosen: Pictures) -> Stage:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Judge:
+    """Measures networks by the recipe's noise level, on the scale of 0 to 255."""
+
+    sigma255: float
+
+    def report(self, network: Denoiser, on: PictureSet) -> QualityReport:
+        """Return the figures of a network."""
+        return quality.evaluate(networks.as_function(network), on, sigma255=self.sigma255, stride=network.stride)
+
+    def psnr_mdb(self, network: Denoiser, on: PictureSet) -> int:
+        """Return the PSNR of a network in thousandths of a dB."""
+        return self.report(network, on).psnr_mdb
+
+    def classic_mdb(self, denoise: Denoise, on: PictureSet) -> int:
+        """Return the PSNR of what is no network in thousandths of a dB."""
+        return quality.evaluate(denoise, on, sigma255=self.sigma255).psnr_mdb
+
+
 def _train(
     opened: Run,
     recipe: Recipe,
@@ -144,63 +164,28 @@ def _train(
     out: Path,
     progress: Progress,
 ) -> Mapping[str, object]:
+    """Write the student's weights into `out`; return what it came to."""
     torch.manual_seed(recipe.training.seed % patches.SEEDS)
     made = recipe.student
     options = made.options_for(recipe.data.channels)
     net = start.net if start else models.create(made.model, options)
-    sigma255 = recipe.noise.evaluate
-
-    def judge(network: Denoiser, on: PictureSet) -> QualityReport:
-        return quality.evaluate(networks.as_function(network), on, sigma255=sigma255, stride=network.stride)
-
-    def psnr_mdb(network: Denoiser, on: PictureSet) -> int:
-        return judge(network, on).psnr_mdb
-
-    def noisy_mdb(on: PictureSet) -> int:
-        return quality.evaluate(quality.noisy_input, on, sigma255=sigma255).psnr_mdb
-
-    learned = [p.pixels for p in chosen.train]
-    names = [f"{chosen.train.name}/{p.name}" for p in chosen.train]
-    loop.check(recipe.training, [net, teacher.net] if teacher else [net], learned, names)
-    start_mdb = psnr_mdb(start.net, chosen.evaluation) if start else None
-    teacher_mdb = psnr_mdb(teacher.net, chosen.evaluation) if teacher else None
-    before = judge(start.net, chosen.held_out) if start else None
-    starting = {name: value.clone() for name, value in net.state_dict().items()}
-    refused = ""
-    if teacher is not None:
-        rival = before.psnr_mdb if before else noisy_mdb(chosen.held_out)
-        refused = _refusal(teacher, start, psnr_mdb(teacher.net, chosen.held_out), rival)
+    judge = _Judge(sigma255=recipe.noise.evaluate)
+    job = _job(recipe, net, chosen, inputs, judge)
+    loop.check(recipe.training, [net, teacher.net] if teacher else [net], job.pictures, job.names)
+    start_mdb = judge.psnr_mdb(start.net, chosen.evaluation) if start else None
+    teacher_mdb = judge.psnr_mdb(teacher.net, chosen.evaluation) if teacher else None
+    before = judge.report(start.net, chosen.held_out) if start else None
+    refused = _refusal(teacher, start, before, judge, chosen.held_out) if teacher else ""
     if refused:
         log.warning("%s", refused)
-    values, outcome = loop.train(
-        loop.Job(
-            net=net,
-            teacher=teacher.net if teacher and not refused else None,
-            pictures=learned,
-            names=names,
-            sigma=recipe.noise.train,
-            training=recipe.training,
-            distillation=recipe.distillation,
-            validate=lambda network: psnr_mdb(network, chosen.held_out) / 1000,
-            identity=json_sha256(
-                [
-                    asdict(recipe),
-                    inputs,
-                    run.code_sha256(_CODE),
-                    run.versions(_PACKAGES),
-                    torch.get_num_threads(),
-                    torch.cuda.is_available(),
-                ]
-            ),
-        ),
-        opened.root / _STATE,
-        progress,
-    )
+    elif teacher:
+        job = replace(job, teacher=teacher.net)
+    starting = {name: value.clone() for name, value in net.state_dict().items()}
+    values, outcome = loop.train(job, opened.root / _STATE, progress)
     kept, harmed = outcome.kept, ""
     if before and kept == "trained" and recipe.training.keep_better:
-        net.load_state_dict(values)
-        net.to("cpu").eval()
-        if harmed := _harm(before, judge(net, chosen.held_out)):
+        _put(values, net)
+        if harmed := _harm(before, judge.report(net, chosen.held_out)):
             values, kept = starting, "start"
             log.warning("%s", harmed)
     loop.save_weights(values, out / networks.WEIGHTS)
@@ -208,8 +193,7 @@ def _train(
         networks.describe(out, start.model, start.options)
     else:
         networks.describe(out, made.model, options)
-    net.load_state_dict(values)
-    net.to("cpu").eval()
+    _put(values, net)
     opened.measure("training", {"seconds": round(outcome.seconds, 1), "images": outcome.images})
     return {
         "steps": outcome.steps,
@@ -218,13 +202,43 @@ def _train(
         "harmed": harmed,
         "held_out_start_mdb": round(1000 * outcome.start_psnr_db),
         "held_out_trained_mdb": round(1000 * outcome.psnr_db),
-        "noisy_mdb": noisy_mdb(chosen.evaluation),
-        "nlm_mdb": quality.evaluate(quality.nlm, chosen.evaluation, sigma255=sigma255).psnr_mdb,
+        "noisy_mdb": judge.classic_mdb(quality.noisy_input, chosen.evaluation),
+        "nlm_mdb": judge.classic_mdb(quality.nlm, chosen.evaluation),
         "start_mdb": start_mdb,
-        "student_mdb": psnr_mdb(net, chosen.evaluation),
+        "student_mdb": judge.psnr_mdb(net, chosen.evaluation),
         "teacher_mdb": teacher_mdb,
         "teacher_refused": refused,
     }
+
+
+def _job(recipe: Recipe, net: Denoiser, chosen: Pictures, inputs: Mapping[str, str], judge: _Judge) -> loop.Job:
+    """Return the training of a network without a teacher; its identity has the teacher in `inputs`, if there is one."""
+    return loop.Job(
+        net=net,
+        teacher=None,
+        pictures=[p.pixels for p in chosen.train],
+        names=[f"{chosen.train.name}/{p.name}" for p in chosen.train],
+        sigma=recipe.noise.train,
+        training=recipe.training,
+        distillation=recipe.distillation,
+        validate=lambda network: judge.psnr_mdb(network, chosen.held_out) / 1000,
+        identity=json_sha256(
+            [
+                asdict(recipe),
+                inputs,
+                run.code_sha256(_CODE),
+                run.versions(_PACKAGES),
+                torch.get_num_threads(),
+                torch.cuda.is_available(),
+            ]
+        ),
+    )
+
+
+def _put(values: Mapping[str, Tensor], net: Denoiser) -> None:
+    """Give a network these weights, to be looked at on the CPU."""
+    net.load_state_dict(values)
+    net.to("cpu").eval()
 
 
 def _harm(before: QualityReport, after: QualityReport) -> str:
@@ -242,11 +256,15 @@ def _harm(before: QualityReport, after: QualityReport) -> str:
     )
 
 
-def _refusal(teacher: Network, start: Network | None, its_mdb: int, rival_mdb: int) -> str:
+def _refusal(
+    teacher: Network, start: Network | None, before: QualityReport | None, judge: _Judge, held_out: PictureSet
+) -> str:
     """Return why the teacher cannot teach this student; empty when it can.
 
     It has to beat the student's starting weights on the held-out pictures, or the noisy input where they are random.
     """
+    rival_mdb = before.psnr_mdb if before else judge.classic_mdb(quality.noisy_input, held_out)
+    its_mdb = judge.psnr_mdb(teacher.net, held_out)
     if its_mdb > rival_mdb:
         return ""
     rival = f"its student '{start.name}' before training" if start else "the noisy input"

@@ -78,15 +78,8 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
         LimitError: The budget cannot be kept.
         UnsupportedError: Dynamic INT8 for an engine that has none, or an engine without INT8.
     """
-    if engine not in PLACEMENTS:
-        raise UnsupportedError(f"edgekit has no INT8 for the engine '{engine}'", remedy="set the target's precision")
     settings = recipe.quantization
-    if settings.mode == "dynamic" and engine != "onnxruntime":
-        raise UnsupportedError(
-            f"dynamic INT8 is ONNX Runtime's alone, not the engine's '{engine}'",
-            remedy="set quantization.mode=static",
-        )
-
+    _refuse(engine, settings)
     where = placement.PLACEMENTS[PLACEMENTS[engine]]
 
     def work(out: Path) -> Mapping[str, object]:
@@ -130,6 +123,17 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
         work=work,
     )
     return opened.file(stage, FILE)
+
+
+def _refuse(engine: Engine, settings: Quantization) -> None:
+    """Raise UnsupportedError for an engine that has no INT8, or none of this mode."""
+    if engine not in PLACEMENTS:
+        raise UnsupportedError(f"edgekit has no INT8 for the engine '{engine}'", remedy="set the target's precision")
+    if settings.mode == "dynamic" and engine != "onnxruntime":
+        raise UnsupportedError(
+            f"dynamic INT8 is ONNX Runtime's alone, not the engine's '{engine}'",
+            remedy="set quantization.mode=static",
+        )
 
 
 def levels(noise: Noise) -> tuple[float, ...]:
