@@ -26,6 +26,9 @@ from edgekit.runners import instructions, qemu
 from edgekit.target import InputShape
 
 pytest.importorskip("tvm")
+from edgekit.backends.tvm import bench as library_bench
+from edgekit.backends.tvm import link
+
 pytestmark = [pytest.mark.backend, pytest.mark.emulated]
 
 # The least tile that delivers something: nano's halo is 40 pixels on each side.
@@ -252,6 +255,17 @@ def test_without_the_tools_instructions_are_left_out_with_the_reason(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ToolMissingError, match=words):
         instructions.count("cortex-a76", ["program"])
+
+
+def test_a_program_that_could_not_be_compiled_is_compiled_the_next_time(monkeypatch) -> None:
+    def fails(source: Path, program: Path, zig_target: str) -> None:
+        raise ToolMissingError("no compiler")
+
+    monkeypatch.setattr(link, "compile_program", fails)
+    with pytest.raises(ToolMissingError):
+        library_bench._program("another")
+    monkeypatch.setattr(link, "compile_program", lambda source, program, zig_target: program.write_bytes(b""))
+    assert library_bench._program("another").is_file()
 
 
 def test_a_program_that_fails_has_no_count() -> None:

@@ -197,6 +197,6 @@ def _program(machine: str) -> Path:
     """Return the program for a processor, compiled once per process and removed when the process ends."""
     log.info("compiling the program that measures for %s", machine)
     folder = Path(_folder().name) / machine
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     link.compile_program(driver.C_FOLDER / "bench.c", folder / PROGRAM, f"{machine}-linux-musl")
     return folder / PROGRAM
