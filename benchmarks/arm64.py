@@ -38,8 +38,8 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from edgekit import __version__, backends, bundle, config, target, zoo
-from edgekit.backends import Built, Session
+from edgekit import __version__, backends, bundle, target, zoo
+from edgekit.backends import Session
 from edgekit.backends.tvm import driver, link
 from edgekit.backends.tvm import session as emulated
 from edgekit.compress import fuse
@@ -50,6 +50,7 @@ from edgekit.measure import host, quality
 from edgekit.measure.quality import Array
 from edgekit.pipeline import bench, int8, networks
 from edgekit.pipeline import compile as compiling
+from edgekit.pipeline.golden import read_golden
 from edgekit.runners import instructions, qemu
 from edgekit.target import InputShape, Target
 
@@ -242,7 +243,7 @@ def count_instructions(model: str, given: Given) -> Figures:
 
 
 def _ours(path: Path, cpus: Sequence[str]) -> Figures:
-    built = config.checked(bundle.read(path).built, Built, path / bundle.MANIFEST)
+    built = bundle.read(path).built
     counts, told = {}, None
     for cpu in cpus:
         told = bench.bench(path, f"qemu:{cpu}", settings=bench.Settings(threads=1))
@@ -286,7 +287,7 @@ def _theirs(engine: Engine, golden: Path, given: Given, folder: Path) -> Figures
         }
         print(engine.name, counts[cpu], flush=True)
     got = np.fromfile(denoised, "<f4").reshape(len(files), 1, SIDE, SIDE)
-    clean = compiling.read_golden(golden.parent, "golden", [f.name.removesuffix(".noisy.f32") for f in files])
+    clean = read_golden(golden.parent, "golden", [f.name.removesuffix(".noisy.f32") for f in files])
     psnr = [quality.psnr(o, p.pixels.astype(np.float32) / 255) for o, p in zip(got, clean, strict=True)]
     return {
         "counts": counts,
@@ -307,7 +308,7 @@ def _engines(model: str, onnx: Path, given: Given, folder: Path) -> Iterator[Eng
 
 
 def _onnxruntime(onnx: Path, root: Path) -> Engine:
-    artifact = onnx / config.checked(bundle.read(onnx).built, Built, onnx / bundle.MANIFEST).files["artifact"]
+    artifact = onnx / bundle.read(onnx).built.files["artifact"]
     python = next(iter(sorted((root / "usr" / "bin").glob("python3.*[0-9]"))), None)
     if python is None:
         raise ToolMissingError(f"{root}: no usr/bin/python3.*", remedy="see --help for how to make it")
@@ -444,7 +445,7 @@ def compare_quality(model: str, given: Given) -> Figures:
     made = _compile(model, given, (ANDROID, ONNX))
     engine = backends.load_onnx("onnxruntime")
     onnx = made[ONNX.name]
-    own = onnx / config.checked(bundle.read(onnx).built, Built, onnx / bundle.MANIFEST).files["artifact"]
+    own = onnx / bundle.read(onnx).built.files["artifact"]
     sessions: dict[str, quality.Denoise] = {
         "onnxruntime float32": engine.open_onnx(onnx / "reference" / "student.fp32.onnx", threads=1),
         "onnxruntime on the library's graph": engine.open_onnx(_arm_graph(model, given), threads=1),
@@ -462,7 +463,7 @@ def compare_quality(model: str, given: Given) -> Figures:
 def _library(path: Path) -> quality.Denoise:
     """Return the bundle's library on an emulated Cortex-A76, as a function of whole pictures."""
     manifest = bundle.read(path)
-    built = config.checked(manifest.built, Built, path / bundle.MANIFEST)
+    built = manifest.built
     runner = dataclasses.replace(ANDROID.runner, cpus=("cortex-a76",))
     ((_, session),) = backends.load("tvm").open_session(path, built, dataclasses.replace(ANDROID, runner=runner))
     tile: Session = session
@@ -484,7 +485,7 @@ def _arm_graph(model: str, given: Given) -> Path:
 def measure_memory(model: str, given: Given) -> Figures:
     """Return what the library asks malloc for beyond a square picture, emulated as a Cortex-A76."""
     path = _compile(model, given, (SHIPPED,))[SHIPPED.name]
-    built = config.checked(bundle.read(path).built, Built, path / bundle.MANIFEST)
+    built = bundle.read(path).built
     library = path / built.files["artifact"]
     prefix = library.name.removeprefix("lib").removesuffix(".so")
     figures: dict[str, object] = {"side": given.side, "tile": built.facts["tile"]}

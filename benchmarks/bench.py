@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgekit import backends, bundle, config, models, target
-from edgekit.backends import Built, Session
+from edgekit import backends, bundle, models, target
+from edgekit.backends import Session
 from edgekit.data import noise
 from edgekit.data.synthetic import dead_leaves
 from edgekit.files import write_json
@@ -24,7 +24,6 @@ from edgekit.measure import host, latency
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import verify
 from edgekit.recipe import Training
-from edgekit.target import Target
 from edgekit.training.losses import charbonnier
 from edgekit.training.patches import PatchBank
 
@@ -98,9 +97,8 @@ def artifact_latency(folder: Path) -> Figures:
         for name in ("onnx", "linux-x86_64"):
             path = _bundle(folder, model, name)
             manifest = bundle.read(path)
-            chosen = config.checked(manifest.target, Target, path)
+            chosen, built = manifest.target, manifest.built
             engine = backends.load_onnx("openvino" if chosen.engine == "openvino" else "onnxruntime")
-            built = config.checked(manifest.built, Built, path)
             teacher = engine.open_onnx(path / "reference" / "teacher.fp32.onnx", threads=1)
             rows: dict[str, Session] = {
                 "int8": engine.open_session(path, built, chosen, threads=1)[0][1],

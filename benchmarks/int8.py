@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgekit import backends, bundle, config, run, target, zoo
+from edgekit import backends, bundle, run, target, zoo
 from edgekit.backends import Session
 from edgekit.data import sets
 from edgekit.data.sets import PictureSet
@@ -105,7 +105,7 @@ def measure(
     made = compiling.compile_model(model, [target.load(target_name)], overrides=settings, folder=folder)
     path, audits = made.bundles[target_name], made.audits[target_name]
     manifest = bundle.read(path)
-    chosen = config.checked(manifest.target, Target, path)
+    chosen = manifest.target
     float_engine: OnnxEngine = "onnxruntime" if chosen.engine == "onnxruntime" else "openvino"
     engine = backends.load_onnx(float_engine)
     artifact = denoise.open_model(str(path), threads=1)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from edgekit import config
 from edgekit.errors import InputError, IntegrityError
 from edgekit.files import json_sha256, sha256, write_json
-from edgekit.target import STRICT, Bound, Check
+from edgekit.recipe import Budgets
+from edgekit.report import Audit
+from edgekit.target import STRICT, Bound, Check, Precision, Target
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_STRIDES = (1, 2, 4, 8, 16, 32)
 _AGAIN = "restore the bundle, or compile it again"
 
 
@@ -29,7 +32,7 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Model:
+class Model:
     """What a manifest says of the student.
 
     macs_256: Of a picture of 256x256. halo_px: None where none is known; halo_unknown then says why.
@@ -37,9 +40,9 @@ class _Model:
 
     __pydantic_config__: ClassVar = STRICT
     name: str
-    channels: Literal[1, 3]
+    channels: Annotated[int, Check(lambda channels: channels in (1, 3), "edgekit compiles for 1 channel or 3")]
     takes_sigma: bool
-    stride: Literal[1, 2, 4, 8, 16, 32]
+    stride: Annotated[int, Check(lambda stride: stride in _STRIDES, f"a stride is one of {_STRIDES}")]
     parameters: int
     macs_256: int
     halo_px: Annotated[int, Bound(least=0)] | None
@@ -48,7 +51,7 @@ class _Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Protocol:
+class Protocol:
     """How a manifest says that quality is measured. files: Names of the golden pictures."""
 
     __pydantic_config__: ClassVar = STRICT
@@ -61,45 +64,58 @@ class _Protocol:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """The parts of a manifest that are checked beyond its own types, and kept as they were written."""
+class Built:
+    """What a backend wrote.
+
+    files: Role -> path relative to the bundle; the role `artifact` is what an app ships.
+    precision: The arithmetic that the artifact really uses.
+    tools: Name -> version of everything that had a hand in it.
+    facts: Figures about the artifact that are the same on every rerun, named with their unit.
+    notes: Sentences for the manifest and the README, such as what was left in float and why.
+    audit: What ran in integers on the machine that compiled it; None where the engine gives no such account.
+    """
 
     __pydantic_config__: ClassVar = STRICT
-    model: Annotated[
-        _Model,
-        Check(lambda model: model.halo_px is not None or bool(model.halo_unknown), "no halo, and no 'halo_unknown'"),
-    ]
-    protocol: _Protocol
+    files: Mapping[str, str]
+    precision: Precision
+    tools: Mapping[str, str]
+    facts: Mapping[str, int | str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    audit: Audit | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a bundle is.
 
-    target: The resolved target. model: As `_Model`. protocol: As `_Protocol`.
-    budgets: Most dB that may be lost. built: What the backend wrote.
+    budgets: Most dB that may be lost, those of INT8 resolved.
     chain: From the teacher to the artifact. files: Path -> sha256 of every other file of the bundle.
     """
 
     __pydantic_config__: ClassVar = STRICT
     edgekit: str
-    target: dict[str, object]
-    model: dict[str, object]
-    budgets: dict[str, float | None]
-    protocol: dict[str, object]
-    built: dict[str, object]
+    target: Target
+    model: Annotated[
+        Model,
+        Check(lambda model: model.halo_px is not None or bool(model.halo_unknown), "no halo, and no 'halo_unknown'"),
+    ]
+    budgets: Budgets
+    protocol: Protocol
+    built: Built
     chain: tuple[Link, ...]
-    files: dict[str, str]
+    files: Mapping[str, str]
 
     def halo(self, height: int, width: int) -> int:
         """Return the halo of a tile in pixels, a multiple of the stride; all of it where no halo is known."""
-        stride, known = int(str(self.model["stride"])), self.model["halo_px"]
-        reach = max(height, width) if known is None else int(str(known))
-        return -(-reach // stride) * stride
+        reach = max(height, width) if self.model.halo_px is None else self.model.halo_px
+        return -(-reach // self.model.stride) * self.model.stride
 
     def write(self, bundle: Path) -> None:
-        """Write `manifest.json`."""
-        write_json(bundle / MANIFEST, {"schema_version": SCHEMA_VERSION, "kind": "edgekit-bundle", **asdict(self)})
+        """Write `manifest.json`; it has no `halo_unknown` where the halo is known."""
+        whole = asdict(self)
+        if not self.model.halo_unknown:
+            del whole["model"]["halo_unknown"]
+        write_json(bundle / MANIFEST, {"schema_version": SCHEMA_VERSION, "kind": "edgekit-bundle", **whole})
 
 
 def artifact_files(bundle: Path, roles: Mapping[str, str]) -> list[Path]:
@@ -138,8 +154,7 @@ def read(bundle: Path) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path}: damaged manifest: {error}", remedy="compile the bundle again") from error
     manifest = config.checked(raw, Manifest, path)
-    parts = config.checked({"model": manifest.model, "protocol": manifest.protocol}, _Parts, path)
-    for name in parts.protocol.files:
+    for name in manifest.protocol.files:
         if f"golden/{name}.png" not in manifest.files:
             raise IntegrityError(f"{path}: 'protocol.files': there is no golden/{name}.png", remedy=_AGAIN)
     _check(bundle, manifest.files)

@@ -377,14 +377,14 @@ def baseline(model: str, seconds: float, output: Path | None, as_json: bool) -> 
     from edgekit import target
     from edgekit.data import sets
     from edgekit.pipeline import baseline as measuring
-    from edgekit.pipeline import compile as compiling
     from edgekit.pipeline import networks
+    from edgekit.pipeline.golden import golden_pictures
 
     if output is not None:
         _place(output)
     network = networks.from_run(Path(model)) if Path(model).is_dir() else networks.shipped(model)
     evaluation = sets.embedded("evaluation", channels=3 if network.net.channels == 3 else 1)
-    golden = [compiling.golden_pictures(evaluation, target.load(t)) for t in target.names()]
+    golden = [golden_pictures(evaluation, target.load(t)) for t in target.names()]
     unique = {sets.digest(g): g for g in (evaluation, *golden)}
     record = measuring.measure(network, list(unique.values()), seconds=seconds)
     path = measuring.write(record, output)

@@ -1,12 +1,12 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from edgekit import bundle, target
 from edgekit.errors import InputError, IntegrityError
@@ -33,7 +33,7 @@ def rewrite(path: Path, change: Callable[[dict], object]) -> None:
 
 def test_a_bundle_is_what_its_manifest_says(kept):
     manifest = bundle.read(kept)
-    assert (manifest.target["name"], manifest.model["name"], manifest.model["channels"]) == ("kept", "nano", 1)
+    assert (manifest.target.name, manifest.model.name, manifest.model.channels) == ("kept", "nano", 1)
     found = {p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file()}
     assert manifest.files.keys() == found - {"manifest.json"}
     assert {"README.md", "MODEL_CARD.md", "NOTICES.md", "reference/student.fp32.onnx"} <= found
@@ -46,8 +46,8 @@ def test_the_chain_leads_from_the_teacher_to_the_artifact_by_hashes(kept):
         assert link.made_from == before.sha256
     assert chain[0].made_from is None
     assert chain[4].sha256 == sha256(kept / "reference/student.fp32.onnx")
-    built = bundle.read(kept).built["files"]
-    assert chain[-1].sha256 == bundle.combined_sha256(bundle.artifact_files(kept, built))
+    built = bundle.read(kept).built
+    assert chain[-1].sha256 == bundle.combined_sha256(bundle.artifact_files(kept, built.files))
 
 
 @pytest.mark.parametrize("kind", ["artifact", "README.md", "reference/student.fp32.onnx", "golden"])
@@ -62,8 +62,8 @@ def test_the_chain_leads_from_the_teacher_to_the_artifact_by_hashes(kept):
 )
 def test_a_file_that_is_not_what_it_was_is_refused_by_name(kept, kind, damage, state):
     name = {
-        "artifact": bundle.read(kept).built["files"]["artifact"],
-        "golden": f"golden/{bundle.read(kept).protocol['files'][0]}.noisy.f32",
+        "artifact": bundle.read(kept).built.files["artifact"],
+        "golden": f"golden/{bundle.read(kept).protocol.files[0]}.noisy.f32",
     }.get(kind, kind)
     damage(kept / name)
     with pytest.raises(IntegrityError) as refused:
@@ -130,9 +130,9 @@ def test_a_manifest_that_does_not_follow_its_schema_is_refused_by_key(kept, chan
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        (lambda m: m["target"].update(engine="abacus"), "engine"),
-        (lambda m: m["budgets"].update(int8_drop_db=-1.0), "int8_drop_db"),
-        (lambda m: m["built"].pop("files"), "files"),
+        (lambda m: m["target"].update(engine="abacus"), "target.engine"),
+        (lambda m: m["budgets"].update(int8_drop_db=-1.0), "budgets.int8_drop_db"),
+        (lambda m: m["built"].pop("files"), "built.files"),
     ],
     ids=["target", "budgets", "built"],
 )
@@ -165,19 +165,13 @@ def test_a_picture_larger_than_the_tile_is_refused_with_the_reason_where_no_halo
 def page(folder: Path, name: str, *, halo_px: int = 35) -> list[str]:
     """Return the lines of the README of a bundle for a shipped target, which holds nothing else."""
     roles = ("artifact", "swift", "header", "program", "static", *(("kotlin", "cmake") if "android" in name else ()))
-    built = {"files": {role: f"lib/{role}.h" for role in roles}, "precision": "int8", "tools": {}, "notes": []}
-    model = {"name": "net", "channels": 3, "takes_sigma": True, "stride": 8, "parameters": 0, "macs_256": 0}
-    manifest = bundle.Manifest(
-        edgekit="0",
-        target=asdict(target.load(name)),
-        model=model | {"halo_px": halo_px, "global_ops": []},
-        budgets={},
-        protocol={"golden_outputs": "none"},
-        built=built | {"facts": {"arena_bytes": 0, "halo_px": 0}},
-        chain=(),
-        files={},
+    built = bundle.Built(
+        files={role: f"lib/{role}.h" for role in roles},
+        precision="int8",
+        tools={},
+        facts={"arena_bytes": 0, "halo_px": 0},
     )
-    pages.write(folder, manifest, None)
+    pages.write(folder, tiny.manifest(target.load(name), built, channels=3, halo_px=halo_px), None)
     return (folder / "README.md").read_text(encoding="utf-8").splitlines()
 
 

@@ -7,19 +7,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage.data
+import tiny
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgekit import __version__, backends, files, models, target
-from edgekit.backends import Built, Source
-from edgekit.bundle import Manifest
+from edgekit import backends, files, models, target
+from edgekit.backends import Source
+from edgekit.bundle import Built
 from edgekit.errors import (
     EdgekitError,
     IncompleteError,
@@ -588,18 +589,7 @@ def test_a_package_spells_its_network_as_its_author_does(takes_sigma, tmp_path):
 @pytest.mark.parametrize("takes_sigma", [True, False], ids=["sigma", "blind"])
 def test_the_readme_calls_what_the_swift_file_defines(takes_sigma, tmp_path):
     built = coreml.build(source_of(network(noise_level=takes_sigma), takes_sigma=takes_sigma), small_target(), tmp_path)
-    model = {"name": "nano", "channels": 1, "takes_sigma": takes_sigma, "stride": 8, "parameters": 0, "macs_256": 0}
-    manifest = Manifest(
-        edgekit=__version__,
-        target=asdict(small_target()),
-        model=model | {"halo_px": 8, "global_ops": []},
-        budgets={},
-        protocol={"golden_outputs": "none"},
-        built=asdict(built),
-        chain=(),
-        files={},
-    )
-    pages.write(tmp_path, manifest, None)
+    pages.write(tmp_path, tiny.manifest(small_target(), built, takes_sigma=takes_sigma), None)
     page, swift = ((tmp_path / name).read_text() for name in ("README.md", built.files["swift"]))
     (call,) = (line for line in page.splitlines() if "denoise(noisy" in line)
     (defined,) = (line for line in swift.splitlines() if "func denoise(" in line)

@@ -19,6 +19,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import Call
 from numpy.typing import NDArray
@@ -26,9 +27,9 @@ from PIL import Image
 from skimage import data
 from torch import nn
 
-from edgekit import __version__, backends, target
-from edgekit.backends import Built, Source
-from edgekit.bundle import Manifest
+from edgekit import backends, target
+from edgekit.backends import Source
+from edgekit.bundle import Built
 from edgekit.compress import quantize
 from edgekit.compress.export import export_onnx
 from edgekit.compress.placement import PLACEMENTS
@@ -598,25 +599,14 @@ def test_random_pictures_and_wrong_arguments_under_a_sanitizer(tmp_path: Path, k
 
 def _readme(bundle: Bundle, folder: Path) -> dict[str, list[str]]:
     """Return language -> code blocks of the page that the bundle comes with, in their order."""
-    model = {
-        "name": bundle.source.name,
-        "channels": bundle.source.channels,
-        "takes_sigma": bundle.source.takes_sigma,
-        "stride": bundle.source.stride,
-        "halo_px": bundle.built.facts["halo_px"],
-        "global_ops": [],
-        "parameters": 0,
-        "macs_256": 0,
-    }
-    manifest = Manifest(
-        edgekit=__version__,
-        target=dataclasses.asdict(bundle.target),
-        model=model,
-        budgets={},
-        protocol={"golden_outputs": "none"},
-        built=dataclasses.asdict(bundle.built),
-        chain=(),
-        files={},
+    manifest = tiny.manifest(
+        bundle.target,
+        bundle.built,
+        name=bundle.source.name,
+        channels=bundle.source.channels,
+        takes_sigma=bundle.source.takes_sigma,
+        stride=bundle.source.stride,
+        halo_px=bundle.built.facts["halo_px"],
     )
     pages.write(folder, manifest, None)
     found: dict[str, list[str]] = {}

@@ -29,6 +29,7 @@ from edgekit.models import weights
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import denoise as denoising
 from edgekit.pipeline import distill, int8, networks, pictures, verify, whole
+from edgekit.pipeline.golden import golden_pictures
 from edgekit.recipe import Data, Distillation, Model, Noise, Quantization, Recipe
 from edgekit.target import InputShape, Limits
 
@@ -122,8 +123,8 @@ def test_the_int8_artifact_is_integers_and_the_float_one_is_not(made):
     assert is_quantized(onnx.load(integer))
     assert not is_quantized(onnx.load(floating))
     manifest = bundle.read(made.compiled.bundles["onnx"])
-    assert manifest.built["precision"] == "int8"
-    assert manifest.built["facts"]["integer_macs_permille"] > 500
+    assert manifest.built.precision == "int8"
+    assert manifest.built.facts["integer_macs_permille"] > 500
 
 
 _ARTIFACTS = {"onnx": "model.int8.onnx", "onnx-float32": "model.fp32.onnx"}
@@ -235,7 +236,7 @@ def test_another_limit_makes_the_bundle_anew_and_nothing_else(copied):
     stricter = dataclasses.replace(ONNX, limits=Limits(size_mib=1.0))
     again = compiling.compile_model(str(copied), [stricter])
     assert set(again.reused) == {"fuse", "export", "simplify", "quantize/onnxruntime", "teacher"}
-    assert bundle.read(again.bundles["onnx"]).target["limits"]["size_mib"] == 1.0
+    assert bundle.read(again.bundles["onnx"]).target.limits.size_mib == 1.0
 
 
 def test_a_file_of_a_stage_that_changed_is_refused_by_name(copied):
@@ -358,7 +359,7 @@ def test_a_student_with_batchnorm_goes_the_whole_way(photos, tmp_path):
     want = networks.as_function(networks.from_run(tmp_path / "run").net)(noisy, 0.0)
     graph = made.compiled.bundles["onnx"] / "reference" / "student.fp32.onnx"
     assert agreement_db(denoise(graph, noisy, 0.0), want) > 80
-    assert bundle.read(made.compiled.bundles["onnx"]).model["takes_sigma"] is False
+    assert bundle.read(made.compiled.bundles["onnx"]).model.takes_sigma is False
 
 
 def test_a_colour_student_goes_the_whole_way_and_lacks_a_teacher(tmp_path):
@@ -369,7 +370,7 @@ def test_a_colour_student_goes_the_whole_way_and_lacks_a_teacher(tmp_path):
     verdicts = {x.name: x.verdict for x in found.limits}
     assert verdicts.pop("student_drop_db") == "incomplete"
     assert set(verdicts.values()) == {"pass"}
-    assert bundle.read(made.compiled.bundles["onnx"]).model["channels"] == 3
+    assert bundle.read(made.compiled.bundles["onnx"]).model.channels == 3
     assert [row.name for row in found.rows] == ["noisy input", "student FP32", "artifact"]
 
 
@@ -450,7 +451,7 @@ def test_a_users_onnx_file_is_quantized_and_compiled(own, tmp_path):
     assert [link.kind for link in manifest.chain] == ["onnx", "simplified", "int8", "artifact"]
     assert manifest.chain[0].sha256 == files.sha256(path)
     assert manifest.chain[-1].sha256 == files.sha256(folder / "model.int8.onnx")
-    assert (manifest.model["name"], manifest.model["channels"]) == ("my_net", 3)
+    assert (manifest.model.name, manifest.model.channels) == ("my_net", 3)
     noisy = np.random.default_rng(0).random((1, 3, 48, 40), dtype=np.float32)
     assert agreement_db(denoise(folder / "model.int8.onnx", noisy, 0.0), denoise(path, noisy, 0.0)) > 30
     again = compiling.compile_model(str(path), [ONNX], folder=tmp_path / "run")
@@ -484,7 +485,7 @@ def test_an_onnx_file_of_any_name_and_stride_is_compiled_and_takes_any_picture(t
     path = export_onnx(net, channels=1, takes_sigma=False, stride=16, out=tmp_path / "1 my net (1).onnx")
     folder = compiling.compile_model(str(path), [FLOAT], folder=tmp_path / "run").bundles[FLOAT.name]
     manifest = bundle.read(folder)
-    assert (manifest.model["name"], manifest.model["stride"]) == ("1_my_net__1_", 16)
+    assert (manifest.model.name, manifest.model.stride) == ("1_my_net__1_", 16)
     noisy = np.random.default_rng(0).random((1, 1, 72, 40), dtype=np.float32)
     for what in (folder, path):
         assert denoising.open_model(str(what))(noisy, 0.1).shape == noisy.shape
@@ -503,7 +504,7 @@ def test_a_network_whose_reach_is_not_known_is_compiled_for_pictures_in_one_piec
         "test_pipeline:Mixed", [FLOAT, tiled], weights=own_weights, folder=tmp_path / "run"
     )
     for folder in compiled.bundles.values():
-        assert bundle.read(folder).model["halo_px"] is None
+        assert bundle.read(folder).model.halo_px is None
         assert "(Softmax): how far it looks is not known" in (folder / "README.md").read_text(encoding="utf-8")
     noisy = np.random.default_rng(0).random((1, 3, 60, 44), dtype=np.float32)
     whole_one = denoising.open_model(str(compiled.bundles[FLOAT.name]))(noisy, 0.1)
@@ -820,7 +821,7 @@ def test_calibration_meets_the_levels_that_the_network_was_trained_for(photos):
 def test_golden_pictures_have_the_targets_shape(photos):
     evaluation = pictures.evaluation(tiny.recipe(photos).data)
     tile = dataclasses.replace(ONNX, input=InputShape(height=32, width=128))
-    golden = compiling.golden_pictures(evaluation, tile)
+    golden = golden_pictures(evaluation, tile)
     assert [p.pixels.shape for p in golden] == [(1, 32, 128)] * 2
     rows = evaluation.pictures[0].pixels[0, 16:48]
     assert np.array_equal(golden.pictures[0].pixels[0], np.concatenate([rows, rows[:, ::-1]], axis=1))

@@ -23,7 +23,8 @@ from skimage import data
 from torch import nn
 
 from edgekit import backends, models, target
-from edgekit.backends import Built, Source
+from edgekit.backends import Source
+from edgekit.bundle import Built
 from edgekit.errors import EdgekitError, IncompleteError, InputError, IntegrityError, ToolMissingError, UnsupportedError
 from edgekit.target import InputShape, Runner, Target
 

@@ -25,7 +25,8 @@ from skimage import data
 from torch import nn
 
 from edgekit import backends, models, target, zoo
-from edgekit.backends import Built, Source
+from edgekit.backends import Source
+from edgekit.bundle import Built
 from edgekit.compress import quantize
 from edgekit.compress.export import export_onnx
 from edgekit.compress.placement import PLACEMENTS

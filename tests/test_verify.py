@@ -28,6 +28,7 @@ from edgekit.measure import host, quality
 from edgekit.measure.latency import Paired
 from edgekit.pipeline import baseline, bench, denoise, distill, measurement, networks, verify
 from edgekit.pipeline import compile as compiling
+from edgekit.pipeline.golden import read_golden
 from edgekit.recipe import Model
 from edgekit.report import Limit, Report
 from edgekit.target import InputShape, Isa, Limits, Runner
@@ -363,7 +364,7 @@ def test_a_library_for_another_processor_is_delivered_and_undecided_here(made, t
     run = shutil.copytree(made.parents[1], tmp_path / "run")
     folder = compiling.compile_model(str(run), [other]).bundles[other.name]
     assert not list((folder / "golden").glob("*.denoised.f32"))
-    assert "lacks some of the instructions" in bundle.read(folder).protocol["golden_outputs"]
+    assert "lacks some of the instructions" in bundle.read(folder).protocol.golden_outputs
 
     found = judged(folder)
     undecided = {x.name: x.reason for x in found.limits if x.verdict == "incomplete"}
@@ -650,7 +651,7 @@ def test_the_command_exits_with_the_verdict_from_another_folder(copied, tmp_path
 def record(folder: Path, made: Path, **changes: object) -> baseline.Baseline:
     """Write a record of the bundle's teacher into results/baselines, with a PSNR of 90 dB on the bundle's pictures."""
     manifest = bundle.read(made)
-    golden = compiling.read_golden(made, "golden", [str(f) for f in manifest.protocol["files"]])
+    golden = read_golden(made, "golden", manifest.protocol.files)
     made_up = baseline.Baseline(
         teacher="nano",
         teacher_sha256=manifest.chain[0].sha256,

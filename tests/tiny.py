@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d, relu
 
-from edgekit import models
+from edgekit import bundle, models
 from edgekit.data.synthetic import dead_leaves
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
 from edgekit.recipe import Budgets, Data, Model, Noise, Quantization, Recipe, Training
+from edgekit.target import Target
 
 SIDE = 64
 _ROOT = Path(__file__).parent.parent
@@ -94,6 +95,23 @@ def training(**changes: object) -> Training:
         keep_better=False,
     )
     return dataclasses.replace(made, **changes)
+
+
+def manifest(chosen: Target, built: bundle.Built, **model: object) -> bundle.Manifest:
+    """Return the manifest of a bundle of a network that is like `model`, for a page to be written from."""
+    about = {"name": "net", "channels": 1, "takes_sigma": True, "stride": 8, "parameters": 0, "macs_256": 0}
+    return bundle.Manifest(
+        edgekit="0",
+        target=chosen,
+        model=bundle.Model(**(about | {"halo_px": 8, "global_ops": ()} | model)),
+        budgets=Budgets(),
+        protocol=bundle.Protocol(
+            noise="gaussian", sigma255=25.0, seeds=(0,), pictures="none", files=("none",), golden_outputs="none"
+        ),
+        built=built,
+        chain=(),
+        files={},
+    )
 
 
 def network(name: str, options: dict[str, models.Option] | None = None, *, seed: int = 0) -> Denoiser:

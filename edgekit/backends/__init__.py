@@ -9,14 +9,15 @@ noise's standard deviation on the same scale (25 / 255 for "sigma 25"), only whe
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
+from edgekit.bundle import Built
 from edgekit.errors import ToolMissingError
 from edgekit.report import Audit
-from edgekit.target import Engine, Precision, Target
+from edgekit.target import Engine, Target
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,26 +60,6 @@ class Source:
     takes_sigma: bool
     stride: int
     calibration: Sequence[tuple[Array, float]] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """What a backend wrote.
-
-    files: Role -> path relative to the bundle; the role `artifact` is what an app ships.
-    precision: The arithmetic that the artifact really uses.
-    tools: Name -> version of everything that had a hand in it.
-    facts: Figures about the artifact that are the same on every rerun, named with their unit.
-    notes: Sentences for the manifest and the README, such as what was left in float and why.
-    audit: What ran in integers on the machine that compiled it; None where the engine gives no such account.
-    """
-
-    files: Mapping[str, str]
-    precision: Precision
-    tools: Mapping[str, str]
-    facts: Mapping[str, int | str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    audit: Audit | None = None
 
 
 class Session(Protocol):

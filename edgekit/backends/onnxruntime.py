@@ -11,8 +11,9 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from edgekit.backends import Built, Source, onnxruntime_audit, onnxruntime_graph, onnxruntime_times
+from edgekit.backends import Source, onnxruntime_audit, onnxruntime_graph, onnxruntime_times
 from edgekit.backends.weight_bits import NOTES, weight_bits
+from edgekit.bundle import Built
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
 from edgekit.graph.checks import DENOISED, SIGMA, read_onnx
 from edgekit.graph.reference import Reference, agreement_db, feeds, probe, runtime_errors, session_options

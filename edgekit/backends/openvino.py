@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.backends import Built, Source, openvino_graph
+from edgekit.backends import Source, openvino_graph
 from edgekit.backends.weight_bits import NOTES, weight_bits
+from edgekit.bundle import Built
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
 from edgekit.graph.checks import DENOISED, SIGMA, read_onnx
 from edgekit.graph.reference import Reference, agreement_db, feeds, probe

@@ -12,22 +12,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekit import __version__, backends, bundle, config
-from edgekit.backends import Built, Session
-from edgekit.bundle import Manifest, artifact_files, combined_sha256
+from edgekit import __version__, backends, bundle
+from edgekit.backends import Session
+from edgekit.bundle import Built, Manifest, artifact_files, combined_sha256
 from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import IncompleteError, IntegrityError, ToolMissingError, UnsupportedError
 from edgekit.graph import checks, cost
 from edgekit.measure import quality
 from edgekit.measure.quality import CEILING_MDB, Array
-from edgekit.pipeline.compile import GOLDEN_SIDE, read_golden
+from edgekit.pipeline.golden import GOLDEN_DB, GOLDEN_SIDE, golden_agreement_db, read_golden
 from edgekit.pipeline.measurement import CostCard, Instructions, Latency, Measurement, Quality, Shape
-from edgekit.pipeline.verify import GOLDEN_DB, golden_agreement_db, size_bytes
+from edgekit.pipeline.verify import size_bytes
 from edgekit.report import Percentiles
 from edgekit.runners import Level, Runner, devices, instructions, qemu
 from edgekit.runners.facts import Facts
@@ -73,9 +73,15 @@ class _Opened:
 
     path: Path
     manifest: Manifest
-    target: Target
-    built: Built
     golden: PictureSet
+
+    @property
+    def target(self) -> Target:
+        return self.manifest.target
+
+    @property
+    def built(self) -> Built:
+        return self.manifest.built
 
     @property
     def shape(self) -> Shape:
@@ -89,7 +95,7 @@ class _Opened:
 
     @property
     def sigma255(self) -> float:
-        return float(str(self.manifest.protocol["sigma255"]))
+        return self.manifest.protocol.sigma255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +146,7 @@ def bench(path: Path, device: str, *, settings: Settings | None = None, say: Say
     shipped = artifact_files(path, opened.built.files)
     return Measurement(
         target=opened.target.name,
-        model=str(opened.manifest.model["name"]),
+        model=opened.manifest.model.name,
         precision=opened.built.precision,
         artifact_sha256=combined_sha256(shipped),
         device=kind,
@@ -205,15 +211,8 @@ def instructions_per_picture(path: Path, cpu: str, *, pictures: int = 2, without
 
 def _open(path: Path) -> _Opened:
     manifest = bundle.read(path)
-    return _Opened(
-        path=path,
-        manifest=manifest,
-        target=config.checked(manifest.target, Target, path / bundle.MANIFEST),
-        built=config.checked(manifest.built, Built, path / bundle.MANIFEST),
-        golden=read_golden(
-            path, str(manifest.protocol["pictures"]), [str(f) for f in cast(list[object], manifest.protocol["files"])]
-        ),
-    )
+    golden = read_golden(path, manifest.protocol.pictures, manifest.protocol.files)
+    return _Opened(path=path, manifest=manifest, golden=golden)
 
 
 def _library(opened: _Opened) -> tuple[ModuleType, Library]:
@@ -354,7 +353,7 @@ def _noisy(opened: _Opened, name: str) -> Array:
     """Return one golden picture with its noise, (1, c, h, w)."""
     file = opened.path / "golden" / f"{name}.noisy.f32"
     shape = opened.shape
-    channels = int(str(opened.manifest.model["channels"]))
+    channels = opened.manifest.model.channels
     found: Array = np.fromfile(file, "<f4").astype(np.float32)
     if found.size != channels * shape.height * shape.width:
         raise IntegrityError(f"{file}: holds {found.size} numbers, not {channels}x{shape.height}x{shape.width}")
@@ -377,14 +376,13 @@ def _quality(opened: _Opened, outputs: Sequence[Array]) -> Quality:
             )
         return denoised
 
-    seeds = [int(str(s)) for s in cast(list[object], opened.manifest.protocol["seeds"])]
     found = quality.evaluate(
         replay,
         opened.golden,
         sigma255=opened.sigma255,
         # The golden noisy pictures are of the first seed.
-        seeds=(seeds[0],),
-        stride=int(str(opened.manifest.model["stride"])),
+        seeds=opened.manifest.protocol.seeds[:1],
+        stride=opened.manifest.model.stride,
     )
     agreement = golden_agreement_db(opened.path, opened.golden, outputs)
     if agreement is not None and agreement < GOLDEN_DB:
@@ -450,7 +448,7 @@ def _latency(ran: _Ran) -> Latency:
 
 def _side(opened: _Opened, settings: Settings) -> int:
     """Return the side of the picture to be timed; 0 where the library takes none that is larger than a tile."""
-    return 0 if opened.manifest.model["global_ops"] or not opened.shape.delivered_pixels else settings.side
+    return 0 if opened.manifest.model.global_ops or not opened.shape.delivered_pixels else settings.side
 
 
 def _microseconds(times_ns: Sequence[int]) -> tuple[int, ...]:

@@ -16,8 +16,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from edgekit import __version__, backends, bundle, config, run, target, zoo
-from edgekit.backends import Built
+from edgekit import __version__, backends, bundle, run, target, zoo
 from edgekit.bundle import artifact_files, combined_sha256
 from edgekit.data import noise, sets
 from edgekit.data.photos import Channels
@@ -31,6 +30,7 @@ from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import networks
 from edgekit.pipeline.comparison import Arithmetic, Comparison, Figure, Pictures, Row
 from edgekit.pipeline.compile import Compiled
+from edgekit.pipeline.golden import GOLDEN_SIDE
 from edgekit.pipeline.pictures import LISTING, learned_from, refuse_small
 from edgekit.pipeline.verify import size_bytes
 from edgekit.target import Target
@@ -45,7 +45,7 @@ BM3D_LICENCE = "the package bm3d (Tampere University) may be used for non-commer
 _LEFT_OUT = "left out on request"
 _STRIDE = 8
 _MODELS = "models"  # the folder that networks are compiled in
-_SIDE = compiling.GOLDEN_SIDE
+_SIDE = GOLDEN_SIDE
 _PROTOCOL = (
     "white Gaussian noise by docs/protocol.md (RandomState(index + 1000003 * seed)), unclipped; PSNR of a peak of 1, "
     "no crop, the result neither clipped nor rounded, mean over seeds and then pictures; SSIM with a Gaussian window "
@@ -426,8 +426,7 @@ def _open_int8(what: str, engine: OnnxEngine, threads: int, folder: Path, *overr
     backend = backends.load(engine)
     made = _compiled(what, [wanted], overrides, folder)
     path = made.bundles[wanted.name]
-    manifest = bundle.read(path)
-    built = config.checked(manifest.built, Built, path / bundle.MANIFEST)
+    built = bundle.read(path).built
     _, session = backend.open_session(path, built, wanted, threads=threads)[0]
     permille = built.facts.get("integer_macs_permille")
     return Program(

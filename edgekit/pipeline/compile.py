@@ -12,17 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
-from PIL import Image
 
 from edgekit import __version__, backends, bundle, config, run
-from edgekit.backends import Built, Source
-from edgekit.bundle import Link, Manifest
+from edgekit.backends import Source
+from edgekit.bundle import Built, Link, Manifest
 from edgekit.compress import export, fuse, simplify
-from edgekit.data import noise, sets
-from edgekit.data.sets import Picture, PictureSet
+from edgekit.data.sets import PictureSet
 from edgekit.errors import IncompleteError, InputError, ToolMissingError, UnsupportedError
 from edgekit.files import sha256
 from edgekit.graph import checks, cost
@@ -30,6 +27,7 @@ from edgekit.graph.receptive_field import ReceptiveField, receptive_field
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import int8, networks, pages, pictures
+from edgekit.pipeline.golden import GOLDEN_SIDE, golden_pictures, write_golden
 from edgekit.pipeline.networks import Network
 from edgekit.recipe import Data, Model, Quantization, Recipe, int8_drop_db, int8_worst_db
 from edgekit.report import Audit
@@ -37,7 +35,6 @@ from edgekit.run import Run, Stage
 from edgekit.target import Target
 
 log = logging.getLogger(__name__)
-GOLDEN_SIDE = 256
 _OF_COMPILING = ("data", "noise", "quantization", "budgets", "teacher")
 _SIMPLIFYING = ("compress/export", "compress/shuffles", "compress/simplify", "graph")
 _SIMPLIFYING_TOOLS = ("onnx", "onnxsim", "onnxruntime")
@@ -142,7 +139,7 @@ def chosen(
     if what is None:
         what = str(run.newest()) if run.exists() else student_of(targets)
     if Path(what).is_dir():
-        refuse_overrides(Path(what), overrides)
+        _refuse_overrides(Path(what), overrides)
     return what
 
 
@@ -167,7 +164,7 @@ def check_targets(targets: Sequence[Target]) -> None:
             raise InputError(f"two different targets are called '{target.name}'", remedy="give one another 'name:'")
 
 
-def refuse_overrides(root: Path, overrides: Sequence[str]) -> None:
+def _refuse_overrides(root: Path, overrides: Sequence[str]) -> None:
     """Raise InputError where settings are given for a run, which has its own."""
     if overrides:
         raise InputError(
@@ -252,11 +249,7 @@ def _to_graph(opened: Run, network: Network) -> _Graph:
         )
         return {}
 
-    made_from = {"student": network.sha256}
-    if not network.model:
-        # A user's class is in no file of edgekit's: what it computes is known by the graph that it gives.
-        with tempfile.TemporaryDirectory() as folder:
-            made_from["graph"] = sha256(float_graph(net, Path(folder)))
+    made_from = _made_from(network)
     fused = opened.stage(
         "fuse",
         number=3,
@@ -292,6 +285,16 @@ def _to_graph(opened: Run, network: Network) -> _Graph:
     )
 
 
+def _made_from(network: Network) -> dict[str, str]:
+    """Return what decides a network's graph: label -> sha256."""
+    found = {"student": network.sha256}
+    if not network.model:
+        # A user's class is in no file of edgekit's: what it computes is known by the graph that it gives.
+        with tempfile.TemporaryDirectory() as folder:
+            found["graph"] = sha256(float_graph(network.net, Path(folder)))
+    return found
+
+
 def _simplified(opened: Run, onnx: Path, link: Link) -> tuple[Stage, Link]:
     def work(out: Path) -> Mapping[str, object]:
         path = simplify.simplify(onnx, out / "student.fp32.onnx")
@@ -322,7 +325,7 @@ def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence
         quantized = int8.quantized(opened, recipe, student, target.engine) if target.precision == "int8" else None
         stage = _bundle(opened, recipe, graph, quantized, teacher, target, evaluation)
         bundles[target.name] = opened.root / stage.folder
-    audits = {name: found for name, path in bundles.items() if (found := _built(path).audit) is not None}
+    audits = {name: found for name, path in bundles.items() if (found := bundle.read(path).built.audit) is not None}
     return Compiled(folder=opened.root, bundles=bundles, audits=audits, reused=tuple(opened.reused))
 
 
@@ -344,10 +347,6 @@ def check_onnx(name: str, targets: Sequence[Target]) -> None:
                 f"target '{target.name}' compiles from torch, and '{name}' is an ONNX file",
                 remedy="name a run folder, a shipped model, or package.module:Class with --weights",
             )
-
-
-def _built(path: Path) -> Built:
-    return config.checked(bundle.read(path).built, Built, path / bundle.MANIFEST)
 
 
 def _export_teacher(opened: Run, recipe: Recipe) -> tuple[Path, Link] | None:
@@ -423,6 +422,7 @@ def _bundle(
             "report",
             "recipe",
             "pipeline/compile",
+            "pipeline/golden",
             "pipeline/pages",
             "pipeline/templates",
             "models",
@@ -441,7 +441,7 @@ def _waits_for_outputs(path: Path, target: Target) -> bool:
     if any((path / "golden").glob("*.denoised.f32")):
         return False
     try:
-        backends.load(target.engine).open_session(path, _built(path), target)
+        backends.load(target.engine).open_session(path, bundle.read(path).built, target)
     except (ToolMissingError, IncompleteError):
         return False
     log.info("bundles/%s: made again, as it can be run now", target.name)
@@ -465,41 +465,13 @@ def _source(recipe: Recipe, graph: _Graph, quantized: Path | None, target: Targe
     )
 
 
-def golden_pictures(evaluation: PictureSet, target: Target) -> PictureSet:
-    """Return the middle of each evaluation picture, in the target's input shape, or 256x256 where it takes any."""
-    height, width = target.input.height or GOLDEN_SIDE, target.input.width or GOLDEN_SIDE
-    crops = sets.centred(evaluation, height, width)
-    # The names become file names.
-    named = tuple(Picture(name=p.name.replace("/", "-"), pixels=p.pixels) for p in crops)
-    return PictureSet(name=crops.name, pictures=named)
-
-
-def read_golden(folder: Path, name: str, files: Sequence[str]) -> PictureSet:
-    """Return the golden pictures of a bundle, in the order of the manifest."""
-    found = []
-    for file in files:
-        pixels = np.asarray(Image.open(folder / "golden" / f"{file}.png"))
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        found.append(Picture(name=file, pixels=pixels.copy()))
-    return PictureSet(name=name, pictures=tuple(found))
-
-
 def _write_golden(out: Path, built: Built, target: Target, golden: PictureSet, recipe: Recipe) -> str:
-    """Write clean, noisy and denoised golden pictures; return what denoised them, or why nothing did."""
-    folder = out / "golden"
-    folder.mkdir()
+    """Write the golden pictures; return what denoised them, or why nothing did."""
     try:
         label, session = backends.load(target.engine).open_session(out, built, target)[0]
     except (ToolMissingError, IncompleteError) as error:
         label, session = f"not run: {error}", None
-    for index, picture in enumerate(golden):
-        plane = picture.pixels[0] if len(picture.pixels) == 1 else picture.pixels.transpose(1, 2, 0)
-        Image.fromarray(plane).save(folder / f"{picture.name}.png")
-        noisy = noise.add_gaussian(picture.pixels, recipe.noise.evaluate, index=index, seed=recipe.noise.seed)
-        noisy.astype("<f4").tofile(folder / f"{picture.name}.noisy.f32")
-        if session is not None:
-            denoised = session(noisy[None], recipe.noise.evaluate / 255)
-            denoised.astype("<f4").tofile(folder / f"{picture.name}.denoised.f32")
+    write_golden(out, golden, recipe.noise, session)
     return label
 
 
@@ -516,47 +488,51 @@ def _manifest(
 ) -> Manifest:
     counted = cost.cost(loaded := checks.load_onnx(graph.fp32), GOLDEN_SIDE, GOLDEN_SIDE)
     field, unknown = _receptive_field(loaded)
-    links = list(graph.links)
-    if teacher:
-        links[0] = dataclasses.replace(links[0], made_from=teacher[1].sha256 if graph.taught else None)
-        links.insert(0, teacher[1])
-    if quantized:
-        links.append(Link(kind="int8", sha256=sha256(quantized), made_from=links[-1].sha256))
     made = bundle.combined_sha256(bundle.artifact_files(out, built.files))
-    # Core ML compiles the fused torch network; the others compile the last graph.
-    origin = next(link for link in links if link.kind == "fused") if target.engine == "coreml" else links[-1]
-    links.append(Link(kind="artifact", sha256=made, made_from=origin.sha256))
     return Manifest(
         edgekit=__version__,
-        target=asdict(target),
-        model={
-            "name": graph.name,
-            "channels": graph.channels,
-            "takes_sigma": graph.takes_sigma,
-            "stride": graph.stride,
-            "parameters": counted.parameters,
-            "macs_256": counted.macs,
-            "halo_px": field.halo_px if field else None,
-            "global_ops": list(field.global_nodes) if field else [],
-        }
-        | ({} if field else {"halo_unknown": unknown}),
-        budgets=asdict(recipe.budgets)
-        | {
-            "int8_drop_db": int8_drop_db(recipe.budgets, graph.model),
-            "int8_worst_db": int8_worst_db(recipe.budgets, graph.model),
-        },
-        protocol={
-            "noise": "gaussian",
-            "sigma255": recipe.noise.evaluate,
-            "seeds": [recipe.noise.seed],
-            "pictures": golden.name,
-            "files": [p.name for p in golden],
-            "golden_outputs": ran,
-        },
-        built=asdict(built),
-        chain=tuple(links),
+        target=target,
+        model=bundle.Model(
+            name=graph.name,
+            channels=graph.channels,
+            takes_sigma=graph.takes_sigma,
+            stride=graph.stride,
+            parameters=counted.parameters,
+            macs_256=counted.macs,
+            halo_px=field.halo_px if field else None,
+            global_ops=field.global_nodes if field else (),
+            halo_unknown=unknown,
+        ),
+        budgets=dataclasses.replace(
+            recipe.budgets,
+            int8_drop_db=int8_drop_db(recipe.budgets, graph.model),
+            int8_worst_db=int8_worst_db(recipe.budgets, graph.model),
+        ),
+        protocol=bundle.Protocol(
+            noise="gaussian",
+            sigma255=recipe.noise.evaluate,
+            seeds=(recipe.noise.seed,),
+            pictures=golden.name,
+            files=tuple(p.name for p in golden),
+            golden_outputs=ran,
+        ),
+        built=built,
+        chain=_chain(graph, quantized, teacher[1] if teacher else None, target, made),
         files={},
     )
+
+
+def _chain(graph: _Graph, quantized: Path | None, teacher: Link | None, target: Target, made: str) -> tuple[Link, ...]:
+    """Return the links from the teacher to the artifact, whose hash is `made`."""
+    links = list(graph.links)
+    if teacher is not None:
+        links[0] = dataclasses.replace(links[0], made_from=teacher.sha256 if graph.taught else None)
+        links.insert(0, teacher)
+    if quantized:
+        links.append(Link(kind="int8", sha256=sha256(quantized), made_from=links[-1].sha256))
+    # Core ML compiles the fused torch network; the others compile the last graph.
+    origin = next(link for link in links if link.kind == "fused") if target.engine == "coreml" else links[-1]
+    return (*links, Link(kind="artifact", sha256=made, made_from=origin.sha256))
 
 
 def _receptive_field(model: onnx.ModelProto) -> tuple[ReceptiveField | None, str]:

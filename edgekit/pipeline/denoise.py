@@ -10,8 +10,7 @@ import numpy as np
 import onnx
 from PIL import Image
 
-from edgekit import backends, bundle, config
-from edgekit.backends import Built
+from edgekit import backends, bundle
 from edgekit.data import noise, photos
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.files import atomic_file
@@ -21,7 +20,6 @@ from edgekit.measure import quality
 from edgekit.measure.quality import Array, Denoise
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import networks
-from edgekit.target import Target
 
 _FORMATS = {
     ".png": "PNG",
@@ -159,15 +157,13 @@ def _reach(read: Callable[[], onnx.ModelProto], stride: int) -> int | None:
 
 def _open_bundle(path: Path, threads: int) -> Opened:
     manifest = bundle.read(path)
-    target = config.checked(manifest.target, Target, path / bundle.MANIFEST)
-    built = config.checked(manifest.built, Built, path / bundle.MANIFEST)
+    target, built, model = manifest.target, manifest.built, manifest.model
     label, session = backends.load(target.engine).open_session(path, built, target, threads=threads)[0]
-    stride = int(str(manifest.model["stride"]))
     height, width = target.input.height, target.input.width
     tile = (height, width) if height is not None and width is not None else None
 
     def reach() -> int | None:
-        if manifest.model["halo_px"] is None or manifest.model["global_ops"]:
+        if model.halo_px is None or model.global_ops:
             return None
         # Dynamic INT8 takes its ranges from all of the picture.
         artifact = path / built.files["artifact"]
@@ -178,11 +174,11 @@ def _open_bundle(path: Path, threads: int) -> Opened:
 
     return Opened(
         denoise=session,
-        channels=int(str(manifest.model["channels"])),
-        stride=stride,
+        channels=model.channels,
+        stride=model.stride,
         how=f"{label} ({session.level})",
         tile=tile,
         halo=manifest.halo(*tile) if tile else 0,
-        one_piece=str(manifest.model.get("halo_unknown", "")) if manifest.model["halo_px"] is None else "",
+        one_piece=model.halo_unknown if model.halo_px is None else "",
         reach=reach,
     )

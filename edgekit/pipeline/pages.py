@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
@@ -35,11 +34,9 @@ def environment() -> jinja2.Environment:
 def write(out: Path, manifest: Manifest, audit: Audit | None) -> None:
     """Write README.md, MODEL_CARD.md and NOTICES.md into a bundle; the first tells what runs in integers."""
     templates = environment()
-    engine = str(manifest.target["engine"])
+    engine = manifest.target.engine
     notices = [_LICENCES["onnx"], _LICENCES[engine]]
-    files = manifest.built["files"]
-    assert isinstance(files, Mapping)
-    if "licence_musl" in files:
+    if "licence_musl" in manifest.built.files:
         notices.append(_MUSL)
     for name in ("README.md", "MODEL_CARD.md", "NOTICES.md"):
         page = templates.get_template(f"{name}.j2").render(m=manifest, engine=engine, notices=notices, audit=audit)

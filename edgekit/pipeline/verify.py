@@ -5,27 +5,26 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from edgekit import backends, bundle, config, run
-from edgekit.backends import Built, Session
-from edgekit.bundle import Manifest
+from edgekit import backends, bundle, run
+from edgekit.backends import Session
+from edgekit.bundle import Built, Manifest
 from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import IncompleteError, InputError, IntegrityError, ToolMissingError
 from edgekit.files import write_json
-from edgekit.graph.reference import agreement_db
 from edgekit.measure import host, latency, quality
 from edgekit.measure.latency import Paired, Ratio
 from edgekit.measure.quality import Array, QualityReport
 from edgekit.pipeline import baseline, measurement, networks, worth
 from edgekit.pipeline.baseline import Baseline
-from edgekit.pipeline.compile import GOLDEN_SIDE, read_golden
+from edgekit.pipeline.golden import GOLDEN_DB, GOLDEN_SIDE, golden_agreement_db, read_golden
 from edgekit.pipeline.measurement import Measurement
 from edgekit.recipe import Budgets, int8_drop_db
 from edgekit.report import Audit, Limit, OnDevice, Recorded, Report, Row, Verdict, overall
@@ -34,8 +33,6 @@ from edgekit.target import Target
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 _MIN_PAIRS = 8
-# Far below what another kind of processor changes in the last bits, far above what another network gives.
-GOLDEN_DB = 40.0
 _SATURATES = "This processor is x86 without VNNI: with these weights, the engine's sums saturate here."
 _NO_TEACHER = "the bundle holds no teacher; name one with teacher.model where it is compiled"
 
@@ -112,75 +109,41 @@ def verify(
     """
     settings = settings or Settings()
     manifest = bundle.read(path)
-    target = config.checked(manifest.target, Target, path / bundle.MANIFEST)
-    budgets = config.checked(manifest.budgets, Budgets, path / bundle.MANIFEST)
-    built = config.checked(manifest.built, Built, path / bundle.MANIFEST)
-    golden = read_golden(path, str(manifest.protocol["pictures"]), _strings(manifest.protocol["files"]))
+    target, built = manifest.target, manifest.built
+    golden = read_golden(path, manifest.protocol.pictures, manifest.protocol.files)
     judge = _Judge(path, manifest, golden)
     shipped = bundle.artifact_files(path, built.files)
     measured = _measured(path, records, bundle.combined_sha256(shipped), golden, manifest)
 
-    rows = [judge.row("noisy input", "protocol", quality.noisy_input, None, ())]
+    noisy = judge.row("noisy input", "protocol", quality.noisy_input, None, ())
     teacher = judge.reference("teacher FP32", "teacher.fp32.onnx", say)
     student = judge.reference("student FP32", "student.fp32.onnx", say)
-    rows += [r for r in (teacher, student) if r is not None]
     sessions, missing = _open(path, built, target, settings)
-    artifacts, agreements = [], []
-    for label, session in sessions:
-        say(f"{target.name}: running the artifact ({label}, {session.level}) on {len(golden)} pictures")
-        how, outputs = f"{label} ({session.level})", list[Array]()
-        artifacts.append(judge.row("artifact", how, _keeping(session, outputs), student, shipped))
-        agreements.append((how, judge.agreement_db(outputs)))
-    artifacts += [judge.row_of(device, student, shipped) for device in measured.devices]
-    agreements += [(device.how(), _agreement_db(device)) for device in measured.devices]
+    artifacts, agreements = _artifacts(judge, sessions, measured.devices, student, shipped, say)
+    native = next((session for _, session in sessions if session.level == "native"), None)
     timing = None
-    native = [s for _, s in sessions if s.level == "native"]
-    if native and teacher is not None:
+    if native is not None and teacher is not None:
         say(f"{target.name}: timing against the FP32 teacher for {settings.seconds:.0f} s")
-        timing = _time(path, target, native[0], manifest, settings)
-        artifacts[0], rows[1] = (
-            _timed(artifacts[0], timing.paired.b_median_us),
-            _timed(rows[1], timing.paired.a_median_us),
-        )
-    notes = built.notes
-    if native and built.precision == "int8":
-        say(f"{target.name}: timing against its FP32 self for {settings.seconds / 2:.0f} s")
-        fp32, shape = path / "reference" / "student.fp32.onnx", _shape(target, manifest)
-        found = worth.compare(
-            target.engine, fp32, native[0], shape, threads=settings.threads, seconds=settings.seconds / 2
-        )
-        notes = (*notes, found.sentence()) if found else notes
-    if native and built.facts.get("weight_bits") == 8 and host.sums_saturate():
-        notes = (*notes, _SATURATES)
+        timing = _time(path, target, native, manifest, settings)
+        artifacts[0] = replace(artifacts[0], latency_us=timing.paired.b_median_us)
+        teacher = replace(teacher, latency_us=timing.paired.a_median_us)
+    notes = built.notes if native is None else (*built.notes, *_notes_here(path, manifest, native, settings, say))
     baselines = baseline.recorded()
     counted = _audit(path, built, target)
     limits = [
-        _student_limit(manifest, budgets, teacher, student, golden, baselines.records),
-        *_drop_limits(
-            "int8_drop_db",
-            # The bundle's own; the name says nothing, for a user's own network may be called like a shipped one.
-            int8_drop_db(budgets, ""),
-            [(row.how, row.drop_mdb) for row in artifacts],
-            missing,
-        ),
-        *_drop_limits(
-            "int8_worst_db",
-            budgets.int8_worst_db,
-            # Records of devices have no figures of single pictures.
-            [(row.how, row.worst_drop_mdb) for row in artifacts if row.worst_drop_mdb is not None],
-            missing,
-        ),
+        _student_limit(manifest, teacher, student, golden, baselines.records),
+        *_int8_limits(manifest.budgets, artifacts, missing),
         *_golden_limits(agreements, missing),
         *_deployment_limits(target, built, path, counted),
         *_speed_limits(target, timing, measured, [s.level for _, s in sessions], missing),
     ]
     return Report(
         target=target.name,
-        model=str(manifest.model["name"]),
+        model=manifest.model.name,
         verdict=overall(limits),
         limits=tuple(limits),
-        rows=(*rows, *artifacts),
-        protocol={**manifest.protocol, "threads": settings.threads},
+        rows=(noisy, *(row for row in (teacher, student) if row is not None), *artifacts),
+        protocol={**asdict(manifest.protocol), "threads": settings.threads},
         speedup=None if timing is None else {"engine": timing.engine, "shape": timing.shape, **asdict(timing.ratio)},
         baselines=tuple(r for b in baselines.records for r in _recorded(b)),
         host=asdict(host.describe()),
@@ -208,7 +171,7 @@ class _Judge:
 
     def __init__(self, path: Path, manifest: Manifest, golden: PictureSet) -> None:
         self._path, self._manifest, self._golden = path, manifest, golden
-        self._seeds = tuple(int(s) for s in _strings(manifest.protocol["seeds"]))
+        self._seeds = manifest.protocol.seeds
         self._found: dict[Row, QualityReport] = {}
 
     def row(
@@ -249,9 +212,13 @@ class _Judge:
         path = self._path / "reference" / file
         if not path.is_file():
             return None
-        say(f"{self._manifest.target['name']}: running {name} on {len(self._golden)} pictures")
+        say(self.told(name))
         session = backends.load_onnx("onnxruntime").open_onnx(path, threads=2)
         return self.row(name, "onnxruntime (native)", session, None, (path,))
+
+    def told(self, what: str) -> str:
+        """Return the line that says what is being run."""
+        return f"{self._manifest.target.name}: running {what} on {len(self._golden)} pictures"
 
     def agreement_db(self, outputs: Sequence[Array]) -> float | None:
         """Return the least agreement of outputs with the golden ones; None where the bundle has none.
@@ -263,14 +230,51 @@ class _Judge:
         return golden_agreement_db(self._path, self._golden, outputs[:: len(self._seeds)])
 
     def _quality(self, denoise: Callable[[Array, float], Array]) -> QualityReport:
-        protocol = self._manifest.protocol
         return quality.evaluate(
             denoise,
             self._golden,
-            sigma255=float(str(protocol["sigma255"])),
+            sigma255=self._manifest.protocol.sigma255,
             seeds=self._seeds,
-            stride=int(str(self._manifest.model["stride"])),
+            stride=self._manifest.model.stride,
         )
+
+
+def _artifacts(
+    judge: _Judge,
+    sessions: Sequence[tuple[str, Session]],
+    devices: Sequence[OnDevice],
+    student: Row | None,
+    shipped: Sequence[Path],
+    say: Say,
+) -> tuple[list[Row], list[tuple[str, float | None]]]:
+    """Return a row for each way in which the artifact was run, those here first; and how each agrees with the golden.
+
+    That is the label of the way and dB, None where the bundle has no golden outputs.
+    """
+    rows, agreements = [], []
+    for label, session in sessions:
+        say(judge.told(f"the artifact ({label}, {session.level})"))
+        how, outputs = f"{label} ({session.level})", list[Array]()
+        rows.append(judge.row("artifact", how, _keeping(session, outputs), student, shipped))
+        agreements.append((how, judge.agreement_db(outputs)))
+    rows += [judge.row_of(device, student, shipped) for device in devices]
+    agreements += [(device.how(), _agreement_db(device)) for device in devices]
+    return rows, agreements
+
+
+def _notes_here(path: Path, manifest: Manifest, artifact: Session, settings: Settings, say: Say) -> Iterator[str]:
+    """Give what must be known of an artifact that runs on this machine."""
+    target, built = manifest.target, manifest.built
+    if built.precision == "int8":
+        say(f"{target.name}: timing against its FP32 self for {settings.seconds / 2:.0f} s")
+        fp32, shape = path / "reference" / "student.fp32.onnx", _shape(target, manifest)
+        found = worth.compare(
+            target.engine, fp32, artifact, shape, threads=settings.threads, seconds=settings.seconds / 2
+        )
+        if found is not None:
+            yield found.sentence()
+    if built.facts.get("weight_bits") == 8 and host.sums_saturate():
+        yield _SATURATES
 
 
 def _keeping(session: Session, outputs: list[Array]) -> Callable[[Array, float], Array]:
@@ -317,7 +321,7 @@ def _another(record: Measurement, artifact_sha256: str, golden: PictureSet, mani
     """Return why a record is not of this bundle; empty where it is."""
     if record.artifact_sha256 != artifact_sha256:
         return f"was measured of another artifact ({record.artifact_sha256[:12]}, here {artifact_sha256[:12]})"
-    same_noise = record.quality.sigma255 == float(str(manifest.protocol["sigma255"]))
+    same_noise = record.quality.sigma255 == manifest.protocol.sigma255
     if record.quality.pictures_sha256 != sets.digest(golden) or not same_noise:
         return "was measured on other golden pictures"
     return ""
@@ -406,30 +410,25 @@ def _time(path: Path, target: Target, artifact: Session, manifest: Manifest, set
 
 def _shape(target: Target, manifest: Manifest) -> tuple[int, int, int, int]:
     """Return the shape of the picture that is timed."""
-    channels = int(str(manifest.model["channels"]))
-    return 1, channels, target.input.height or GOLDEN_SIDE, target.input.width or GOLDEN_SIDE
+    return 1, manifest.model.channels, target.input.height or GOLDEN_SIDE, target.input.width or GOLDEN_SIDE
 
 
 def _run(session: Session, noisy: Array) -> None:
     session(noisy, 25 / 255)
 
 
-def _timed(row: Row, latency_us: int) -> Row:
-    return replace(row, latency_us=latency_us)
-
-
 def _student_limit(
     manifest: Manifest,
-    budgets: Budgets,
     teacher: Row | None,
     student: Row | None,
     golden: PictureSet,
     baselines: Sequence[Baseline],
 ) -> Limit:
-    limit = f"at most {budgets.student_drop_db:.3f} dB"
+    most_db = manifest.budgets.student_drop_db
+    limit = f"at most {most_db:.3f} dB"
     hashes = {link.sha256 for link in manifest.chain if link.kind == "teacher"}
-    sigma255, seeds = float(str(manifest.protocol["sigma255"])), _strings(manifest.protocol["seeds"])
-    same = [b for b in baselines if b.teacher_sha256 in hashes] if seeds == ["0"] else []
+    sigma255 = manifest.protocol.sigma255
+    same = [b for b in baselines if b.teacher_sha256 in hashes] if manifest.protocol.seeds == (0,) else []
     recorded = [b for b in same if b.psnr_mdb(golden, sigma255) is not None]
     best = recorded[-1].psnr_mdb(golden, sigma255) if recorded else teacher.psnr_mdb if teacher else None
     if best is None or student is None or student.psnr_mdb is None:
@@ -446,9 +445,20 @@ def _student_limit(
         name="student_drop_db",
         limit=limit,
         measured=f"{drop / 1000:+.3f} dB",
-        verdict="pass" if drop <= round(1000 * budgets.student_drop_db) else "fail",
+        verdict="pass" if drop <= round(1000 * most_db) else "fail",
         reason=source,
     )
+
+
+def _int8_limits(budgets: Budgets, artifacts: Sequence[Row], missing: str) -> list[Limit]:
+    # The bundle's own; the name says nothing, for a user's own network may be called like a shipped one.
+    mean_db = int8_drop_db(budgets, "")
+    # Records of devices have no figures of single pictures.
+    worst = [(row.how, row.worst_drop_mdb) for row in artifacts if row.worst_drop_mdb is not None]
+    return [
+        *_drop_limits("int8_drop_db", mean_db, [(row.how, row.drop_mdb) for row in artifacts], missing),
+        *_drop_limits("int8_worst_db", budgets.int8_worst_db, worst, missing),
+    ]
 
 
 def _drop_limits(
@@ -602,36 +612,7 @@ def _at_most(name: str, limit: float, found: float, unit: str, reason: str) -> L
     )
 
 
-def golden_agreement_db(path: Path, golden: PictureSet, outputs: Sequence[Array]) -> float | None:
-    """Return the least agreement of outputs with a bundle's golden ones; None where the bundle has none.
-
-    Args:
-        path: The bundle.
-        golden: Its pictures.
-        outputs: One for each, of the first seed. One with a NaN agrees by 0 dB.
-
-    Raises:
-        IntegrityError: A golden output has another size.
-    """
-    files = [path / "golden" / f"{picture.name}.denoised.f32" for picture in golden]
-    if not all(file.is_file() for file in files):
-        return None
-    found = []
-    for file, output in zip(files, outputs, strict=True):
-        recorded = np.fromfile(file, "<f4")
-        if recorded.size != output.size:
-            raise IntegrityError(f"{file}: holds {recorded.size} numbers, not {output.size}")
-        agreement = agreement_db(output.ravel(), recorded)
-        found.append(0.0 if math.isnan(agreement) else agreement)
-    return min(found)
-
-
 def size_bytes(files: Sequence[Path]) -> int:
     """Return the size of files and of the files of folders."""
     whole = [p for path in files for p in (path.rglob("*") if path.is_dir() else (path,))]
     return sum(p.stat().st_size for p in whole if p.is_file())
-
-
-def _strings(values: object) -> list[str]:
-    assert isinstance(values, list | tuple)
-    return [str(v) for v in values]

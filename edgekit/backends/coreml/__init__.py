@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgekit.backends import Built, Session
+from edgekit.backends import Session
 from edgekit.backends.coreml import engine, translations
 from edgekit.backends.coreml.convert import build
 from edgekit.backends.coreml.session import NativeSession, ReferenceSession
 from edgekit.backends.coreml.structure import check_structure
+from edgekit.bundle import Built
 from edgekit.errors import IncompleteError, UnsupportedError
 from edgekit.report import Audit
 from edgekit.target import Target

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 import edgekit
-from edgekit.backends import Built, Source
+from edgekit.backends import Source
 from edgekit.backends.coreml import engine, structure
 from edgekit.backends.coreml.program import Package
 from edgekit.backends.coreml.session import ReferenceSession
 from edgekit.backends.coreml.structure import INPUT, NOISE_LEVEL, OUTPUT
+from edgekit.bundle import Built
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
 from edgekit.target import Target
 

@@ -26,10 +26,10 @@ workspace.
 
 from pathlib import Path
 
-from edgekit.backends import Built
 from edgekit.backends.tvm import qdq
 from edgekit.backends.tvm.compile import build
 from edgekit.backends.tvm.session import open_session
+from edgekit.bundle import Built
 from edgekit.errors import IncompleteError
 from edgekit.report import Audit
 from edgekit.target import Target

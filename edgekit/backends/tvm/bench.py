@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekit.backends import Built
 from edgekit.backends.tvm import driver, link
+from edgekit.bundle import Built
 from edgekit.errors import IntegrityError, UnsupportedError
 from edgekit.runners import Runner, facts
 from edgekit.target import Isa

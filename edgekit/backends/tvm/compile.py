@@ -14,12 +14,13 @@ from importlib import metadata
 from pathlib import Path
 
 import edgekit
-from edgekit.backends import Built, Source
+from edgekit.backends import Source
 from edgekit.backends.tvm import driver, elf, link, processor
 from edgekit.backends.tvm import library as library_files
 from edgekit.backends.tvm.driver import Interface
 from edgekit.backends.tvm.link import System
 from edgekit.backends.tvm.variants import Variant, compile_float, compile_integer
+from edgekit.bundle import Built
 from edgekit.errors import EdgekitError, ToolMissingError, UnsupportedError
 from edgekit.graph.checks import load_onnx
 from edgekit.graph.receptive_field import receptive_field

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from edgekit.backends import Built
 from edgekit.backends.tvm import driver, link
 from edgekit.backends.tvm.program import ALIGNMENT
+from edgekit.bundle import Built
 from edgekit.errors import IncompleteError, InputError, IntegrityError
 from edgekit.runners import Runner, qemu
 from edgekit.target import Target
