@@ -27,7 +27,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -38,7 +38,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from edgekit import models, zoo
+from edgekit import models, run, zoo
 from edgekit.data import overlap, sets
 from edgekit.data.photos import list_pictures
 from edgekit.data.sets import PictureSet
@@ -188,13 +188,17 @@ def train(folder: Path, state: Path, out: Path, minutes: float, least_seconds: f
     """Go on with the plan for some minutes, and write what there is by then."""
     ends = time.monotonic() + 60 * minutes
     plan = _read_plan(folder)
-    owed = baseline and _lacks_baseline(state, plan)
+    owed, began = baseline and _lacks_baseline(state, plan), False
     for wave in sorted({e.wave for e in plan}):
         until = ends - ENDING_S - PACKING_S - (BASELINE_S if owed else 0)
         waiting = [e for e in plan if e.wave == wave and not _ended(state, e)]
-        if waiting and until - time.monotonic() >= least_seconds:
+        left = until - time.monotonic()
+        if waiting and left >= least_seconds:
             _train_together(folder, state, waiting, until, least_seconds)
             _pack(folder, state, out, plan)
+            began = True
+        elif waiting and not began:
+            click.echo(f"{', '.join(e.name for e in waiting)}: NO TIME, {max(0.0, left):.0f} s are left to train in")
         if owed and (state / "teacher/done").is_file():
             # Between two waves, when nothing else is on the GPU.
             seconds = min(2 * BASELINE_S, ends - PACKING_S - time.monotonic())
@@ -264,7 +268,8 @@ def baseline(state: Path) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 def collect(folder: Path, output: Path) -> None:
     """Put the weights together again, each with what a card says of its training."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if not (results := _read(folder / "results.json")):
+        raise InputError(f"{folder}: holds no results.json that can be read", remedy="name the --out of `train`")
     tensors: dict[str, torch.Tensor] = {}
     for part in sorted(folder.glob("weights-*.safetensors")):
         try:
@@ -379,7 +384,11 @@ def _copy(folders: Sequence[Path], out: Path, *, every: int = 1, least: int = 1)
 
 
 def _read_plan(folder: Path) -> list[Entry]:
-    return [Entry(**e) for e in json.loads((folder / "plan.json").read_text(encoding="utf-8"))["plan"]]
+    path = folder / "plan.json"
+    try:
+        return [Entry(**e) for e in json.loads(path.read_text(encoding="utf-8"))["plan"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: is no plan: {error}", remedy="name the folder that `prepare` made") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -414,19 +423,33 @@ def _lacks_baseline(state: Path, plan: Sequence[Entry]) -> bool:
 
 
 def _train_together(folder: Path, state: Path, entries: Sequence[Entry], until: float, least_seconds: float) -> None:
-    """Train side by side until a moment, and once more, alone, what died on the way."""
-    started = {e.name: _start(folder, state, e.name, until) for e in entries}
-    for name in [name for name, process in started.items() if _died(state, name, process, until)]:
-        if until - time.monotonic() < least_seconds:
-            click.echo(f"{name}: DIED, and has no time left in this piece")
-            continue
-        click.echo(f"{name}: DIED, tried again alone")
-        if _died(state, name, _start(folder, state, name, until), until):
-            _fail(state, name)
+    """Train side by side until a moment, and once more, alone, what died on the way.
+
+    Raises:
+        InputError: Another start of this trains in the state's folder, or a training that outlived its own.
+    """
+    with _held(state):
+        for entry in entries:
+            with _held(state / entry.name):
+                pass
+        started = {e.name: _start(folder, state, e.name, until) for e in entries}
+        for name in [name for name, process in started.items() if _died(state, name, process, until)]:
+            if until - time.monotonic() < least_seconds:
+                click.echo(f"{name}: DIED, and has no time left in this piece")
+                continue
+            click.echo(f"{name}: DIED, tried again alone")
+            if _died(state, name, _start(folder, state, name, until), until):
+                _fail(state, name)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with run.lock(folder):
+        yield
 
 
 def _start(folder: Path, state: Path, name: str, until: float) -> subprocess.Popen[bytes]:
-    (state / name).mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, "one", str(folder), name, "--state", str(state), "--until", f"{until:.1f}"]
     with (state / name / "said.txt").open("ab") as said:
         return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from edgekit.errors import InputError
 from edgekit.files import sha256
 from edgekit.models import weights
 from edgekit.recipe import Model
+from edgekit.run import lock
 from edgekit.training import checkpoint, job_file
 
 ROOT = Path(__file__).parents[1]
@@ -419,8 +421,32 @@ def test_one_bad_file_costs_no_other_training_its_weights(tmp_path, piece, damag
 def test_no_wave_begins_without_time_for_it(tmp_path, piece, monkeypatch):
     write_plan(tmp_path / "plan", "nano")
     instead(monkeypatch, {})
-    assert json.loads(piece(59, "--least-seconds", "60")) == {"nano": "not done"}
+    told, ended = piece(59, "--least-seconds", "60").splitlines()
+    assert re.fullmatch(r"nano: NO TIME, 5[89] s are left to train in", told)
+    assert json.loads(ended) == {"nano": "not done"}
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("held", ["state", "state/nano"], ids=["another start", "a training that outlived its start"])
+def test_a_training_that_another_start_is_still_at_is_refused_and_not_given_up(tmp_path, piece, monkeypatch, held):
+    write_plan(tmp_path / "plan", "nano")
+    instead(monkeypatch, {})
+    (tmp_path / held).mkdir(parents=True)
+    with lock(tmp_path / held), pytest.raises(InputError, match=f"{held}: is in use by process {os.getpid()}"):
+        piece(60)
+    assert not list((tmp_path / "state").rglob("failed"))
+
+
+@pytest.mark.parametrize("content", [None, "no JSON", "[]", '{"plan": [{"name": "nano"}]}'])
+def test_a_folder_that_is_none_of_the_scripts_own_is_told_in_one_line(tmp_path, piece, content):
+    (tmp_path / "plan").mkdir()
+    for name in ("plan.json", "results.json") if content else ():
+        (tmp_path / "plan" / name).write_text(content)
+    with pytest.raises(InputError, match=r"plan/plan.json: is no plan: .*; name the folder that `prepare` made"):
+        piece(60)
+    if content is None or content == "no JSON":
+        with pytest.raises(InputError, match=r"plan: holds no results.json that can be read; name the --out of"):
+            raise invoke("collect", str(tmp_path / "plan"), "-o", str(tmp_path / "home")).exception
 
 
 def test_nothing_is_measured_when_the_time_is_over(tmp_path, piece):
