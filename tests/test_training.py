@@ -879,6 +879,7 @@ def test_a_job_trains_and_goes_on_where_there_is_torch_and_little_else(written, 
     assert [line["step"] for line in lines[:-1]] == [10, 20, 30, 40]
     assert lines[-1]["ended_by"] == "steps"
     assert "step 40, loss 0." in whole.stdout
+    assert "nan dB" not in whole.stdout
     assert whole.stdout.splitlines()[-1] == str(result)
 
     for step in (10, 20, 30):
@@ -908,6 +909,31 @@ def test_two_processes_train_one_network_until_one_clock_says_so(written, photos
     assert last["ended_by"] == "time"
     assert last["images"] == last["steps"] * 2 * 2  # two processes with a batch of two
     weights.load_into(models.create("nano"), out / "nano.safetensors")
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_a_warning_and_counts_its_patches(written, photos, tmp_path):
+    code, said = two_machines(written, photos, tmp_path, "--pause-after 1e-9")
+    assert code == 0, said
+    folders = (
+        "--pictures",
+        str(photos / "train"),
+        "--held-out",
+        str(photos / "held_out"),
+        "--out",
+        str(tmp_path / "0"),
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "edgekit.training", str(written), *folders],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr + ran.stdout
+    assert "its steps took 4 patches each, these take 2: the number of processes is another\n" in ran.stdout
+    last = json.loads((tmp_path / "0" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["images"] == 10 * 4 + 30 * 2
 
 
 def two_machines(job: Path, photos: Path, out: Path, rank_0: str = "", rank_1: str = "") -> tuple[int, str]:
@@ -977,6 +1003,18 @@ def test_a_batch_that_memory_does_not_hold_is_refused_with_one_that_it_may_hold(
     )
     with pytest.raises(InputError, match=said):
         loop.train(big, tmp_path, silent)
+
+
+def test_a_teacher_with_random_weights_teaches_nothing(photos, tmp_path):
+    def trained(teacher: Model | None) -> bytes:
+        torch.manual_seed(0)
+        path = job_file.write(
+            tiny.recipe(photos, teacher=teacher, training=tiny.training(steps=2)), tmp_path / "job.json"
+        )
+        out = tmp_path / ("alone" if teacher is None else "taught")
+        return command.train(job_file.read(path), [photos / "train"], photos / "held_out", out)[0].read_bytes()
+
+    assert trained(Model(model="nano", weights="random")) == trained(None)
 
 
 def test_a_limit_of_minutes_makes_the_learning_rate_follow_time(written, photos, tmp_path):

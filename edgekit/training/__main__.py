@@ -139,10 +139,10 @@ def _train(
         with (out / "log.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(figures) + "\n")
         log.info(
-            "step %d, loss %.5f, held out %.3f dB, %.0f images/s, %.0f s left",
+            "step %d, loss %.5f, %s%.0f images/s, %.0f s left",
             moment.step,
             moment.loss,
-            moment.psnr_db,
+            "" if math.isnan(moment.psnr_db) else f"held out {moment.psnr_db:.3f} dB, ",
             moment.images_per_second,
             moment.seconds_left,
         )
@@ -150,7 +150,8 @@ def _train(
     values, outcome = loop.train(
         loop.Job(
             net=_network(job.student),
-            teacher=_network(job.teacher).eval() if job.teacher else None,
+            # As in a recipe, a teacher with random weights is none.
+            teacher=_network(job.teacher).eval() if job.teacher and job.teacher.weights != job_file.RANDOM else None,
             pictures=[p.pixels for s in learned for p in s],
             names=[f"{s.name}/{p.name}" for s in learned for p in s],
             sigma=job.noise.train,

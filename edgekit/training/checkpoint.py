@@ -21,11 +21,13 @@ class Position:
 
     job: Hash of everything that decides the run; a checkpoint of another job is refused.
     step: Optimizer steps done. seconds: Time spent in training, over all sittings.
+    images: Patches learned from, by all processes; 0 where nobody counts them.
     """
 
     job: str
     step: int
     seconds: float
+    images: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

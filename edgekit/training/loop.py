@@ -136,6 +136,13 @@ def train(
         position = checkpoint.load(saved, job.identity, learner, ema, optimizer)
         log.info("going on at step %d", position.step)
     del saved  # As large as the state itself.
+    images_per_step: int = settings.batch * settings.accumulate * accelerator.num_processes
+    if position.images != position.step * images_per_step:
+        log.warning(
+            "its steps took %.0f patches each, these take %d: the number of processes is another",
+            position.images / position.step,
+            images_per_step,
+        )
     wrapped, prepared = accelerator.prepare(learner, optimizer)
     run = _Run(job, accelerator, wrapped, prepared, bank, ema)
     clock = _Clock(position.seconds, accelerator)
@@ -144,9 +151,12 @@ def train(
     step, seconds, saved_at = position.step, position.seconds, position.seconds
     psnr_db = math.nan
 
+    def images() -> int:
+        return position.images + (step - position.step) * images_per_step
+
     def save() -> None:
         if accelerator.is_main_process:
-            now = checkpoint.Position(job=job.identity, step=step, seconds=seconds)
+            now = checkpoint.Position(job=job.identity, step=step, seconds=seconds, images=images())
             checkpoint.save(path, now, learner, ema, optimizer)
 
     paused = False
@@ -167,7 +177,7 @@ def train(
                 )
             if step % settings.validate_every < _LOOK_EVERY:
                 psnr_db = _validate(job, ema)
-            report(_moment(job, step, seconds, loss, psnr_db, accelerator.num_processes))
+            report(_moment(job, step, seconds, loss, psnr_db, images()))
             paused = seconds - position.seconds >= pause_after_seconds
             if seconds - saved_at >= settings.checkpoint_seconds:
                 save()
@@ -179,7 +189,7 @@ def train(
     outcome = Outcome(
         steps=step,
         seconds=seconds,
-        images=step * settings.batch * settings.accumulate * accelerator.num_processes,
+        images=images(),
         start_psnr_db=start_psnr_db,
         psnr_db=psnr_db,
         kept="trained" if better else "start",
@@ -367,13 +377,12 @@ def _explained(error: Exception, settings: Training, device: torch.device) -> Ex
     )
 
 
-def _moment(job: Job, step: int, seconds: float, loss: float, psnr_db: float, processes: int) -> Moment:
+def _moment(job: Job, step: int, seconds: float, loss: float, psnr_db: float, images: int) -> Moment:
     settings = job.training
     done = schedule.progress(settings, step, seconds)
     left = seconds / max(done, 1e-9) * (1 - done)
     if settings.max_minutes:
         left = min(left, 60 * settings.max_minutes - seconds)
-    images = step * settings.batch * settings.accumulate * processes
     return Moment(
         step=step,
         steps=settings.steps,
