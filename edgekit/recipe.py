@@ -6,13 +6,12 @@ YAML file against them strictly, and names the line of whatever is wrong.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from edgekit.target import STRICT, Bound, Check
+from edgekit.target import STRICT, Bound, Check, Name
 
 Option = bool | int | str
 LEAST_CALIBRATION_PICTURES = 8
@@ -237,13 +236,7 @@ class Recipe:
 
     __pydantic_config__: ClassVar = STRICT
     schema_version: Literal[1]
-    name: Annotated[
-        str,
-        Check(
-            lambda name: re.fullmatch(r"\w[\w.-]*", name) is not None,
-            "a run folder is called like it: use letters, digits, '-', '_' and '.', a letter or digit first",
-        ),
-    ]
+    name: Name
     description: str
     teacher: Model | None = None
     student: Model

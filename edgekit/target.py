@@ -6,6 +6,7 @@ against them strictly.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,6 +63,16 @@ class Check(Generic[T]):
 Side = Annotated[int, Bound(least=1)]
 
 
+# Of a recipe or a target.
+Name = Annotated[
+    str,
+    Check(
+        lambda name: re.fullmatch(r"\w[\w.-]*", name) is not None,
+        "a folder is called like it: use letters, digits, '-', '_' and '.', a letter or digit first",
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Isa:
     """The processor that machine code is made for; only engines that write machine code read it."""
@@ -115,7 +126,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One place where a model shall run.
+    """One place where a model shall run. name: Also of its bundle in a run's folder.
 
     student: The shipped student that is compiled where no run is there to take one from: of those measured, the best
         for its time on this engine (docs/models.md). None where no time was measured.
@@ -123,7 +134,7 @@ class Target:
 
     __pydantic_config__: ClassVar = STRICT
     schema_version: Literal[1]
-    name: str
+    name: Name
     description: str
     engine: Engine
     precision: Precision

@@ -11,7 +11,7 @@ from edgekit.errors import InputError, IntegrityError
 from edgekit.recipe import Recipe
 from edgekit.target import Target
 
-NAMES = "a run folder is called like it: use letters, digits, '-', '_' and '.', a letter or digit first"
+NAMES = "a folder is called like it: use letters, digits, '-', '_' and '.', a letter or digit first"
 
 
 def refusal(path: Path, *overrides: str) -> str:
@@ -198,6 +198,7 @@ def test_noise_takes_the_largest_seed_that_a_recipe_may_have(tiny):
 @pytest.mark.parametrize(
     ("old", "new", "line", "told"),
     [
+        ("name: mine", "name: my phone", "name", f"'name' is 'my phone'; {NAMES}"),
         (
             "runner:",
             "input: {height: -64, width: -64}\nrunner:",
@@ -220,7 +221,7 @@ def test_noise_takes_the_largest_seed_that_a_recipe_may_have(tiny):
             "'runner' is {'kind': 'qemu', 'cpus': []}; qemu needs cpus",
         ),
     ],
-    ids=["negative", "nought", "height alone", "width alone", "qemu", "qemu of no core"],
+    ids=["no folder's name", "negative", "nought", "height alone", "width alone", "qemu", "qemu of no core"],
 )
 def test_a_target_that_cannot_be_is_refused_with_its_line(cwd, old, new, line, told):
     path = replaced(write_target(cwd / "mine.yaml", "mine", LIMITS["kept"]), old, new)
