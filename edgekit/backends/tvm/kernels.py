@@ -21,7 +21,7 @@ from tvm.tirx.build import codegen_build
 
 from edgekit.backends.tvm.schedule import schedule
 from edgekit.backends.tvm.transposed import without_transposed
-from edgekit.errors import UnsupportedError
+from edgekit.errors import UnsupportedError, nearest
 from edgekit.target import Isa
 
 LANES = 4
@@ -32,8 +32,16 @@ _ELEMENT_BYTES = {"float": 4, "double": 8, "i8": 1, "i32": 4, "i64": 8}
 
 
 def target_of(isa: Isa, *more_features: str) -> tvm.target.Target:
-    """Return TVM's target for an instruction set, with more features than it names if asked for."""
+    """Return TVM's target for an instruction set, with more features than it names if asked for.
+
+    Raises:
+        UnsupportedError: LLVM does not know the processor; it would warn, and compile for a generic one.
+    """
     features = [*isa.features, *more_features]
+    plain = tvm.target.Target({"kind": "llvm", "mtriple": isa.triple, "mcpu": "generic"})
+    known = [str(cpu) for cpu in tvm.get_global_func("target.llvm_get_cpu_archlist")(plain)]
+    if isa.cpu not in known:
+        raise UnsupportedError(f"isa.cpu: LLVM knows no '{isa.cpu}' for {isa.triple}", remedy=nearest(isa.cpu, known))
     return tvm.target.Target(
         {"kind": "llvm", "mtriple": isa.triple, "mcpu": isa.cpu, "mattr": features, "num-cores": 1}
     )
