@@ -28,7 +28,7 @@ from edgekit.graph.reference import agreement_db
 from edgekit.models import weights
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import denoise as denoising
-from edgekit.pipeline import distill, int8, networks, pictures, verify, whole
+from edgekit.pipeline import distill, int8, networks, pictures, plan, verify, whole
 from edgekit.pipeline.golden import golden_pictures
 from edgekit.recipe import Data, Distillation, Model, Noise, Quantization, Recipe
 from edgekit.target import InputShape, Limits
@@ -335,6 +335,14 @@ def test_a_network_of_other_channels_than_the_data_is_refused(photos, tmp_path):
     gray = tiny.recipe(photos, student=Model(model="base-color"))
     with pytest.raises(InputError, match=r"'base-color' takes 3 channels, data\.channels is 1"):
         distill.distill(gray, tmp_path / "run")
+
+
+def test_a_network_without_weights_that_takes_other_channels_than_the_data_is_refused(photos, tmp_path):
+    wrong = tiny.recipe(photos, student=Model(model="nano", weights="random", options={"channels": 3}))
+    with pytest.raises(InputError, match=r"'nano' takes 3 channels, data\.channels is 1; set data.channels, and leave"):
+        distill.distill(wrong, tmp_path / "run")
+    with pytest.raises(InputError, match=r"'nano' takes 3 channels, data\.channels is 1"):
+        plan.plan_training(wrong)
 
 
 # Students

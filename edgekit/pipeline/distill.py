@@ -13,7 +13,6 @@ from torch import Tensor
 
 from edgekit import models, run
 from edgekit.data.sets import PictureSet
-from edgekit.errors import InputError
 from edgekit.files import json_sha256, write_json
 from edgekit.measure import quality
 from edgekit.measure.quality import Denoise, QualityReport
@@ -88,14 +87,11 @@ def distill(
 
 def train_student(opened: Run, recipe: Recipe, *, progress: Progress, alone: bool = False) -> Distilled:
     """Make the stages `pictures` and `student` of an open run; raises as `distill`."""
+    taught_by = None if alone else recipe.teacher
+    for wanted in filter(None, (recipe.student, taught_by)):
+        networks.architecture(wanted, recipe.data.channels)
     start = networks.from_recipe(recipe.student, recipe.data.channels)
-    teacher = networks.from_recipe(recipe.teacher, recipe.data.channels) if recipe.teacher and not alone else None
-    for network in (start, teacher):
-        if network is not None and network.net.channels != recipe.data.channels:
-            raise InputError(
-                f"recipe '{recipe.name}': '{network.name}' takes {network.net.channels} channels, "
-                f"data.channels is {recipe.data.channels}"
-            )
+    teacher = networks.from_recipe(taught_by, recipe.data.channels) if taught_by else None
     chosen = pictures.load(recipe.data)
     listed = _list_pictures(opened, chosen)
     inputs = {"pictures": opened.sha256(listed, pictures.LISTING)} | {

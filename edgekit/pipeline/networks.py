@@ -79,13 +79,20 @@ def architecture(wanted: recipe.Model, channels: int) -> Denoiser:
     """Return the network of a recipe with random weights, whatever weights it is to have.
 
     Raises:
-        InputError: Unknown name or option, or shipped weights that were trained with others.
+        InputError: Unknown name or option, shipped weights that were trained with others, or a network for other
+            pictures.
     """
-    options = wanted.options_for(channels)
-    if wanted.weights != "shipped":
-        return models.create(wanted.model, options)
-    card = zoo.fitting(wanted.model, options)
-    return models.create(card.model, card.options)
+    model, options = wanted.model, wanted.options_for(channels)
+    if wanted.weights == "shipped":
+        shipped_for = zoo.fitting(model, options)
+        model, options = shipped_for.model, dict(shipped_for.options)
+    made = models.create(model, options)
+    if made.channels != channels:
+        raise InputError(
+            f"'{wanted.model}' takes {made.channels} channels, data.channels is {channels}",
+            remedy="set data.channels, and leave the option 'channels' of the network out",
+        )
+    return made
 
 
 def shipped(name: str, options: Mapping[str, models.Option] | None = None) -> Network:
