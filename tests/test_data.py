@@ -275,6 +275,17 @@ def test_two_formats_of_one_picture_fall_into_one_split(tmp_path, rng):
     assert all(stems.count(stem) == 2 for stem in stems)
 
 
+def test_all_pictures_of_a_folder_that_cannot_be_taken_are_named_at_once(tmp_path, rng):
+    save_pictures(tmp_path, ["a.png", "d.png"], rng)
+    (tmp_path / "b.png").write_bytes(b"")
+    (tmp_path / "c.jpg").write_bytes(b"hello")
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "e.png")
+    with pytest.raises(InputError) as refused:
+        sets.folder(tmp_path, channels=1)
+    assert str(refused.value).startswith(f"{tmp_path / 'b.png'}: not a readable picture: ")
+    assert str(refused.value).endswith("out of the folder; 2 more there cannot be taken: c.jpg, e.png")
+
+
 def test_an_empty_split_says_what_to_do(tmp_path, rng):
     save_pictures(tmp_path, ["a.png"], rng)
     with pytest.raises(InputError, match=r"none of its 1 pictures .* 'evaluation'; .*a folder for each"):

@@ -174,7 +174,19 @@ def folder(path: Path, *, channels: Channels, split: Split | None = None, shares
             remedy="add pictures, or give a folder for each of train, calibration and evaluation",
         )
     name = path.resolve().name if split is None else f"{path.resolve().name}-{split}"
-    return PictureSet(name=name, pictures=tuple(_read(file, file.name, channels) for file in chosen))
+    pictures: list[Picture] = []
+    refused: list[tuple[str, InputError]] = []
+    for file in chosen:
+        try:
+            pictures.append(_read(file, file.name, channels))
+        except InputError as error:
+            refused.append((file.name, error))
+    if refused:
+        # All at once: who has hundreds of pictures would else start anew for each.
+        (_, first), *others = refused
+        names = ", ".join([name for name, _ in others[:20]] + ["..."] * (len(others) > 20))
+        raise InputError(str(first), remedy=f"{len(others)} more there cannot be taken: {names}" if others else None)
+    return PictureSet(name=name, pictures=tuple(pictures))
 
 
 def digest(pictures: PictureSet) -> str:
