@@ -583,3 +583,34 @@ class Dozen(Twofold):
 def test_a_class_that_gives_no_picture_or_has_an_odd_stride_is_refused(kind, told):
     with pytest.raises(InputError, match=told):
         networks.untrained(f"{__name__}:{kind.__name__}")
+
+
+class _Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(1, 1)
+
+
+class Blind(_Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class WithASetting(_Plain):
+    def forward(self, x: Tensor, strength: float = 1.0, *more: Tensor, features: bool = False) -> Tensor:
+        return x - strength * self.conv(x)
+
+
+class Told(_Plain):
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return x - level * self.conv(x)
+
+
+class ToldIfKnown(_Plain):
+    def forward(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
+        return self.conv(x) if sigma is None else x - sigma * self.conv(x)
+
+
+@pytest.mark.parametrize(("kind", "told"), [(Blind, False), (WithASetting, False), (Told, True), (ToldIfKnown, True)])
+def test_the_noise_level_goes_to_a_network_that_asks_for_it_and_no_other(kind, told):
+    assert networks.untrained(f"{__name__}:{kind.__name__}").takes_sigma is told

@@ -262,14 +262,20 @@ def _behind_interface(name: str, made: nn.Module) -> Denoiser:
 
 
 def _adapt(made: nn.Module) -> Foreign:
-    parameters = inspect.signature(made.forward).parameters
     planes = [m.in_channels for m in made.modules() if isinstance(m, nn.Conv2d)]
     return Foreign(
         made,
         channels=int(getattr(made, "channels", planes[0] if planes and planes[0] in (1, 3) else 1)),
         stride=int(getattr(made, "stride", 16)),
-        takes_sigma=bool(getattr(made, "takes_sigma", len(parameters) > 1)),
+        takes_sigma=bool(getattr(made, "takes_sigma", _takes_sigma(made))),
     )
+
+
+def _takes_sigma(made: nn.Module) -> bool:
+    """Return whether forward wants a noise level: it names `sigma`, or cannot do without a second argument."""
+    more = list(inspect.signature(made.forward).parameters.values())[1:]
+    wanted = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(p.kind in wanted and (p.name == "sigma" or p.default is p.empty) for p in more)
 
 
 def _load(name: str, model: str, options: Mapping[str, models.Option], path: Path) -> Network:
