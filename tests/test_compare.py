@@ -321,6 +321,21 @@ def test_pictures_that_a_run_chose_its_weights_by_are_refused_whatever_their_fol
     assert call("compare", "run", "--pictures", pictures / "evaluation" / "images", "--dry-run").code == 0
 
 
+def test_pictures_of_which_a_run_learned_from_a_part_are_refused_while_its_folder_shows_it(call, cwd):
+    pictures = tiny.write_pictures(cwd / "set")
+    (cwd / "large").mkdir()
+    large = dead_leaves(97, 256, 256)[0]
+    Image.fromarray(large).save(cwd / "large" / "whole.png")
+    Image.fromarray(large[40:240, 40:240].copy()).save(pictures / "train" / "crop.png")
+    distill.distill(tiny.recipe(pictures, training=tiny.training(steps=2)), cwd / "run")
+    said = call("compare", "run", "--pictures", cwd / "large", "--dry-run").refused(2, "'crop.png' of train")
+    assert "shows what is kept back as 'whole.png' of large" in said
+    shutil.rmtree(pictures / "train")
+    gone = call("compare", "run", "--pictures", cwd / "large", "--dry-run")
+    assert gone.code == 0
+    assert "parts of large are not looked for there" in gone.err
+
+
 def test_a_folder_that_another_comparison_is_made_in_is_refused_and_its_table_kept(cwd, call):
     (cwd / "made/models").mkdir(parents=True)
     (cwd / "made/table.md").write_text("figures", encoding="utf-8")

@@ -815,6 +815,20 @@ def test_a_picture_in_two_sets_is_refused(photos, tmp_path):
         pictures.load(data)
 
 
+def test_pictures_behind_the_first_that_are_evaluated_are_kept_back_too(photos, tmp_path):
+    mine = Path(shutil.copytree(photos, tmp_path / "mine"))
+    large = dead_leaves(94, 256, 256)[0]
+    Image.fromarray(large).save(mine / "evaluation" / "z.png")
+    data = dataclasses.replace(tiny.recipe(mine).data, evaluation_pictures=1)
+    assert len(pictures.load(data).evaluation) == 1
+    Image.fromarray(large[40:240, 40:240].copy()).save(mine / "train" / "crop.png")
+    with pytest.raises(InputError, match=r"'crop.png' of train.* shows what is kept back as 'z.png' of evaluation"):
+        distill.distill(dataclasses.replace(tiny.recipe(mine, training=STEPS), data=data), tmp_path / "run")
+    shutil.copyfile(mine / "evaluation" / "z.png", mine / "train" / "again.png")
+    with pytest.raises(InputError, match=r"'again.png' of train\S* and 'z.png' of evaluation are the same picture"):
+        pictures.load(data)
+
+
 def test_calibration_meets_the_levels_that_the_network_was_trained_for(photos):
     held_out = pictures.held_out(tiny.recipe(photos).data)
     samples = pictures.noisy_samples(held_out, Noise(train=(10.0, 30.0), evaluate=25.0), count=9, stride=16)

@@ -31,7 +31,7 @@ from edgekit.pipeline import networks
 from edgekit.pipeline.comparison import Arithmetic, Comparison, Figure, Pictures, Row
 from edgekit.pipeline.compile import Compiled
 from edgekit.pipeline.golden import GOLDEN_SIDE
-from edgekit.pipeline.pictures import LISTING, learned_from, refuse_small
+from edgekit.pipeline.pictures import LISTING, learned_from, refuse_shown, refuse_small
 from edgekit.pipeline.verify import size_bytes
 from edgekit.target import Target
 
@@ -305,7 +305,10 @@ def _pictures(path: Path | None, channels: Channels) -> PictureSet:
 
 
 def _check_unseen(model: _Model, pictures: PictureSet) -> None:
-    """Raise InputError where a run learned from, or chose its weights by, one of the pictures."""
+    """Raise InputError where a run learned from, or chose its weights by, one of the pictures or a part of one.
+
+    Parts are looked for as far as the run's folders still hold what it learned from.
+    """
     root = Path(model.what)
     if not root.is_dir():
         return
@@ -317,6 +320,8 @@ def _check_unseen(model: _Model, pictures: PictureSet) -> None:
                     f"{root}: learned from '{known[picture.sha256]}', which is '{picture.name}' of {pictures.name}",
                     remedy="compare on pictures that it has not seen",
                 )
+        if stage.name == "pictures":
+            refuse_shown(compiling.recipe_of(root).data, pictures)
 
 
 def _classics(pictures: PictureSet, settings: Settings) -> list[Entry]:

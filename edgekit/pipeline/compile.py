@@ -112,7 +112,7 @@ def compile_model(
     root = Path(what)
     if root.is_dir():
         with run.open_run(root, None) as opened:
-            return compile_student(opened, _recipe_of(root), networks.from_run(root), targets)
+            return compile_student(opened, recipe_of(root), networks.from_run(root), targets)
     if what.endswith(".onnx"):
         return _compile_onnx(Path(what), targets, overrides, folder, overwrite)
     network = networks.named(what, weights)
@@ -604,7 +604,8 @@ def _told_recipe(name: str, channels: int, overrides: Sequence[str]) -> Recipe:
     return recipe
 
 
-def _recipe_of(root: Path) -> Recipe:
+def recipe_of(root: Path) -> Recipe:
+    """Return the recipe of a run folder; raises as `run.read_stages`."""
     return config.checked(run.read_identity(root)["recipe"], Recipe, root / "run.json")
 
 

@@ -87,7 +87,7 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
             quantize.quantize_dynamic(student.fp32, out / FILE)
             return {}
         listed = opened.stages().get("pictures")
-        if listed and any(listed.inputs[role] != digest for role, digest in shown.digests().items()):
+        if listed and any(listed.inputs.get(role) != digest for role, digest in shown.digests().items()):
             # The run's folders hold other pictures than when its student was trained.
             pictures.refuse_leaks(shown)
         return _static(opened, recipe, shown, student, where, out)

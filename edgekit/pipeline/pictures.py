@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from edgekit.measure.quality import SSIM_WINDOW, Array, pad_to_multiple
 from edgekit.recipe import LEAST_CALIBRATION_PICTURES, Data, Noise
 from edgekit.run import Run
 
+log = logging.getLogger(__name__)
 EMBEDDED = "embedded"
 LISTING = "pictures.json"
 _LEARNED_FROM = ("train", "held_out")
@@ -22,11 +24,15 @@ _CALIBRATION_SIGMAS = (5.0, 15.0, 25.0, 40.0, 50.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """train is learned from, empty where nothing is; held_out chooses weights and ranges; evaluation does neither."""
+    """train is learned from, empty where nothing is; held_out chooses weights and ranges; evaluation does neither.
+
+    kept_back: All pictures that `evaluation` is the beginning of: a figure may be taken on any of them one day.
+    """
 
     train: PictureSet
     held_out: PictureSet
     evaluation: PictureSet
+    kept_back: PictureSet
 
     def digests(self) -> dict[str, str]:
         """Return the hash of each set, by its role."""
@@ -34,7 +40,12 @@ class Pictures:
 
     def by_role(self) -> dict[str, PictureSet]:
         """Return the sets that hold pictures by their role; two may have one name, as folders of the same name have."""
-        roles = {"train": self.train, "held_out": self.held_out, "evaluation": self.evaluation}
+        roles = {
+            "train": self.train,
+            "held_out": self.held_out,
+            "evaluation": self.evaluation,
+            "kept_back": self.kept_back,
+        }
         return {role: pictures for role, pictures in roles.items() if pictures}
 
 
@@ -51,10 +62,11 @@ def load(data: Data, *, learns: bool = True) -> Pictures:
             on is too small for it.
     """
     train = _train(data) if learns else PictureSet(name="nothing", pictures=())
-    chosen = Pictures(train=train, held_out=held_out(data), evaluation=evaluation(data))
+    kept_back = _kept_back(data)
+    chosen = Pictures(train=train, held_out=held_out(data), evaluation=_first(kept_back, data), kept_back=kept_back)
     for judged in (chosen.held_out, chosen.evaluation):
         refuse_small(judged)
-    sets.check_disjoint(chosen.train, chosen.held_out, chosen.evaluation)
+    sets.check_disjoint(chosen.train, chosen.held_out, kept_back)
     return chosen
 
 
@@ -71,8 +83,8 @@ def refuse_small(judged: PictureSet) -> None:
 
 def refuse_leaks(chosen: Pictures) -> None:
     """Raise InputError where what is learned or chosen from shows what a figure is taken on, if only a part of it."""
-    overlap.refuse_overlaps(chosen.train, chosen.evaluation, chosen.held_out)
-    overlap.refuse_overlaps(chosen.held_out, chosen.evaluation)
+    overlap.refuse_overlaps(chosen.train, chosen.kept_back, chosen.held_out)
+    overlap.refuse_overlaps(chosen.held_out, chosen.kept_back)
 
 
 def refuse_seen(opened: Run, data: Data, judged: PictureSet) -> None:
@@ -109,6 +121,20 @@ def refuse_seen(opened: Run, data: Data, judged: PictureSet) -> None:
                 remedy="take it out of data.evaluation; a figure is taken on pictures that the student has not seen",
             )
     refuse_leaks(load(data))
+
+
+def refuse_shown(data: Data, judged: PictureSet) -> None:
+    """Raise InputError where what is learned or chosen from shows one of these pictures, if only a part of it.
+
+    A folder that is gone, or holds nothing to learn from any more, is left out.
+    """
+    for read in (_train, held_out):
+        try:
+            shown = read(data)
+        except InputError as error:
+            log.info("parts of %s are not looked for there: %s", judged.name, error)
+            continue
+        overlap.refuse_overlaps(shown, judged)
 
 
 def learned_from(path: Path) -> dict[str, str]:
@@ -158,13 +184,7 @@ def held_out(data: Data) -> PictureSet:
 
 def evaluation(data: Data) -> PictureSet:
     """Return the first `evaluation_pictures` of the pictures that nothing is chosen on; raises as `load`."""
-    if data.evaluation in data.train:
-        found = _part(data, data.evaluation, "evaluation")
-    elif data.evaluation == EMBEDDED:
-        found = sets.embedded("evaluation", channels=data.channels)
-    else:
-        found = sets.folder(Path(data.evaluation), channels=data.channels)
-    return PictureSet(name=found.name, pictures=found.pictures[: data.evaluation_pictures])
+    return _first(_kept_back(data), data)
 
 
 def noisy_samples(pictures: PictureSet, noise: Noise, *, count: int, stride: int) -> list[tuple[Array, float]]:
@@ -183,6 +203,18 @@ def noisy_samples(pictures: PictureSet, noise: Noise, *, count: int, stride: int
         noisy = add_gaussian(picture.pixels, sigma255, index=i, seed=1)
         samples.append((pad_to_multiple(noisy[None], stride), sigma255 / 255))
     return samples
+
+
+def _kept_back(data: Data) -> PictureSet:
+    if data.evaluation in data.train:
+        return _part(data, data.evaluation, "evaluation")
+    if data.evaluation == EMBEDDED:
+        return sets.embedded("evaluation", channels=data.channels)
+    return sets.folder(Path(data.evaluation), channels=data.channels)
+
+
+def _first(found: PictureSet, data: Data) -> PictureSet:
+    return PictureSet(name=found.name, pictures=found.pictures[: data.evaluation_pictures])
 
 
 def _train(data: Data) -> PictureSet:
