@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 import click
 
 from edgekit import __version__
-from edgekit.errors import INTERRUPTED, EdgekitError, InputError
+from edgekit.errors import INTERRUPTED, EdgekitError, InputError, is_out_of_memory
 
 if TYPE_CHECKING:
     from edgekit.config import Kind
@@ -34,10 +33,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 log = logging.getLogger("edgekit")
 JSON_SCHEMA_VERSION = 1
-# In the words of torch, on a CPU and a GPU, and of ONNX Runtime, whose errors have no narrower class than Exception.
-_OUT_OF_MEMORY = re.compile(
-    "DefaultCPUAllocator: can't allocate memory|CUDA out of memory|Failed to allocate memory for requested buffer"
-)
 BROKEN_PIPE = 141  # as the shell has it for a program that SIGPIPE ended
 
 
@@ -821,7 +816,7 @@ def main() -> None:
         code = _failed(_refused(error))
     except Exception as error:
         # Any other error is a defect of edgekit's own, and keeps its traceback.
-        if not (isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error))):
+        if not is_out_of_memory(error):
             raise
         code = _failed(InputError("memory ran out", remedy="take smaller pictures, a smaller model or more memory"))
     except SystemExit as error:

@@ -14,12 +14,18 @@ A limit that an artifact fails is a verdict, not an error: `verify` then exits w
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 OK = 0
 LIMIT_FAILED = 3
 INCOMPLETE = 7
 INTERRUPTED = 130
+# In the words of torch, on a CPU and a GPU, and of ONNX Runtime, whose errors have no narrower class than Exception.
+_OUT_OF_MEMORY = re.compile(
+    "DefaultCPUAllocator: can't allocate memory|(CUDA|HIP|XPU|MPS backend) out of memory|CUDA error: out of memory|"
+    "CU(DNN|BLAS)_STATUS_ALLOC_FAILED|Failed to allocate memory for requested buffer"
+)
 
 
 class EdgekitError(Exception):
@@ -79,3 +85,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
         return f"did you mean '{close[0]}'?"
     return f"known: {', '.join(names)}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error of Python, torch or ONNX Runtime says that memory ran out."""
+    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None

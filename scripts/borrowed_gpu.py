@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,7 @@ def main() -> None:
 @click.option("-e", "--evaluate", multiple=True, metavar="NAME=DIR", help="Gray sets that the weights are measured on.")
 @click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Change a setting of every recipe.")
 @click.option("--scale", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Of all times and steps.")
+@click.option("--max-minutes", "limits", multiple=True, metavar="NAME=MINUTES", help="Of one training, unscaled.")
 @click.option("--only", multiple=True, metavar="NAME", help="Leave out all other trainings.")
 @click.option(
     "--from-shipped",
@@ -124,6 +126,7 @@ def prepare(
     evaluate: Sequence[str],
     overrides: Sequence[str],
     scale: float,
+    limits: Sequence[str],
     only: Sequence[str],
     from_shipped: bool,
     limit_mib: float,
@@ -135,7 +138,7 @@ def prepare(
     kept = [e for e in PLAN if not only or e.name in only]
     if unknown := set(only) - {e.name for e in PLAN}:
         raise click.UsageError(f"no training '{min(unknown)}'; known: {', '.join(e.name for e in PLAN)}")
-    folders = _named(evaluate)
+    folders, minutes = _named(evaluate), _limits(limits, kept)
     made = {e.name: recipe.load(e.recipe, tuple(overrides)) for e in kept}
     least = max(_largest_patch(m) for m in made.values())
     train, small = _copy(pictures, output / "pictures/train", least=least)
@@ -161,7 +164,10 @@ def prepare(
     plan = [
         asdict(
             replace(
-                e, minutes=e.minutes * scale, steps=round(e.steps * scale), from_shipped=from_shipped and not e.steps
+                e,
+                minutes=minutes.get(e.name, e.minutes * scale),
+                steps=round(e.steps * scale),
+                from_shipped=from_shipped and not e.steps,
             )
         )
         for e in kept
@@ -309,8 +315,10 @@ def _card(trained: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, s
     if settings["loss"] == "charbonnier":
         loss = f"Charbonnier, from {settings['mse_from']:.0%} of the run on mean squared error"
     stages = f"{trained['steps']:,} steps in {minutes} minutes, ended by: {trained['ended_by']}"
-    if trained["from_shipped"]:
+    if trained.get("from_shipped"):
         stages = f"began as the weights that were shipped then; {stages}"
+    if trained.get("kept") == "start":
+        stages += "; what it began with was kept, as nothing better came of it"
     if settings["late_patch"] is not None:
         stages += f"; patches of {settings['late_patch']} from {settings['late_from']:.0%} of the run on"
     if settings["rounding_from"] < 1:
@@ -348,6 +356,22 @@ def _named(evaluate: Sequence[str]) -> dict[str, Path]:
             raise click.BadParameter(f"'{name}' is taken; call it otherwise", param_hint="-e")
         folders[name] = Path(folder)
     return folders
+
+
+def _limits(given: Sequence[str], plan: Sequence[Entry]) -> dict[str, float]:
+    """Return the minutes of the trainings that are told theirs, by name."""
+    timed, minutes = {e.name for e in plan if not e.steps}, dict[str, float]()
+    for text in given:
+        name, _, number = text.partition("=")
+        try:
+            minutes[name] = float(number)
+        except ValueError:
+            minutes[name] = 0
+        if name not in timed or not 0 < minutes[name] < math.inf:
+            raise click.BadParameter(
+                f"'{text}' is not NAME=MINUTES; names here: {', '.join(sorted(timed))}", param_hint="--max-minutes"
+            )
+    return minutes
 
 
 def _largest_patch(recipe: Recipe) -> int:
@@ -517,7 +541,7 @@ def _rescue(state: Path, entry: Entry) -> None:
     saved = checkpoint.read(path)
     if _shipped(state, entry.name).is_file() and saved.position.step <= _outcome(state, entry.name)["steps"]:
         return
-    averages = {n.removeprefix("ema/"): t for n, t in saved.tensors.items() if n.startswith("ema/")}
+    averages = weights.averages(saved.tensors)
     ended = {"ended_by": "failed", "steps": saved.position.step, "seconds": saved.position.seconds}
     _ship(state, entry, averages, ended)
 

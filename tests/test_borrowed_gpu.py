@@ -88,6 +88,19 @@ def piece(tmp_path, monkeypatch) -> Callable[..., str]:
     return train
 
 
+def test_each_training_can_be_told_its_minutes(pictures):
+    prepare(pictures, "--scale", "0.5", "--max-minutes", "nano=3", "--max-minutes", "teacher=2.5")
+    plan = {e["name"]: e["minutes"] for e in json.loads((pictures / "plan/plan.json").read_text())["plan"]}
+    assert (plan["nano"], plan["teacher"], plan["small"]) == (3, 2.5, 4)
+
+
+@pytest.mark.parametrize("given", ["nano", "nano=", "nano=0", "nano=inf", "abacus=3", "small-taught=3"])
+def test_minutes_are_given_to_a_training_that_is_limited_by_them(pictures, given):
+    with pytest.raises(SystemExit):
+        prepare(pictures, "--max-minutes", given)
+    assert not (pictures / "plan").exists()
+
+
 @pytest.mark.slow
 def test_a_plan_trains_in_pieces_and_its_weights_come_home_as_they_were_measured(pictures, piece, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -516,7 +516,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_state_is_kept
     path = tmp_path / "checkpoint.safetensors"
     assert str(path) in str(error.value)
     assert "lower training.peak_rate" in str(error.value)
+    assert str(error.value).endswith(f"from here on with --set student.weights={path}")
     kept = load_file(path)
+    begun = tiny.network("nano", seed=1)
+    begun.tail = torch.nn.Sequential(begun.tail)
+    weights.load_into(begun, path)
+    assert torch.equal(begun.state_dict()["head.0.weight"], kept["ema/head.0.weight"])
     assert kept["optimizer/net.head.0.weight/step"] == 20
     assert all(torch.isfinite(tensor).all() for tensor in kept.values())
 
@@ -1003,6 +1008,45 @@ def test_a_batch_that_memory_does_not_hold_is_refused_with_one_that_it_may_hold(
     )
     with pytest.raises(InputError, match=said):
         loop.train(big, tmp_path, silent)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("HIP out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["allocator", "driver", "cuDNN", "cuBLAS"],
+)
+def test_memory_that_runs_out_on_a_gpu_is_known_by_all_its_names(tmp_path, monkeypatch, error):
+    taken = 0
+
+    def step(self: object, step: int, seconds: float) -> None:
+        nonlocal taken
+        taken += 1
+        if taken > 20:
+            raise error
+        taking(self, step, seconds)
+
+    taking = loop._Run.step
+    monkeypatch.setattr(loop._Run, "step", step)
+    settings = tiny.training(steps=100, batch=4, patch=16, late_patch=24, checkpoint_seconds=1e-9)
+    with pytest.raises(InputError, match=r"with training\.batch=4 patches of 24 pixels") as told:
+        loop.train(job(training=settings), tmp_path, silent)
+    assert "--set training.batch=2 --set training.accumulate=2 makes the same step" in str(told.value)
+    path = tmp_path / "checkpoint.safetensors"
+    assert str(told.value).endswith(f"from here on with --set student.weights={path}")
+
+
+def test_pictures_that_memory_does_not_hold_are_told_from_a_batch(tmp_path, monkeypatch):
+    def bank(pictures: object, device: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "PatchBank", bank)
+    with pytest.raises(InputError, match=r"out of memory on cpu with 0\.0 MB of training pictures; take fewer"):
+        loop.train(job(), tmp_path, silent)
 
 
 def test_a_teacher_with_random_weights_teaches_nothing(photos, tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from edgekit.errors import InputError, IntegrityError
 from edgekit.files import atomic_file
 
+AVERAGES = "ema/"  # before the names of the averaged weights in a checkpoint of training
 _PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 
 
@@ -28,6 +29,8 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] 
 def read(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, or of a torch checkpoint that holds tensors only.
 
+    Of a checkpoint of edgekit's own training, these are the averaged weights.
+
     Raises:
         InputError: The file is missing, or is a pickle that holds more than tensors (it is not executed).
         IntegrityError: The file is truncated or damaged.
@@ -37,11 +40,17 @@ def read(path: Path) -> dict[str, Tensor]:
     if path.suffix.lower() in _PICKLES:
         return _read_checkpoint(path)
     try:
-        return dict(load_file(path))
+        tensors = dict(load_file(path))
     except safetensors.SafetensorError as error:
         raise IntegrityError(
             f"{path}: damaged or truncated weights: {error}", remedy="copy or train them again"
         ) from error
+    return averages(tensors) or tensors
+
+
+def averages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the averaged weights of what a checkpoint of edgekit's training holds; nothing of another file."""
+    return {name.removeprefix(AVERAGES): t for name, t in tensors.items() if name.startswith(AVERAGES)}
 
 
 def load_into(net: nn.Module, path: Path) -> None:

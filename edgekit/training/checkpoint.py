@@ -44,7 +44,7 @@ def save(
 ) -> None:
     """Write the weights, their moving average, and the optimizer's state."""
     tensors = {f"net/{name}": t for name, t in learner.state_dict().items()}
-    tensors |= {f"ema/{name}": t for name, t in ema.items()}
+    tensors |= {f"{weights.AVERAGES}{name}": t for name, t in ema.items()}
     for name, parameter in learner.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer/{name}/{key}"] = value
@@ -94,7 +94,7 @@ def load(
             remedy="delete it to start the training again, or choose another folder",
         )
     learner.load_state_dict(_part(saved.tensors, "net/"))
-    for name, value in _part(saved.tensors, "ema/").items():
+    for name, value in _part(saved.tensors, weights.AVERAGES).items():
         ema[name].copy_(value)
     for name, parameter in learner.named_parameters():
         state = _part(saved.tensors, f"optimizer/{name}/")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from edgekit.errors import EdgekitError, InputError
+from edgekit.errors import EdgekitError, InputError, is_out_of_memory
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
 from edgekit.recipe import Distillation, Training
@@ -108,13 +109,29 @@ def train(
             never end, or a patch does not fit.
         IntegrityError: The checkpoint is damaged.
     """
-    settings = job.training
     # Accelerate keeps its mixed precision for the whole process; the next run in it may want another.
     accelerator = Accelerator(
-        mixed_precision="no", gradient_accumulation_steps=settings.accumulate, cpu=not torch.cuda.is_available()
+        mixed_precision="no", gradient_accumulation_steps=job.training.accumulate, cpu=not torch.cuda.is_available()
     )
-    device = accelerator.device
-    bank = PatchBank(job.pictures, device)
+    path = folder / "checkpoint.safetensors"
+    settings, device = job.training, accelerator.device
+    pixels = sum(picture.size for picture in job.pictures)
+    with _memory_explained(device, f"{pixels / 1e6:.1f} MB of training pictures", lambda: "take fewer or smaller ones"):
+        bank = PatchBank(job.pictures, device)
+    patches = f"training.batch={settings.batch} patches of {max(settings.patch, settings.late_patch or 0)} pixels"
+    with _memory_explained(device, patches, lambda: _with_less_memory(settings, path)):
+        return _train(job, bank, path, report, accelerator, pause_after_seconds)
+
+
+def _train(
+    job: Job,
+    bank: PatchBank,
+    path: Path,
+    report: Callable[[Moment], None],
+    accelerator: Accelerator,
+    pause_after_seconds: float,
+) -> tuple[dict[str, Tensor], Outcome]:
+    settings, device = job.training, accelerator.device
     check(settings, [net for net in (job.net, job.teacher) if net is not None], job.pictures, job.names)
     torch.manual_seed(settings.seed % SEEDS)
     learner = Learner(
@@ -130,7 +147,6 @@ def train(
     start = {name: t.detach().clone() for name, t in job.net.state_dict().items()}
     ema = {name: t.clone() for name, t in start.items()}
 
-    path = folder / "checkpoint.safetensors"
     position = checkpoint.Position(job=job.identity, step=0, seconds=0.0)
     if (saved := _saved(path, accelerator)) is not None:
         position = checkpoint.load(saved, job.identity, learner, ema, optimizer)
@@ -161,10 +177,7 @@ def train(
 
     paused = False
     while not (over := schedule.is_over(settings, step, seconds)) and not paused:
-        try:
-            run.step(step, seconds)
-        except (RuntimeError, MemoryError) as error:
-            raise _explained(error, settings, device) from error
+        run.step(step, seconds)
         step += 1
         if step % _LOOK_EVERY == 0 or (settings.steps and step >= settings.steps):
             seconds = clock.seconds()
@@ -173,7 +186,7 @@ def train(
                 kept = f"the last good state is kept in {path}" if path.exists() else "no state was saved yet"
                 raise InputError(
                     f"the loss or its gradient is not finite at step {step}; {kept}",
-                    remedy="lower training.peak_rate, or set training.precision to float32",
+                    remedy=f"lower training.peak_rate, or set training.precision to float32{_going_on(path)}",
                 )
             if step % settings.validate_every < _LOOK_EVERY:
                 psnr_db = _validate(job, ema)
@@ -360,21 +373,30 @@ def check(
             )
 
 
-def _explained(error: Exception, settings: Training, device: torch.device) -> Exception:
-    """Return what to say of an error: which settings need less memory, if memory is what ran out."""
-    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
-        return error
+@contextmanager
+def _memory_explained(device: torch.device, what: str, remedy: Callable[[], str]) -> Iterator[None]:
+    """Turn an error of memory that ran out into an InputError that says with what, and which settings need less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error)):
+            raise
+        raise InputError(f"out of memory on {device} with {what}", remedy=remedy()) from error
+
+
+def _with_less_memory(settings: Training, path: Path) -> str:
+    """Return which settings make the same step in less memory, as far as there are any."""
     patches = settings.batch * settings.accumulate
     fewer = next((b for b in range(settings.batch // 2, 0, -1) if patches % b == 0), 0)
-    proposal = (
-        f"--set training.batch={fewer} --set training.accumulate={patches // fewer} makes the same step in less memory"
-        if fewer
-        else "set training.patch lower"
-    )
-    return InputError(
-        f"out of memory on {device} with training.batch={settings.batch} patches of {settings.patch} pixels",
-        remedy=proposal,
-    )
+    if not fewer:
+        return f"set training.patch and training.late_patch lower{_going_on(path)}"
+    proposal = f"--set training.batch={fewer} --set training.accumulate={patches // fewer}"
+    return f"{proposal} makes the same step in less memory{_going_on(path)}"
+
+
+def _going_on(path: Path) -> str:
+    """Return how to begin with the averages of a checkpoint, if there is one, where settings have to change."""
+    return f", in another folder (-o), from here on with --set student.weights={path}" if path.exists() else ""
 
 
 def _moment(job: Job, step: int, seconds: float, loss: float, psnr_db: float, images: int) -> Moment:
