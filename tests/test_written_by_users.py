@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import tiny
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
@@ -509,6 +511,15 @@ def test_weights_that_are_computed_from_others_become_plain_ones(tmp_path, monke
     model = checks.load_onnx(compiling.float_graph(network.net, tmp_path))
     assert relative_change(Reference(model)(noisy, LEVEL), want) < 1e-4
     assert set(checks.op_counts(model)) == {"Conv", "Relu", "Sub"}
+
+
+def test_weights_that_were_trained_elsewhere_are_taken_by_the_lines_of_the_docs(tmp_path, monkeypatch):
+    docs = Path(__file__).parents[1] / "docs/training.md"
+    (lines,) = re.findall(r"```python\n(.*?)```", docs.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "trained.py").write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    network = networks.from_class("trained:Net", tiny.write_weights("base", tmp_path / "base.safetensors"))
+    assert (network.net.channels, network.net.takes_sigma, network.net.stride) == (1, True, 8)
 
 
 def test_the_weights_of_a_norm_are_no_channel_gate_and_a_norm_over_channels_no_global_one(tmp_path):
