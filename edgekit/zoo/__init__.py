@@ -89,7 +89,7 @@ def fitting(name: str, options: Mapping[str, models.Option]) -> Card:
     trained = ", ".join(f"{key}={have[key]!r}" for key in differ)
     raise InputError(
         f"the shipped weights of '{name}' were trained with {trained}, not {', '.join(map(repr, differ.values()))}",
-        remedy="name a file of weights, or set weights: random to train from scratch",
+        remedy="name a file of weights, or set weights: random to train from scratch; a teacher may be left out",
     )
 
 
