@@ -596,6 +596,8 @@ def denoise(
     from edgekit.pipeline import denoise as denoising
 
     to = _place(output or image.with_name(f"{image.stem}.denoised.png"))
+    if to.exists() and to.samefile(image):
+        raise InputError(f"{to}: is the noisy picture itself", remedy="choose another place with -o")
     opened = denoising.open_model(model, weights=weights)
     path = denoising.denoise_file(opened, image, to, sigma255=sigma, add_noise=add_noise)
     _emit({"output": str(path), "how": opened.how}, as_json, lambda: click.echo(path))

@@ -70,7 +70,9 @@ class Noise:
 
     __pydantic_config__: ClassVar = STRICT
     train: Annotated[
-        tuple[Sigma, Sigma], Check(lambda ends: ends[0] <= ends[1], "give the lower noise level first")
+        tuple[Sigma, Sigma],
+        Check(lambda ends: ends[0] <= ends[1], "give the lower noise level first"),
+        Check(lambda ends: ends[1] >= 1, "noise levels are on the scale of 0 to 255"),
     ] = (0.0, 55.0)
     evaluate: Sigma = 25.0
     seed: Annotated[int, Bound(least=0, most=4000)] = 0

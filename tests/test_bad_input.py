@@ -136,6 +136,13 @@ def test_a_picture_that_is_missing_is_named(call, cwd):
     call("denoise", ".").refused(2, ".: is not a file")
 
 
+def test_a_picture_is_not_replaced_by_what_is_made_of_it(call, cwd):
+    Image.fromarray(dead_leaves(3, 32, 32)[0]).save(cwd / "a.png")
+    before = (cwd / "a.png").read_bytes()
+    call("denoise", "a.png", "-m", "nano", "-o", "./a.png").refused(2, "a.png: is the noisy picture itself", "-o")
+    assert (cwd / "a.png").read_bytes() == before
+
+
 def test_a_folder_without_pictures_is_named(call, cwd, tiny):
     (cwd / "empty").mkdir()
     (cwd / "empty/notes.txt").write_text("no picture", encoding="utf-8")

@@ -165,6 +165,7 @@ def test_the_last_of_several_overrides_wins(tiny):
         ("noise.train=[1, 2, 3]", "'noise.train' is [1, 2, 3]; Tuple should have at most 2 items"),
         ("data.train=[]", "'data.train' is []; Tuple should have at least 1 item"),
         ("noise.train=[55, 0]", "'noise.train' is [55, 0]; give the lower noise level first"),
+        ("noise.train=[0, 0.2]", "'noise.train' is [0, 0.2]; noise levels are on the scale of 0 to 255"),
         ("noise.seed=4001", "'noise.seed' is 4001; expected less than or equal to 4000"),
         ("noise.seed=-1", "'noise.seed' is -1; expected greater than or equal to 0"),
         ("training.steps=", "'training.steps' is None; expected a valid integer"),
