@@ -36,6 +36,7 @@ training:
   precision: float32
 quantization:
   calibration_pictures: 8
+  change_basis: false
 budgets:
   student_drop_db: 3.0
   int8_drop_db: 3.0

@@ -852,8 +852,8 @@ def test_golden_pictures_have_the_targets_shape(photos):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"quantization": Quantization(calibration_pictures=8, method="minmax")},
-        {"quantization": Quantization(calibration_pictures=8, keep_float=("head",))},
+        {"quantization": Quantization(calibration_pictures=8, change_basis=False, method="minmax")},
+        {"quantization": Quantization(calibration_pictures=8, change_basis=False, keep_float=("head",))},
         {"distillation": Distillation(output_weight=0.9)},
     ],
     ids=["another calibration", "the head in float", "another distillation"],
