@@ -50,7 +50,7 @@ class Data:
     calibration: Pictures that ranges and the best weights are chosen on, at least 8; None takes a part of the first
         of `train`.
     channels: 1 for gray, 3 for colour.
-    evaluation_pictures: Most pictures that verification looks at.
+    evaluation_pictures: Most pictures that verification looks at; all that lie there are kept out of training.
     """
 
     __pydantic_config__: ClassVar = STRICT
