@@ -94,7 +94,7 @@ def load(
             remedy="delete it to start the training again, or choose another folder",
         )
     learner.load_state_dict(_part(saved.tensors, "net/"))
-    for name, value in _part(saved.tensors, weights.AVERAGES).items():
+    for name, value in weights.averages(saved.tensors).items():
         ema[name].copy_(value)
     for name, parameter in learner.named_parameters():
         state = _part(saved.tensors, f"optimizer/{name}/")
