@@ -603,6 +603,24 @@ def test_better_weights_are_kept(tmp_path):
     assert not torch.equal(values["tail.weight"], start["tail.weight"])
 
 
+@pytest.mark.parametrize(
+    ("validated", "start", "end", "told"),
+    [
+        ((30.1, 29.0), 28.0, 29.9, "29.90 dB on the held-out pictures, 0.20 less than at step 10; lower"),
+        ((29.0, 29.5), 30.0, 29.8, "29.80 dB on the held-out pictures, 0.20 less than those it began with; lower"),
+        ((30.1, 29.0), 28.0, 30.05, ""),
+        ((29.0, 29.5), 28.0, 29.9, ""),
+    ],
+    ids=["fell", "worse than before", "rounding", "rose"],
+)
+def test_training_that_fell_apart_is_told(tmp_path, caplog, validated, start, end, told):
+    found = iter((*validated, start, end))
+    settings = tiny.training(steps=20, validate_every=10, keep_better=False)
+    _, outcome = loop.train(job(training=settings, validate=lambda net: next(found)), tmp_path, silent)
+    assert (outcome.start_psnr_db, outcome.psnr_db, outcome.kept) == (start, end, "trained")
+    assert [told in line for line in caplog.messages] == ([True] if told else [])
+
+
 def test_looking_at_the_held_out_pictures_does_not_change_a_run(tmp_path):
     found = []
     for every in (10, 1000):
@@ -898,16 +916,24 @@ def test_a_job_trains_and_goes_on_where_there_is_torch_and_little_else(written, 
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_network_until_one_clock_says_so(written, photos, tmp_path):
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+        ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_two_processes_train_one_network_until_one_clock_says_so(written, photos, tmp_path, launcher):
     out = tmp_path / "out"
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "edgekit.training")
+    launch = ("-m", *launcher, "-m", "edgekit.training")
     pictures = ("--pictures", str(photos / "train"), "--held-out", str(photos / "held_out"), "--out", str(out))
     ran = subprocess.run(
         [sys.executable, *launch, str(written), *pictures, "--max-minutes", "0.05"],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert ran.returncode == 0, ran.stderr + ran.stdout
     last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])

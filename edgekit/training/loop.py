@@ -34,6 +34,7 @@ from edgekit.training.rounding import Rounding
 
 log = logging.getLogger(__name__)
 _LOOK_EVERY = 10
+_FELL_DB = 0.1
 _LOSSES = {"charbonnier": losses.charbonnier, "mse": losses.mean_squared, "psnr": losses.log_squared}
 
 
@@ -165,7 +166,7 @@ def _train(
     # Each process came here at a moment of its own, and none may stop while the others wait for it.
     (pause_after_seconds,) = broadcast_object_list([pause_after_seconds])
     step, seconds, saved_at = position.step, position.seconds, position.seconds
-    psnr_db = math.nan
+    psnr_db, best = math.nan, (-math.inf, 0)
 
     def images() -> int:
         return position.images + (step - position.step) * images_per_step
@@ -190,6 +191,7 @@ def _train(
                 )
             if step % settings.validate_every < _LOOK_EVERY:
                 psnr_db = _validate(job, ema)
+                best = max(best, (psnr_db, step))
             report(_moment(job, step, seconds, loss, psnr_db, images()))
             paused = seconds - position.seconds >= pause_after_seconds
             if seconds - saved_at >= settings.checkpoint_seconds:
@@ -199,6 +201,8 @@ def _train(
         save()
     start_psnr_db, psnr_db = _validate(job, start), _validate(job, ema)
     better = psnr_db > start_psnr_db or not settings.keep_better
+    if over and better:
+        _warn_of_fall(psnr_db, *max(best, (start_psnr_db, 0)))
     outcome = Outcome(
         steps=step,
         seconds=seconds,
@@ -209,6 +213,17 @@ def _train(
         ended_by="pause" if not over else "steps" if settings.steps and step >= settings.steps else "time",
     )
     return (ema if better else start), outcome
+
+
+def _warn_of_fall(psnr_db: float, best_psnr_db: float, best_step: int) -> None:
+    """Say so where the weights that a run ends with are worse on held-out pictures than some that it had before."""
+    if psnr_db < best_psnr_db - _FELL_DB:
+        log.warning(
+            "trained weights: %.2f dB on the held-out pictures, %.2f less than %s; lower training.peak_rate",
+            psnr_db,
+            best_psnr_db - psnr_db,
+            f"at step {best_step}" if best_step else "those it began with",
+        )
 
 
 class _Run:
