@@ -150,9 +150,43 @@ def test_a_graph_with_constants_among_its_nodes_gets_another_basis(nano, monkeyp
 def test_equal_inputs_give_equal_bytes(nano, monkeypatch):
     monkeypatch.setattr(basis, "DESCENTS", descents(10))
     model = checks.load_onnx(nano)
-    one, other = ([m.SerializeToString(deterministic=True) for m in other_bases(model, PICTURES)] for _ in range(2))
-    assert one == other
+
+    def written() -> list[bytes]:
+        return [m.SerializeToString(deterministic=True) for m in other_bases(model, PICTURES)]
+
+    one, remembered = written(), written()
+    monkeypatch.setattr(basis, "_LEARNED", {})
+    other = written()
+    assert one == remembered == other
     assert one[0] != one[1]
+
+
+def test_what_was_learned_is_not_learned_again(nano, monkeypatch):
+    monkeypatch.setattr(basis, "DESCENTS", descents(1))
+    monkeypatch.setattr(basis, "_LEARNED", {})
+    learn, asked = basis._learned, []
+    monkeypatch.setattr(basis, "_learned", lambda *given: asked.append(given) or learn(*given))
+    model, other = checks.load_onnx(nano), checks.load_onnx(nano)
+    other.graph.initializer[0].CopyFrom(
+        numpy_helper.from_array(2 * numpy_helper.to_array(other.graph.initializer[0]), other.graph.initializer[0].name)
+    )
+    brighter = [(PICTURES[0][0] + np.float32(0.1), SIGMA)]
+    others = [
+        (model, PICTURES),
+        (other, PICTURES),
+        (model, PICTURES[:1]),
+        (model, brighter),
+        (model, [(brighter[0][0], 2 * SIGMA)]),
+    ]
+    for given in others:
+        first, again = other_bases(*given), other_bases(*given)
+        assert [m.SerializeToString(deterministic=True) for m in first] == [
+            m.SerializeToString(deterministic=True) for m in again
+        ]
+    assert len(asked) == len(others)
+    monkeypatch.setattr(basis, "DESCENTS", descents(2))
+    other_bases(model, PICTURES)
+    assert len(asked) == len(others) + 1
 
 
 def test_a_channel_of_zeros_does_no_harm(tmp_path):

@@ -15,6 +15,7 @@ give. Factors of channels that pass a ReLU are `equalize`'s.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,9 @@ class Descent:
 # is better for base, the second for nano (docs/int8-inside.md).
 DESCENTS = (Descent(steps=200, coherent=3.0), Descent(steps=400, coherent=1.0))
 
+# What was learned in this process, by what it was learned from: `compile` asks once for each engine.
+_LEARNED: dict[str, list[dict[str, Tensor]]] = {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk:
@@ -93,14 +97,15 @@ def other_bases(model: onnx.ModelProto, pictures: Calibration) -> tuple[onnx.Mod
     found = trunks(model)
     if not found:
         return ()
-    try:
-        learned = _learned(model, TorchGraph(model), found, pictures)
-    except UnsupportedError as error:
-        log.info("residual trunks keep their basis: %s", error)
-        return ()
+    if (asked := _digest(model, pictures)) not in _LEARNED:
+        try:
+            _LEARNED[asked] = _learned(model, TorchGraph(model), found, pictures)
+        except UnsupportedError as error:
+            log.info("residual trunks keep their basis: %s", error)
+            return ()
     noisy = probe(64, 96, pictures[0][0].shape[1], seed=0)
     before, changed = Reference(model)(noisy, 25 / 255), list[onnx.ModelProto]()
-    for bases in learned:
+    for bases in _LEARNED[asked]:
         other = _written(model, bases)
         change = relative_change(Reference(other)(noisy, 25 / 255), before)
         if change <= MOST_CHANGE:
@@ -108,6 +113,16 @@ def other_bases(model: onnx.ModelProto, pictures: Calibration) -> tuple[onnx.Mod
         else:
             log.info("a basis of residual trunks moved the output by %.2g of its largest value: left out", change)
     return tuple(changed)
+
+
+def _digest(model: onnx.ModelProto, pictures: Calibration) -> str:
+    """Return a hash of all that decides which bases are learned; sums depend on the number of threads."""
+    digest = hashlib.sha256(repr((DESCENTS, torch.get_num_threads(), len(pictures))).encode())
+    digest.update(model.SerializeToString(deterministic=True))
+    for noisy, sigma in pictures:
+        digest.update(repr((noisy.shape, str(noisy.dtype), sigma)).encode())
+        digest.update(noisy.tobytes())
+    return digest.hexdigest()
 
 
 def trunks(model: onnx.ModelProto) -> tuple[Trunk, ...]:
