@@ -75,12 +75,21 @@ Name = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Isa:
-    """The processor that machine code is made for; only engines that write machine code read it."""
+    """The processor that machine code is made for, in LLVM's names; only engines that write machine code read it."""
 
     __pydantic_config__: ClassVar = STRICT
     triple: str
     cpu: str
-    features: tuple[str, ...] = ()
+    features: tuple[
+        Annotated[
+            str,
+            # LLVM takes one without a sign for one to leave out.
+            Check(
+                lambda feature: re.match(r"[+-]\S", feature) is not None, "write +NAME to use it, -NAME to do without"
+            ),
+        ],
+        ...,
+    ] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -231,6 +231,48 @@ def test_a_plan_refuses_a_tile_that_the_student_does_not_take(call, cwd, tiny):
         call(*arguments, "-t", "odd.yaml").refused(4, "input 20x20 is not a tile that 'nano' can be compiled for")
 
 
+_ARM = "isa: {{triple: aarch64-linux-gnu, cpu: {cpu}, features: [{features}]}}"
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "more", "code", "told"),
+    [
+        ("onnxruntime", "float16", "", 4, "ONNX Runtime's CPU provider has no float16 convolutions"),
+        ("tvm", "float16", _ARM.format(cpu="generic", features=""), 4, "the engine 'tvm' has no float16 kernels"),
+        ("tvm", "int8", "", 4, "has no 'isa'"),
+        ("tvm", "int8", "isa: {triple: riscv64-linux-gnu, cpu: generic}", 4, "isa.triple 'riscv64-linux-gnu' is not"),
+        ("tvm", "int8", _ARM.format(cpu="cortexa76", features=""), 4, "did you mean 'cortex-a76'?"),
+        ("tvm", "int8", _ARM.format(cpu="generic", features="-dotprd"), 4, "did you mean 'dotprod'?"),
+        (
+            "tvm",
+            "int8",
+            _ARM.format(cpu="generic", features="dotprod"),
+            2,
+            "write +NAME to use it, -NAME to do without",
+        ),
+        ("tvm", "int8", _ARM.format(cpu="generic", features="+sme"), 4, "cannot ask a processor for sme"),
+        ("tvm", "int8", "runner: {kind: qemu, cpus: [cortex-a7600]}", 2, "does not know the core 'cortex-a7600'"),
+        ("coreml", "int8", "", 4, "the Core ML backend does not do int8"),
+        ("coreml", "float16", "runner: {kind: qemu, cpus: [cortex-a76]}", 4, "no emulator runs a Core ML package"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_an_engine_cannot_do_is_refused_before_anything_is_made(
+    call, cwd, tiny, engine, precision, more, code, told
+):
+    lines = ["schema_version: 1", "name: own", "description: x", f"engine: {engine}", f"precision: {precision}", more]
+    lines.append("input: {height: 64, width: 64}")
+    if "runner" not in more:
+        lines.append("runner: {kind: local}")
+    elif engine == "tvm":
+        lines.append(_ARM.format(cpu="generic", features=""))
+    Path("own.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    before = tree(cwd)
+    for arguments in (["plan", tiny], ["run", tiny], ["compile", "nano"]):
+        call(*arguments, "-t", "own.yaml").refused(code, told)
+    assert tree(cwd) == before
+
+
 @pytest.mark.parametrize("kind", ["recipe", "target"])
 def test_the_schema_is_json(kind, call):
     schema = json.loads(call("schema", kind).out)

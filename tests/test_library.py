@@ -889,6 +889,14 @@ def test_a_processor_that_llvm_does_not_know_is_refused() -> None:
         processor.needs(Isa(triple="aarch64-linux-gnu", cpu="cortexa76"), [])
 
 
+@pytest.mark.parametrize("feature", ["+dotprd", "-dotprd"])
+def test_a_feature_that_llvm_does_not_know_is_refused(feature: str) -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"isa.features: LLVM knows no 'dotprd' for aarch64-linux-gnu; did you mean 'dotprod'\?"
+    ):
+        processor.needs(Isa(triple="aarch64-linux-gnu", cpu="generic", features=(feature,)), [])
+
+
 def test_a_tile_without_an_inside_takes_no_larger_picture_and_says_so(tmp_path: Path) -> None:
     small = dataclasses.replace(HOST, input=InputShape(height=2 * HALO, width=TILE_WIDTH))
     bundle = _bundle(tmp_path, small)

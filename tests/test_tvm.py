@@ -391,9 +391,18 @@ def test_a_precision_without_kernels_is_refused(nano: Bundle, tmp_path: Path) ->
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("shape", [InputShape(), InputShape(height=256, width=252), InputShape(width=256)])
-def test_a_tile_that_the_model_cannot_take_is_refused(nano: Bundle, tmp_path: Path, shape: InputShape) -> None:
-    with pytest.raises(UnsupportedError, match="to multiples of 8"):
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        (InputShape(), "has a fixed tile, input is None x None; set input.height and input.width"),
+        (InputShape(width=256), "has a fixed tile, input is None x 256; set input.height and input.width"),
+        (InputShape(height=256, width=252), "input 252x256 is not a tile .* to multiples of 8"),
+    ],
+)
+def test_a_tile_that_the_model_cannot_take_is_refused(
+    nano: Bundle, tmp_path: Path, shape: InputShape, told: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=told):
         tvm.build(nano.source, dataclasses.replace(ANDROID, input=shape), tmp_path)
 
 

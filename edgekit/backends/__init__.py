@@ -80,6 +80,15 @@ class Session(Protocol):
 class Backend(Protocol):
     """What the module behind a door offers."""
 
+    def check(self, target: Target) -> None:
+        """Refuse a target that `build` and `open_session` would, whatever the model; nothing is made.
+
+        Raises:
+            UnsupportedError: A setting that the engine cannot do.
+            InputError: A core that the emulator does not know.
+        """
+        ...
+
     def build(self, source: Source, target: Target, out: Path) -> Built:
         """Compile into the folder `out`; raises UnsupportedError for what the engine cannot do."""
         ...

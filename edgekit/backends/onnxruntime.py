@@ -43,6 +43,15 @@ class OnnxSession:
         return np.asarray(denoised, np.float32)
 
 
+def check(target: Target) -> None:
+    """Refuse float16; raises as the protocol says."""
+    if target.precision not in FILES:
+        raise UnsupportedError(
+            f"target '{target.name}': ONNX Runtime's CPU provider has no {target.precision} convolutions",
+            remedy="set its precision to int8 or float32",
+        )
+
+
 def build(source: Source, target: Target, out: Path) -> Built:
     """Write the ONNX files into the folder `out`; the artifact is the one of the target's precision.
 
@@ -53,11 +62,7 @@ def build(source: Source, target: Target, out: Path) -> Built:
         InputError: There is no INT8 graph though the target asks for one, or a file is not ONNX.
         IntegrityError: The INT8 graph as it is written computes something else.
     """
-    if target.precision not in FILES:
-        raise UnsupportedError(
-            f"target '{target.name}': ONNX Runtime's CPU provider has no {target.precision} convolutions",
-            remedy="set its precision to int8 or float32",
-        )
+    check(target)
     if target.precision == "int8" and source.int8_onnx is None:
         raise InputError(f"target '{target.name}' asks for int8, and the model '{source.name}' has no INT8 graph")
     out.mkdir(parents=True, exist_ok=True)

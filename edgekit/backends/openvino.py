@@ -56,6 +56,10 @@ class OpenvinoSession:
         return np.array(result[DENOISED], np.float32)
 
 
+def check(target: Target) -> None:
+    """Refuse nothing: OpenVINO takes each precision and shape."""
+
+
 def build(source: Source, target: Target, out: Path) -> Built:
     """Write `model.xml` and `model.bin` into the folder `out`; equal sources give equal bytes.
 

@@ -154,12 +154,13 @@ def check_targets(targets: Sequence[Target]) -> None:
     """Look at all targets before anything is made for one.
 
     Raises:
-        InputError: Two have one name and are not the same: one's bundle would replace the other's.
-        ToolMissingError: The engine of one is not installed.
+        InputError: Two have one name and are not the same: one's bundle would replace the other's; or a core that
+            QEMU does not know.
+        ToolMissingError: The engine of one is not installed. UnsupportedError: It cannot do what one asks for.
     """
     known: dict[str, Target] = {}
     for target in targets:
-        backends.load(target.engine)
+        backends.load(target.engine).check(target)
         if known.setdefault(target.name, target) != target:
             raise InputError(f"two different targets are called '{target.name}'", remedy="give one another 'name:'")
 

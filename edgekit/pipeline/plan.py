@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from edgekit import models, run
+from edgekit import backends, models, run
 from edgekit.errors import InputError
 from edgekit.graph import checks, cost
 from edgekit.pipeline import compile as compiling
@@ -29,18 +29,21 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: Path | None = None) 
     """Return the steps of a recipe for its targets in their order; nothing is written.
 
     Raises:
-        InputError: Unknown model or option. UnsupportedError: The target's tile does not fit the student.
+        InputError: Unknown model or option. UnsupportedError: A target's tile does not fit the student, or its engine
+            cannot do what it asks for.
         IntegrityError: The folder's record is damaged.
     """
     stride = networks.architecture(recipe.student, recipe.data.channels).stride
+    missing = {finding.name: finding.fix for finding in doctor.examine() if not finding.found}
     for target in targets:
         compiling.check_tile(recipe.student.model, stride, target)
+        if target.engine not in missing:
+            backends.load(target.engine).check(target)
     made = _made(folder or run.RUNS / recipe.name)
     steps = plan_training(recipe, folder)
     steps += [Step(name=n, what=w, state=_state(n, made)) for n, w in _COMPRESSION]
     if _has_weights(recipe.teacher):
         steps.append(Step(name="teacher", what=_TEACHER, state=_state("teacher", made)))
-    missing = {finding.name: finding.fix for finding in doctor.examine() if not finding.found}
     named = {step.name: step for step in steps}
     for target in targets:
         for name, what in _of_target(target, recipe.quantization):

@@ -6,15 +6,15 @@ from pathlib import Path
 
 from edgekit.backends import Session
 from edgekit.backends.coreml import engine, translations
-from edgekit.backends.coreml.convert import build
+from edgekit.backends.coreml.convert import build, check
 from edgekit.backends.coreml.session import NativeSession, ReferenceSession
 from edgekit.backends.coreml.structure import check_structure
 from edgekit.bundle import Built
-from edgekit.errors import IncompleteError, UnsupportedError
+from edgekit.errors import IncompleteError
 from edgekit.report import Audit
 from edgekit.target import Target
 
-__all__ = ["audit", "build", "check_structure", "open_session"]
+__all__ = ["audit", "build", "check", "check_structure", "open_session"]
 
 translations.register()
 
@@ -35,10 +35,7 @@ def open_session(bundle: Path, built: Built, target: Target, *, threads: int = 1
         UnsupportedError: The package has an operator without a reference, or the runner is `qemu` (exit code 4).
         IncompleteError: The runner is `local` and this is no Mac (exit code 7).
     """
-    if target.runner.kind == "qemu":
-        raise UnsupportedError(
-            f"target '{target.name}': no emulator runs a Core ML package", remedy="set 'runner: {kind: reference}'"
-        )
+    check(target)
     package = check_structure(bundle / built.files["artifact"])
     sessions: list[tuple[str, Session]] = []
     if engine.ON_A_MAC:

@@ -103,6 +103,16 @@ def check_agreement(package: Package, module: nn.Module, picture: tuple[Array, f
     return agreement_db
 
 
+def check(target: Target) -> None:
+    """Refuse INT8, a shape that is not fixed, and an emulator; raises as the protocol says."""
+    _compute_precision(target)
+    _tile(target)
+    if target.runner.kind == "qemu":
+        raise UnsupportedError(
+            f"target '{target.name}': no emulator runs a Core ML package", remedy="set 'runner: {kind: reference}'"
+        )
+
+
 def _compute_precision(target: Target) -> Compute:
     if target.precision == "int8":
         raise UnsupportedError(
@@ -112,13 +122,18 @@ def _compute_precision(target: Target) -> Compute:
     return target.precision
 
 
-def _tile_shape(source: Source, target: Target) -> tuple[int, int, int, int]:
+def _tile(target: Target) -> tuple[int, int]:
     height, width = target.input.height, target.input.width
     if height is None or width is None:
         raise UnsupportedError(
             f"target '{target.name}': a Core ML package has a fixed tile here, input is {height} x {width}",
             remedy="set 'input: {height: 256, width: 256}' in the target",
         )
+    return height, width
+
+
+def _tile_shape(source: Source, target: Target) -> tuple[int, int, int, int]:
+    height, width = _tile(target)
     if height % source.stride or width % source.stride or min(height, width) < 1:
         raise InputError(
             f"target '{target.name}': the tile {height}x{width} is no multiple of {source.stride}, "

@@ -27,14 +27,14 @@ workspace.
 from pathlib import Path
 
 from edgekit.backends.tvm import qdq
-from edgekit.backends.tvm.compile import build
+from edgekit.backends.tvm.compile import build, check
 from edgekit.backends.tvm.session import open_session
 from edgekit.bundle import Built
 from edgekit.errors import IncompleteError
 from edgekit.report import Audit
 from edgekit.target import Target
 
-__all__ = ["audit", "build", "check_int8", "open_session"]
+__all__ = ["audit", "build", "check", "check_int8", "open_session"]
 
 
 def check_int8(int8_onnx: Path, *, channels: int, side: int) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -25,6 +26,7 @@ from edgekit.errors import EdgekitError, ToolMissingError, UnsupportedError
 from edgekit.graph.checks import load_onnx
 from edgekit.graph.receptive_field import receptive_field
 from edgekit.report import Audit
+from edgekit.runners import qemu
 from edgekit.target import Isa, Target
 
 PIN = "apache-tvm==0.27.0.post1 apache-tvm-ffi==0.1.14.post0"
@@ -125,8 +127,33 @@ class _Tile:
         return f"{self.width}x{self.height}"
 
 
+def check(target: Target) -> None:
+    """Refuse a target that no model is compiled or verified for; raises as the protocol says.
+
+    Cores are looked up where QEMU is installed. `open_session` asks for it where it is not.
+    """
+    isa, _ = _asked(target)
+    link.system_of(isa)
+    processor.needs(isa, [])
+    if target.runner.kind == "qemu":
+        with suppress(ToolMissingError):
+            for cpu in target.runner.cpus:
+                qemu.find(cpu)
+
+
 def _settings(source: Source, target: Target) -> tuple[Isa, _Tile]:
     """Return the instruction set and the tile, or say which of the target's settings this engine cannot do."""
+    isa, tile = _asked(target)
+    if tile.height % source.stride or tile.width % source.stride:
+        raise UnsupportedError(
+            f"target '{target.name}': input {tile} is not a tile that '{source.name}' can be compiled for",
+            remedy=f"set input.height and input.width to multiples of {source.stride}",
+        )
+    return isa, tile
+
+
+def _asked(target: Target) -> tuple[Isa, _Tile]:
+    """Return the instruction set and the tile, whatever the model."""
     if target.precision == "float16":
         raise UnsupportedError(
             f"target '{target.name}': the engine 'tvm' has no float16 kernels", remedy="use precision: int8 or float32"
@@ -134,10 +161,10 @@ def _settings(source: Source, target: Target) -> tuple[Isa, _Tile]:
     if target.isa is None:
         raise UnsupportedError(f"target '{target.name}' has no 'isa'", remedy="set isa.triple and isa.cpu")
     height, width = target.input.height, target.input.width
-    if height is None or width is None or height % source.stride or width % source.stride:
+    if height is None or width is None:
         raise UnsupportedError(
-            f"target '{target.name}': input {width}x{height} is not a tile that '{source.name}' can be compiled for",
-            remedy=f"set input.height and input.width to multiples of {source.stride}",
+            f"target '{target.name}': the engine 'tvm' has a fixed tile, input is {height} x {width}",
+            remedy="set input.height and input.width",
         )
     return target.isa, _Tile(width=width, height=height)
 

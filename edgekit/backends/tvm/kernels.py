@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import onnx
@@ -35,16 +36,32 @@ def target_of(isa: Isa, *more_features: str) -> tvm.target.Target:
     """Return TVM's target for an instruction set, with more features than it names if asked for.
 
     Raises:
-        UnsupportedError: LLVM does not know the processor; it would warn, and compile for a generic one.
+        UnsupportedError: LLVM does not know the processor or a feature; it would warn, and compile without them.
     """
     features = [*isa.features, *more_features]
-    plain = tvm.target.Target({"kind": "llvm", "mtriple": isa.triple, "mcpu": "generic"})
-    known = [str(cpu) for cpu in tvm.get_global_func("target.llvm_get_cpu_archlist")(plain)]
-    if isa.cpu not in known:
-        raise UnsupportedError(f"isa.cpu: LLVM knows no '{isa.cpu}' for {isa.triple}", remedy=nearest(isa.cpu, known))
+    cpus, known = _known(isa.triple)
+    if isa.cpu not in cpus:
+        raise UnsupportedError(f"isa.cpu: LLVM knows no '{isa.cpu}' for {isa.triple}", remedy=nearest(isa.cpu, cpus))
+    for feature in isa.features:
+        if feature[1:] not in known:
+            raise UnsupportedError(
+                f"isa.features: LLVM knows no '{feature[1:]}' for {isa.triple}", remedy=nearest(feature[1:], known)
+            )
     return tvm.target.Target(
         {"kind": "llvm", "mtriple": isa.triple, "mcpu": isa.cpu, "mattr": features, "num-cores": 1}
     )
+
+
+@cache
+def _known(triple: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the processors that LLVM knows for a triple, and the features that any of them has."""
+
+    def asked(name: str, cpu: str) -> list[str]:
+        target = tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": cpu})
+        return [str(found) for found in tvm.get_global_func(f"target.llvm_get_cpu_{name}")(target)]
+
+    cpus = asked("archlist", "generic")
+    return tuple(cpus), tuple(sorted({feature for cpu in cpus for feature in asked("features", cpu)}))
 
 
 def fuse(path: Path, shapes: Mapping[str, tuple[int, ...]], target: tvm.target.Target) -> tvm.IRModule:

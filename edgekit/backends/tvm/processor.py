@@ -88,8 +88,9 @@ def needs(isa: Isa, features: Sequence[str]) -> Needs:
     """Return what machine code for an instruction set, with those features more, may not be without.
 
     Raises:
-        UnsupportedError: A feature that the library could not ask a processor for.
+        UnsupportedError: A feature that the library could not ask a processor for; or as `target_of`.
     """
+    target = target_of(isa, *features)
     family = isa.triple.partition("-")[0]
     known = _BITS[family]
     named = {feature.lstrip("+") for feature in (*isa.features, *features) if not feature.startswith("-")}
@@ -99,7 +100,7 @@ def needs(isa: Isa, features: Sequence[str]) -> Needs:
             remedy=f"known: {', '.join(sorted(known))}",
         )
     # A named core brings features along; LLVM also lists what code of ours cannot use, as system registers.
-    asked = tvm.get_global_func("target.llvm_get_cpu_features")(target_of(isa, *features))
+    asked = tvm.get_global_func("target.llvm_get_cpu_features")(target)
     found = tuple(sorted(set(known) & {str(feature) for feature in asked}))
     words = [0] * _WORDS[family]
     for feature in found:
