@@ -746,6 +746,21 @@ def test_the_training_pictures_may_be_gone_where_the_evaluation_pictures_are_tho
     assert set(compiling.compile_model(str(tmp_path / "run"), [FLOAT]).bundles) == {FLOAT.name}
 
 
+def test_where_the_training_pictures_are_gone_other_evaluation_pictures_are_looked_for_in_the_list_alone(
+    own_evaluation, tmp_path, caplog
+):
+    mine, _ = own_evaluation
+    learned = (mine / "train" / "5.png").read_bytes()
+    shutil.rmtree(mine / "train")
+    Image.fromarray(dead_leaves(96, 64, 64)[0]).save(mine / "evaluation" / "0.png")
+    with caplog.at_level("INFO", logger="edgekit"):
+        assert set(compiling.compile_model(str(tmp_path / "run"), [FLOAT]).bundles) == {FLOAT.name}
+    assert "parts of evaluation are not looked for there" in caplog.text
+    (mine / "evaluation" / "0.png").write_bytes(learned)
+    with pytest.raises(InputError, match=r"its student learned from '.*/5.png', which is '0.png' of evaluation"):
+        compiling.compile_model(str(tmp_path / "run"), [FLOAT])
+
+
 def test_a_student_is_not_judged_by_the_list_of_a_training_that_did_not_end(own_evaluation, tmp_path, monkeypatch):
     mine, recipe = own_evaluation
     (mine / "train" / "5.png").rename(mine / "evaluation" / "0.png")

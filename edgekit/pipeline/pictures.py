@@ -120,7 +120,8 @@ def refuse_seen(opened: Run, data: Data, judged: PictureSet) -> None:
                 f"{opened.root}: its student learned from '{name}', which is '{picture.name}' of {judged.name}",
                 remedy="take it out of data.evaluation; a figure is taken on pictures that the student has not seen",
             )
-    refuse_leaks(load(data))
+    refuse_shown(data, _kept_back(data))
+    refuse_small(judged)
 
 
 def refuse_shown(data: Data, judged: PictureSet) -> None:
