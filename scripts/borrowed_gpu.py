@@ -81,6 +81,7 @@ class Entry:
     from_shipped: bool = False
 
 
+PLAN_FILE = "plan.json"
 # In order of priority. The students of a wave run side by side, since one alone leaves most of a large GPU idle.
 PLAN = (
     Entry(name="teacher", recipe="teacher-unet", minutes=10, wave=1, taught=False, half=True),
@@ -141,6 +142,7 @@ def prepare(
     folders, minutes = _named(evaluate), _limits(limits, kept)
     made = {e.name: recipe.load(e.recipe, tuple(overrides)) for e in kept}
     least = max(_largest_patch(m) for m in made.values())
+    _clear(output)
     train, small = _copy(pictures, output / "pictures/train", least=least)
     if not train:
         raise InputError(
@@ -174,7 +176,7 @@ def prepare(
     ]
     about = f"{train} photographs ({', '.join(folder.resolve().name for folder in pictures)})"
     record = {"schema_version": 1, "plan": plan, "evaluate": sorted(folders), "pictures": about}
-    write_json(output / "plan.json", record)
+    write_json(output / PLAN_FILE, record)
     click.echo(f"{output}: {sum(e['minutes'] for e in _longest(plan)):.1f} minutes")
     _check_size(output, limit_mib)
 
@@ -390,9 +392,17 @@ def _check_size(output: Path, limit_mib: float) -> None:
     click.echo(said)
 
 
+def _clear(output: Path) -> None:
+    """Take the folder for a plan, which is there at once, if only as the beginning of one; remove an earlier one."""
+    if output.exists() and not (output / PLAN_FILE).exists() and any(output.iterdir()):
+        raise InputError(f"{output}: holds something else than a plan", remedy="name a folder that is not there yet")
+    for made in ("pictures", "jobs"):
+        shutil.rmtree(output / made, ignore_errors=True)
+    write_json(output / PLAN_FILE, {})
+
+
 def _copy(folders: Sequence[Path], out: Path, *, every: int = 1, least: int = 1) -> tuple[int, int]:
-    """Copy pictures into one folder; return how many, and how many were too small."""
-    shutil.rmtree(out, ignore_errors=True)
+    """Copy pictures into one new folder; return how many, and how many were too small."""
     out.mkdir(parents=True)
     copied = small = 0
     for number, folder in enumerate(folders):
@@ -408,7 +418,7 @@ def _copy(folders: Sequence[Path], out: Path, *, every: int = 1, least: int = 1)
 
 
 def _read_plan(folder: Path) -> list[Entry]:
-    path = folder / "plan.json"
+    path = folder / PLAN_FILE
     try:
         return [Entry(**e) for e in json.loads(path.read_text(encoding="utf-8"))["plan"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -548,7 +558,7 @@ def _rescue(state: Path, entry: Entry) -> None:
 
 def _evaluate(folder: Path, state: Path, plan: Sequence[Entry], until: float) -> None:
     """Measure what each finished training reaches; what there is no time for is left to the next piece."""
-    names = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["evaluate"]
+    names = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))["evaluate"]
     for entry in plan:
         path = state / entry.name / "measured.json"
         if not (state / entry.name / "done").is_file() or "measured" in _read(path) or time.monotonic() >= until:
@@ -605,7 +615,7 @@ def _pack(folder: Path, state: Path, out: Path, plan: Sequence[Entry]) -> None:
         with atomic_file(out / f"weights-{number}.safetensors") as temporary:
             temporary.write_bytes(save(part))
     results: dict[str, object] = {"schema_version": 1, "device": _device(), "torch": torch.__version__}
-    results["pictures"] = _read(folder / "plan.json").get("pictures", "photographs")
+    results["pictures"] = _read(folder / PLAN_FILE).get("pictures", "photographs")
     results["trained"] = trained
     results["logs"] = {e.name: _log(state / e.name) for e in plan}
     if record := _read(state / "baseline.json"):

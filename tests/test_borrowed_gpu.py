@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -218,6 +219,25 @@ def test_pictures_of_one_name_in_folders_of_one_name_are_all_taken(pictures):
     Image.fromarray(dead_leaves(12, 200, 208)[0]).save(more / "0.png")
     assert "4 pictures to learn from" in prepare(pictures, "--only", "nano", "--pictures", str(more))
     assert len(list((pictures / "plan/pictures/train").iterdir())) == 4
+
+
+def test_another_plan_in_a_folder_replaces_the_one_before(pictures):
+    prepare(pictures, "--only", "nano", "--only", "control")
+    first, *others = sorted((pictures / "plan/pictures/train").iterdir())
+    (pictures / "photos" / first.name.removeprefix("0-photos-")).unlink()
+    prepare(pictures, "--only", "nano")
+    assert [path.name for path in (pictures / "plan/jobs").iterdir()] == ["nano"]
+    assert sorted((pictures / "plan/pictures/train").iterdir()) == others
+
+
+def test_a_folder_of_something_else_is_not_made_a_plan_of(pictures):
+    photos = Path(shutil.copytree(pictures / "photos", pictures / "plan/pictures/train"))
+    with pytest.raises(InputError, match=r"plan: holds something else than a plan; name a folder that is not there"):
+        prepare(pictures, "--only", "nano")
+    assert sorted(p.name for p in photos.iterdir()) == sorted(p.name for p in (pictures / "photos").iterdir())
+    shutil.rmtree(photos)
+    (pictures / "plan/pictures").rmdir()
+    prepare(pictures, "--only", "nano")
 
 
 def test_what_travels_has_to_fit_beside_the_checkout(pictures):
