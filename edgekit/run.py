@@ -152,6 +152,11 @@ class Run:
         )
 
 
+def folder_of(name: str, told: str | Path | None) -> Path:
+    """Return where a run lies: the folder that was told, else `runs/<name>`."""
+    return RUNS / name if told is None else Path(told)
+
+
 @contextmanager
 def open_run(root: Path, identity: Mapping[str, object] | None, *, overwrite: bool = False) -> Iterator[Run]:
     """Open a run folder for writing and hold its lock.

@@ -84,12 +84,12 @@ class _Graph:
 
 
 def compile_model(
-    what: str | None,
+    what: str | Path | None,
     targets: Sequence[Target],
     *,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     overrides: Sequence[str] = (),
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     overwrite: bool = False,
 ) -> Compiled:
     """Compile a run's student, a shipped model, an ONNX file or a torch class for each target, and return the bundles.
@@ -108,6 +108,8 @@ def compile_model(
         UnsupportedError: The target does not take the model.
         ToolMissingError: The target's engine is not installed. IntegrityError: A file changed, or outputs moved.
     """
+    what = None if what is None else str(what)
+    weights, folder = (None if path is None else Path(path) for path in (weights, folder))
     what = chosen(what, targets, weights=weights, overrides=overrides, folder=folder, overwrite=overwrite)
     root = Path(what)
     if root.is_dir():
@@ -118,7 +120,7 @@ def compile_model(
     network = networks.named(what, weights)
     recipe = _told_recipe(network.name, network.net.channels, overrides)
     identity = {"recipe": asdict(recipe), "compiles": {"model": what, "sha256": network.sha256}}
-    with run.open_run(folder or run.RUNS / network.name, identity, overwrite=overwrite) as opened:
+    with run.open_run(run.folder_of(network.name, folder), identity, overwrite=overwrite) as opened:
         if network.model:
             _keep_student(opened, network)
         return compile_student(opened, recipe, network, targets)
@@ -213,7 +215,7 @@ def _compile_onnx(
     check_onnx(name, targets)
     recipe = _told_recipe(name, interface.channels, overrides)
     identity = {"recipe": asdict(recipe), "compiles": {"model": path.name, "sha256": sha256(path)}}
-    with run.open_run(folder or run.RUNS / name, identity, overwrite=overwrite) as opened:
+    with run.open_run(run.folder_of(name, folder), identity, overwrite=overwrite) as opened:
         first = Link(kind="onnx", sha256=sha256(path), made_from=None)
         stage, link = _simplified(opened, path, first)
         graph = _Graph(

@@ -82,13 +82,14 @@ class Opened:
         )
 
 
-def open_model(what: str, *, weights: Path | None = None, threads: int = 2) -> Opened:
+def open_model(what: str | Path, *, weights: str | Path | None = None, threads: int = 2) -> Opened:
     """Return a bundle, run folder, shipped model, ONNX file or torch class, ready to denoise.
 
     Raises:
         InputError: Nothing of that name, or weights for what has its own.
         ToolMissingError: The bundle's engine or runner is not there.
     """
+    what, weights = str(what), None if weights is None else Path(weights)
     networks.refuse_ignored(what, weights=weights)
     path = Path(what)
     if (path / bundle.MANIFEST).is_file():
@@ -114,7 +115,9 @@ def open_model(what: str, *, weights: Path | None = None, threads: int = 2) -> O
     )
 
 
-def denoise_file(opened: Opened, source: Path, to: Path, *, sigma255: float, add_noise: bool = False) -> Path:
+def denoise_file(
+    opened: Opened, source: str | Path, to: str | Path, *, sigma255: float, add_noise: bool = False
+) -> Path:
     """Denoise a picture file, and return where the result lies, 8 bits a channel.
 
     Args:
@@ -127,6 +130,7 @@ def denoise_file(opened: Opened, source: Path, to: Path, *, sigma255: float, add
     Raises:
         InputError: The picture cannot be read, the ending names no format, or its format cannot hold the picture.
     """
+    source, to = Path(source), Path(to)
     if (form := _FORMATS.get(to.suffix.lower())) is None:
         raise InputError(f"{to}: '{to.suffix}' is no picture format", remedy=f"use one of {', '.join(_FORMATS)}")
     channels: photos.Channels = 1 if opened.channels == 1 else 3

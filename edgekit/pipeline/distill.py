@@ -59,7 +59,7 @@ def silent(moment: Moment) -> None:
 
 def distill(
     recipe: Recipe,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     *,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -81,7 +81,7 @@ def distill(
     identity: dict[str, object] = {"recipe": asdict(recipe)}
     if alone and recipe.teacher:
         identity["alone"] = True
-    with run.open_run(folder or run.RUNS / recipe.name, identity, overwrite=overwrite) as opened:
+    with run.open_run(run.folder_of(recipe.name, folder), identity, overwrite=overwrite) as opened:
         return train_student(opened, recipe, progress=progress, alone=alone)
 
 

@@ -25,7 +25,7 @@ class Step:
     state: str
 
 
-def plan(recipe: Recipe, targets: Sequence[Target], folder: Path | None = None) -> list[Step]:
+def plan(recipe: Recipe, targets: Sequence[Target], folder: str | Path | None = None) -> list[Step]:
     """Return the steps of a recipe for its targets in their order; nothing is written.
 
     Raises:
@@ -39,7 +39,7 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: Path | None = None) 
         compiling.check_tile(recipe.student.model, stride, target)
         if target.engine not in missing:
             backends.load(target.engine).check(target)
-    made = _made(folder or run.RUNS / recipe.name)
+    made = _made(run.folder_of(recipe.name, folder))
     steps = plan_training(recipe, folder)
     steps += [Step(name=n, what=w, state=_state(n, made)) for n, w in _COMPRESSION]
     if _has_weights(recipe.teacher):
@@ -85,7 +85,7 @@ def check_model(
     return what
 
 
-def plan_training(recipe: Recipe, folder: Path | None = None, *, alone: bool = False) -> list[Step]:
+def plan_training(recipe: Recipe, folder: str | Path | None = None, *, alone: bool = False) -> list[Step]:
     """Return the steps up to the trained student, which is where `distill` and `train` end; raises as `plan`.
 
     Args:
@@ -95,7 +95,7 @@ def plan_training(recipe: Recipe, folder: Path | None = None, *, alone: bool = F
     """
     if recipe.teacher and not alone:
         networks.architecture(recipe.teacher, recipe.data.channels)
-    made = _made(folder or run.RUNS / recipe.name)
+    made = _made(run.folder_of(recipe.name, folder))
     return [
         Step(name="pictures", what=_pictures(recipe), state=_state("pictures", made)),
         Step(name="student", what=_student(recipe, alone), state=_state("student", made)),

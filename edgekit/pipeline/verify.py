@@ -92,7 +92,11 @@ def _student_of(root: Path) -> str:
 
 
 def verify(
-    path: Path, *, settings: Settings | None = None, records: Sequence[Path] | None = None, say: Say = log.info
+    path: str | Path,
+    *,
+    settings: Settings | None = None,
+    records: Sequence[str | Path] | None = None,
+    say: Say = log.info,
 ) -> Report:
     """Return the report on one bundle, decided from the bundle and what was measured of it on devices.
 
@@ -107,13 +111,14 @@ def verify(
         InputError: No bundle, or a named record is none. UnsupportedError: A graph that cannot be evaluated.
         IntegrityError: A file of the bundle changed; a named record is damaged, or is of another artifact.
     """
-    settings = settings or Settings()
+    settings, path = settings or Settings(), Path(path)
+    named = None if records is None else [Path(record) for record in records]
     manifest = bundle.read(path)
     target, built = manifest.target, manifest.built
     golden = read_golden(path, manifest.protocol.pictures, manifest.protocol.files)
     judge = _Judge(path, manifest, golden)
     shipped = bundle.artifact_files(path, built.files)
-    measured = _measured(path, records, bundle.combined_sha256(shipped), golden, manifest)
+    measured = _measured(path, named, bundle.combined_sha256(shipped), golden, manifest)
 
     noisy = judge.row("noisy input", "protocol", quality.noisy_input, None, ())
     teacher = judge.reference("teacher FP32", "teacher.fp32.onnx", say)
@@ -155,15 +160,16 @@ def verify(
     )
 
 
-def write(report: Report, path: Path) -> Path:
+def write(report: Report, path: str | Path) -> Path:
     """Write a report beside its bundle, or to a file of the user's; return where it lies."""
-    write_json(path, report.as_json())
-    return path
+    write_json(Path(path), report.as_json())
+    return Path(path)
 
 
-def default_path(path: Path) -> Path:
+def default_path(path: str | Path) -> Path:
     """Return where the report on a bundle goes: beside it, for the bundle itself is never written to."""
-    return path.resolve().with_name(f"{path.resolve().name}.report.json")
+    path = Path(path).resolve()
+    return path.with_name(f"{path.name}.report.json")
 
 
 class _Judge:

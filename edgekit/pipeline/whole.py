@@ -31,7 +31,7 @@ class Result:
 def run_recipe(
     recipe: Recipe,
     targets: Sequence[Target],
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     *,
     overwrite: bool = False,
     settings: verify.Settings | None = None,
@@ -56,7 +56,7 @@ def run_recipe(
     compiling.check_targets(targets)
     for target in targets:
         compiling.check_tile(recipe.student.model, stride, target)
-    root = folder or run.RUNS / recipe.name
+    root = run.folder_of(recipe.name, folder)
     with run.open_run(root, {"recipe": asdict(recipe)}, overwrite=overwrite) as opened:
         distilled = distill.train_student(opened, recipe, progress=progress)
         compiled = compiling.compile_student(opened, recipe, networks.from_run(root), targets)
