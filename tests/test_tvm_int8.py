@@ -398,6 +398,43 @@ class _Students(nn.Module):
         return noisy - self.last(skip + self.third(skip))
 
 
+class _LevelBeside(nn.Module):
+    """A network that is told the noise level by a map, or several, beside the picture or beside squares of it."""
+
+    takes_sigma, stride = True, 4
+
+    def __init__(self, level: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], maps: int = 1, block: int = 1):
+        super().__init__()
+        self.level, self.block = level, block
+        self.head = nn.Conv2d(block**2 + maps, 24, 3, padding=1)
+        self.tail = nn.Conv2d(24, block**2, 3, padding=1)
+        with torch.no_grad():
+            # Each channel another, so that one in the place of another is seen; a level is far smaller than pixels.
+            self.head.weight *= torch.linspace(2, 6, block**2 + maps)[:, None, None]
+            self.tail.weight *= 2
+
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        squares = nn.functional.pixel_unshuffle(noisy, self.block) if self.block > 1 else noisy
+        maps = torch.relu(self.head(self.level(squares, sigma)))
+        shuffled = nn.functional.pixel_shuffle(self.tail(maps), self.block) if self.block > 1 else self.tail(maps)
+        return noisy - shuffled
+
+
+def _expanded(noisy: torch.Tensor, sigma: torch.Tensor, count: int = 1) -> torch.Tensor:
+    return sigma.expand(noisy.shape[0], count, noisy.shape[2], noisy.shape[3])
+
+
+LEVELS: dict[str, Callable[[], nn.Module]] = {
+    "level expanded": lambda: _LevelBeside(lambda x, s: torch.cat((x, _expanded(x, s)), 1)),
+    "level first": lambda: _LevelBeside(lambda x, s: torch.cat((_expanded(x, s, 2), x), 1), maps=2),
+    "level times ones": lambda: _LevelBeside(lambda x, s: torch.cat((x, s * torch.ones_like(x)), 1)),
+    "level repeated": lambda: _LevelBeside(lambda x, s: torch.cat((x, s.repeat(1, 1, *x.shape[2:])), 1)),
+    "level of squares": lambda: _LevelBeside(lambda x, s: torch.cat((x, _expanded(x, s)), 1), block=2),
+    "levels on both sides": lambda: _LevelBeside(
+        lambda x, s: torch.cat((_expanded(x, s), x, s * torch.ones_like(x)), 1), maps=2
+    ),
+}
+
 NETS["students"] = _Students
 # Of 16 channels, x86 finishes 32 together: here one pair and one that is alone.
 NETS["students of 48"] = partial(_Students, 48)
@@ -419,6 +456,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
         folder = tmp_path_factory.mktemp("net")
         if name == "colour":
             return _source(_colour(), folder, channels=3, stride=8)
+        if name in LEVELS:
+            return _placed(LEVELS[name](), folder)
         if name.startswith("trunk "):
             return _placed(NETS[name.removeprefix("trunk ")](), folder)
         return _source(NETS[name](), folder)
@@ -455,7 +494,7 @@ def _size(name: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("where", MACHINES)
-@pytest.mark.parametrize("name", [*NETS, "colour", *(f"trunk {name}" for name in TRUNKS)])
+@pytest.mark.parametrize("name", [*NETS, "colour", *(f"trunk {name}" for name in TRUNKS), *LEVELS])
 def test_every_kernel_is_exact_on_every_instruction_set(
     sources: Sources, denoisers: Denoise, name: str, where: str
 ) -> None:
@@ -473,6 +512,23 @@ def test_the_reference_computes_what_the_quantized_graph_says(sources: Sources, 
     got = reference.run(_network(source, SIDE, SIDE + 4), noisy, SIGMA)
     # ONNX Runtime rounds more often, also the picture itself: a step of 1/255 or so, which is 50 dB.
     assert _psnr(got, wanted) > 42
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("sigma", [5 / 255, SIGMA, 50 / 255])
+def test_a_map_of_the_noise_level_beside_the_picture_is_read_with_it(sources: Sources, name: str, sigma: float) -> None:
+    source, noisy = sources(name), _photograph(1, SIDE, SIDE + 4)
+    network = _network(source, SIDE, SIDE + 4)
+    got = reference.run(network, noisy, sigma)
+    with torch.no_grad():
+        wanted, other = (
+            source.module()(torch.from_numpy(noisy), torch.full((1, 1, 1, 1), level)).numpy()
+            for level in (sigma, sigma + 5 / 255)
+        )
+    assert _psnr(got, wanted) > max(_psnr(got, other) + 6, 35)
+    assert [type(operator) for operator in network.operators] == [
+        *(integer.Quantize, integer.Convolution, integer.Convolution)
+    ]
 
 
 @pytest.mark.parametrize("name", ["trunk dense 3x3", "trunk strided 3x3"])
@@ -800,7 +856,7 @@ class _Calls(nn.Module):
         super().__init__()
         self.function, self.takes_sigma = function, takes_sigma
         self.head, self.body, self.tail = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 1, 1)
-        self.gated, self.level = nn.Conv2d(8, 1, 1), nn.Conv2d(1, 16, 1)
+        self.gated, self.level, self.last = nn.Conv2d(8, 1, 1), nn.Conv2d(1, 16, 1), nn.Conv2d(17, 1, 1)
 
     def forward(self, *given: torch.Tensor) -> torch.Tensor:
         return self.function(self, *given)
@@ -868,7 +924,11 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "map of sigma": (
         _Calls(lambda net, x, sigma: x - net.tail(net.body(net.head(sigma.expand_as(x)))), takes_sigma=True),
-        "Expand '.*; add sigma times one constant per channel to what a convolution gives, or set",
+        "Conv '.*' reads '.*', a level of the noise; add sigma times one constant per channel to what a",
+    ),
+    "a map of sigma beside maps": (
+        _Calls(lambda net, x, sigma: x - net.last(torch.cat((net.head(x), _expanded(x, sigma)), 1)), takes_sigma=True),
+        "Concat '.*' reads '.*', a level of the noise; add sigma times one constant per channel to what a",
     ),
     "hard-swish": (tiny.network("nano", {"activation": "hardswish"}), "HardSwish '.*; use ReLU in its place, or set"),
     "squeeze-and-excitation": (

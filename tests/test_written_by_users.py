@@ -257,6 +257,26 @@ def test_published_networks_become_int8(tmp_path, name, way):
         )
 
 
+@pytest.mark.parametrize("name", ["by hand", "drunet"])
+def test_those_with_maps_of_the_noise_level_are_integer_networks_for_phones(tmp_path, name):
+    pytest.importorskip("tvm")
+    from edgekit.backends.tvm import integer, qdq, reference
+
+    net = seeded(PUBLISHED[name]())
+    graph = placed(prepared(simplified(net, tmp_path), "arm", net.channels), "arm")
+    onnx.save(graph, tmp_path / "int8.onnx")
+    network = qdq.read(tmp_path / "int8.onnx", channels=net.channels, height=72, width=56)
+    maps = [operator for operator in network.operators if isinstance(operator, integer.Quantize)]
+    assert [operator.places.count(None) for operator in maps] == [{"by hand": 3, "drunet": 1}[name]]
+    noisy = probe(72, 56, net.channels, seed=9)
+    for level in (5 / 255, LEVEL, 50 / 255):
+        with torch.no_grad():
+            want = net(torch.from_numpy(noisy), torch.full((1, 1, 1, 1), level)).numpy()
+        got = reference.run(network, noisy, level)
+        assert agreement_db(got, want) > 40
+        assert agreement_db(got, Reference(graph, exact=True)(noisy, level)) > 50
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_training_with_the_rounding_follows_them(tmp_path, name):
     """Files are written for one picture, and trained on several with a noise level each."""

@@ -47,6 +47,7 @@ from edgekit.graph.walk import (
     first_convolutions,
     group_count,
     initializers,
+    input_maps,
     last_convolutions,
     last_sum,
     producers,
@@ -308,6 +309,8 @@ class _Writer:
         if self._placement.floats and not self._placement.results:
             return {}
         maps = (self._ranges.keys() & derived_from(self._model, NOISY)) - _gates(self._model)
+        # A kernel of our own writes the picture and the noise level into one map.
+        maps -= input_maps(self._model) if self._placement.trunk == "int16" else set()
         found = {}
         for node in self._model.graph.node:
             reads = tuple(node.input if node.op_type == "Concat" else node.input[:1])

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edgekit.graph.checks import DENOISED, SIGMA
+from edgekit.graph.checks import DENOISED, NOISY, SIGMA
 
 CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -122,6 +122,43 @@ def last_sum(model: onnx.ModelProto) -> str:
 def is_noise_level(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
     """Return whether a node multiplies the noise level by constants, one for each channel of what it is added to."""
     return node.op_type == "Mul" and node.input[0] == SIGMA and node.input[1] in stored
+
+
+def input_maps(model: onnx.ModelProto) -> set[str]:
+    """Return the tensors that hold pixels of the input, in places of their own, and maps of the noise level beside."""
+    levels, found = level_maps(model), {NOISY}
+    for node in model.graph.node:
+        if node.op_type == "Concat" and attribute(node, "axis") in (1, -3):
+            moved = not found.isdisjoint(node.input) and (found | levels).issuperset(node.input)
+        else:
+            moved = node.op_type in ("SpaceToDepth", "Gather") and node.input[0] in found
+        if moved:
+            found.update(node.output)
+    return found
+
+
+def level_maps(model: onnx.ModelProto) -> set[str]:
+    """Return the tensors that hold the noise level at each pixel."""
+    made_by, stored = producers(model), initializers(model)
+
+    def is_one(name: str) -> bool:
+        node = made_by.get(name)
+        if node is None or node.op_type not in ("ConstantOfShape", "Expand"):
+            return name in stored and numpy_helper.to_array(stored[name]).reshape(-1).tolist() == [1.0]
+        if node.op_type == "Expand":
+            return is_one(node.input[0])
+        value = attribute(node, "value")
+        return value is not None and numpy_helper.to_array(value).tolist() == [1.0]
+
+    found = {SIGMA}
+    for node in model.graph.node:
+        read = [name for name in node.input if name not in found]
+        if node.op_type == "Mul" and len(read) == 1:
+            is_level = read[0] in made_by and is_one(read[0])
+        else:
+            is_level = node.op_type in ("Expand", "Tile") and node.input[0] in found
+        found.update(node.output if is_level else ())
+    return found - {SIGMA}
 
 
 def integer_convolutions(model: onnx.ModelProto) -> tuple[str, ...]:

@@ -111,12 +111,13 @@ class Quantize:
 
     With a second plane that is in steps of it, of which q is the nearest multiple.
 
-    places: Of each channel, the plane, row and column within a square of `block` x `block` pixels.
+    places: Of each channel, the plane, row and column within a square of `block` x `block` pixels; None for one that
+        holds sigma everywhere in place of x, a map of the noise level.
     """
 
     writes: Feature
     inverse: np.float32
-    places: tuple[tuple[int, int, int], ...]
+    places: tuple[tuple[int, int, int] | None, ...]
     block: int
 
     @property

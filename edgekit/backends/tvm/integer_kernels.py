@@ -149,7 +149,7 @@ class FromPicture:
 
     planes: int
     block: int
-    places: tuple[tuple[int, int, int], ...]
+    places: tuple[tuple[int, int, int] | None, ...]
     writes: Map
 
 
@@ -634,6 +634,8 @@ def _from_picture(kernel: FromPicture, name: str, machine: Machine) -> tirx.Prim
     e, writes, block = Emitter(), kernel.writes, kernel.block
     height, width = writes.height * block, writes.width * block
     noisy = e.parameter("noisy", _FLOAT, kernel.planes * height * width)
+    if None in kernel.places:
+        sigma = e.parameter("sigma", _FLOAT, 1)
     # inverse of the scale, lowest and highest rounded value, zero point in memory
     settings = e.parameter("settings", _FLOAT, 4)
     outside = _outside(e, machine, writes)
@@ -642,8 +644,12 @@ def _from_picture(kernel: FromPicture, name: str, machine: Machine) -> tirx.Prim
     offset_rest, bits = 128 if machine.unsigned else 0, writes.rest_bits
     inverse, low, high, offset = (e.let(load(settings, place)) for place in range(4))
     with e.loop(writes.height) as y, e.loop(writes.width) as x:
-        for channel, (plane, row, column) in enumerate(kernel.places):
-            value = load(noisy, (plane * height + y * block + row) * width + x * block + column)
+        for channel, place in enumerate(kernel.places):
+            if place is None:
+                value = load(sigma, 0)
+            else:
+                plane, row, column = place
+                value = load(noisy, (plane * height + y * block + row) * width + x * block + column)
             bounded = tirx.min(tirx.max(value * inverse, low), high)
             rounded = e.let(tirx.Cast("int32", tirx.nearbyint(bounded) + offset))
             index = writes.index(y, x, channel)

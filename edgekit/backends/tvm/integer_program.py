@@ -92,7 +92,8 @@ class _Writer:
         settings = np.array([operator.inverse, *operator.ends, zero_point], np.float32)
         writes = self._map(operator.writes)
         kernel = FromPicture(planes=self._network.channels, block=operator.block, places=operator.places, writes=writes)
-        reads = (Input("noisy"), _constant(settings), self._outside(operator.writes))
+        level = (Input("sigma"),) if None in operator.places else ()
+        reads = (Input("noisy"), *level, _constant(settings), self._outside(operator.writes))
         self._features[operator.writes.name] = self._call(kernel, reads, writes.bytes)
 
     def _move(self, kernel: Joined | Resampled, reads: Sequence[Feature], writes: Feature) -> None:

@@ -3,6 +3,8 @@
     x ─ Q ─ DQ ─ Conv ─ Relu ─ Q ─ DQ ─ ...                               -> one convolution with bounds
     x ─ Q ─ DQ ─ Conv ─ (Q ─ DQ) ─ DepthToSpace ─ (Q ─ DQ) ─ Add ─ Q ─    -> one convolution, shuffled, with a residual
     noisy ─ SpaceToDepth ─ Q ─ DQ ─ Conv ─ (Q ─ DQ) ─ Add(sigma x v) ─ Q  -> quantize; one convolution with a noise gain
+    noisy ──────── Concat ─ Q ─ DQ ─ Conv ─                                -> quantize, sigma too, into one map
+    sigma ─ Expand ┘
     ... ─ Conv ─ (Q ─ DQ) ─ DepthToSpace ─ (Q ─ DQ) ─ Sub(noisy, .)       -> one convolution that writes the picture; so
                                                                              with Add(noisy, .), or neither
 
@@ -56,7 +58,7 @@ from edgekit.backends.tvm.transposed import shuffled
 from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
 from edgekit.graph.resizing import resizing
-from edgekit.graph.walk import PAIR, consumers, initializers, producers
+from edgekit.graph.walk import PAIR, consumers, initializers, input_maps, level_maps, producers
 
 Weights: TypeAlias = NDArray[np.int8 | np.int16]
 
@@ -86,9 +88,9 @@ def read(path: Path, *, channels: int, height: int, width: int) -> Network:
 
 @dataclass(frozen=True, kw_only=True)
 class _Spaced:
-    """The picture, or squares of it as channels; `places` as in `integer.Quantize`."""
+    """The picture, or squares of it as channels, with maps of the noise level; `places` as in `integer.Quantize`."""
 
-    places: tuple[tuple[int, int, int], ...]
+    places: tuple[tuple[int, int, int] | None, ...]
     block: int
 
 
@@ -129,7 +131,11 @@ class _Sum:
         return self.weights.dtype == np.int16
 
 
-_Value = _Spaced | _Noise | _Sum | Feature
+class _LevelMap:
+    """sigma at each pixel."""
+
+
+_Value = _Spaced | _LevelMap | _Noise | _Sum | Feature
 
 
 class _Reader:
@@ -143,7 +149,8 @@ class _Reader:
             if node.op_type == "Constant":
                 self._constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
         picture = _Spaced(places=tuple((plane, 0, 0) for plane in range(channels)), block=1)
-        self._values: dict[str, _Value] = {NOISY: picture}
+        self._values: dict[str, _Value] = {NOISY: picture, **dict.fromkeys(level_maps(model), _LevelMap())}
+        self._inputs = input_maps(model)
         self._operators: list[Operator] = []
 
     def network(self) -> Network:
@@ -318,7 +325,9 @@ class _Reader:
             raise self._refused(node, "is no reordering of the picture's channels", remedies.instead_of("Gather"))
         return replace(picture, places=tuple(picture.places[int(index)] for index in order.reshape(-1)))
 
-    def _concatenated(self, node: onnx.NodeProto) -> Feature:
+    def _concatenated(self, node: onnx.NodeProto) -> Feature | _Spaced:
+        if node.output[0] in self._inputs:
+            return self._with_levels(node)
         grid = self._grid_of_result(node)
         parts = tuple(self._on_grid(name, grid, node) for name in node.input)
         height, width = parts[0].height, parts[0].width
@@ -328,6 +337,22 @@ class _Reader:
         joined = Feature(name=node.output[0], channels=channels, height=height, width=width, grid=grid)
         self._operators.append(Concat(reads=parts, writes=joined))
         return joined
+
+    def _with_levels(self, node: onnx.NodeProto) -> _Spaced:
+        """The picture and maps of the noise level, whose channels are those that the convolutions read beside it."""
+        parts = [self._value(name) for name in node.input]
+        pictures = [part for part in parts if isinstance(part, _Spaced)]
+        levels = len(parts) - len(pictures)
+        readers = [n for n in self._real_readers(node.output[0]) if n.op_type == "Conv"]
+        wanted = {self._weights(reader)[0].shape[1] for reader in readers}
+        beside = {count - sum(len(picture.places) for picture in pictures) for count in wanted}
+        if len({picture.block for picture in pictures}) != 1 or len(beside) != 1 or (levels > 1 and beside != {levels}):
+            raise self._refused(
+                node, "joins more than the picture with one map of the noise level", remedies.LEVEL_BESIDE
+            )
+        each = beside.pop() if levels == 1 else 1
+        places = [part.places if isinstance(part, _Spaced) else (None,) * each for part in parts]
+        return _Spaced(places=tuple(place for some in places for place in some), block=pictures[0].block)
 
     def _resized(self, node: onnx.NodeProto) -> Feature:
         scales = self._constants.get(node.input[2]) if len(node.input) > 2 else None
@@ -419,7 +444,7 @@ class _Reader:
             return value
         wide = any(map(self._is_wide_pair, self._readers.get(real, [])))
         grid = self._grid(real)
-        if isinstance(value, _Noise):
+        if isinstance(value, _Noise | _LevelMap):
             raise self._refused(reader, f"reads '{real}', a level of the noise", remedies.LEVEL)
         if grid is None:
             raise self._refused(reader, f"reads '{real}', which is not quantized")

@@ -42,7 +42,7 @@ def run(network: Network, noisy: Array, sigma: float) -> Array:
     denoised = np.zeros_like(noisy)
     for operator in network.operators:
         if isinstance(operator, Quantize):
-            features[operator.writes.name] = quantize(operator, noisy)
+            features[operator.writes.name] = quantize(operator, noisy, sigma)
         elif isinstance(operator, Concat):
             parts = [features[part.name].whole for part in operator.reads]
             features[operator.writes.name] = _coarse(np.concatenate(parts, -1))
@@ -55,11 +55,13 @@ def run(network: Network, noisy: Array, sigma: float) -> Array:
     return denoised
 
 
-def quantize(operator: Quantize, noisy: Array) -> Planes:
-    """Return the picture on the grid of its feature map, (h, w, channels)."""
+def quantize(operator: Quantize, noisy: Array, sigma: float) -> Planes:
+    """Return the picture, and maps of the noise level beside it, on the grid of its feature map, (h, w, channels)."""
     low, high = (np.float32(end) for end in operator.ends)
+    block, level = operator.block, np.full(noisy.shape[1:], sigma, np.float32)
     planes = [
-        noisy[0, plane, row :: operator.block, column :: operator.block] for plane, row, column in operator.places
+        level[0, ::block, ::block] if place is None else noisy[0, place[0], place[1] :: block, place[2] :: block]
+        for place in operator.places
     ]
     scaled = np.clip(np.stack(planes, -1) * operator.inverse, low, high)
     bits = operator.writes.rest_bits

@@ -11,6 +11,7 @@ FACTORS = (
     f"{FLOAT32}, which takes gates of h-sigmoid"
 )
 LEVEL = f"add sigma times one constant per channel to what a convolution gives, or {FLOAT32}"
+LEVEL_BESIDE = f"join the picture with one map of the noise level, where convolutions read both, or {FLOAT32}"
 PLACE = "quantize with the placement for arm, which leaves only the last addition or subtraction in float"
 WINDOW = (
     "use dense or depthwise convolutions, without dilation, whose stride and padding are the same for both axes, or "
