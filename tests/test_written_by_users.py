@@ -344,6 +344,48 @@ def test_a_border_that_depends_on_the_picture_stays_with_its_operator(tmp_path):
     assert automatic == {"down"}
 
 
+class ToMultiple(nn.Module):
+    """Pads to a multiple, and crops; in between it shows a picture upside down, which takes all of it as well."""
+
+    channels, stride, takes_sigma = 1, 8, False
+
+    def __init__(self, multiple: int, stride: int = 8) -> None:
+        super().__init__()
+        self.multiple, self.stride = multiple, stride
+        self.down, self.up = nn.Conv2d(1, 8, 2, 2), nn.ConvTranspose2d(8, 1, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        padded = F.pad(x, (0, -w % self.multiple, 0, -h % self.multiple), mode="replicate")
+        maps = torch.flip(F.relu(self.down(padded)), (2,))
+        return (padded - self.up(torch.flip(maps, (2,))))[..., :h, :w]
+
+
+@pytest.mark.parametrize(
+    ("way", "multiple", "stride", "idle"),
+    [
+        # The stride of a file is the least that it takes.
+        *(("file", 4, 8, True), ("file", 16, 8, False)),
+        *(("class", 4, 8, True), ("class", 16, 16, True), ("class", 16, 8, False), ("class", 4, 2, False)),
+    ],
+)
+def test_padding_to_a_multiple_is_left_out_where_sides_are_multiples(tmp_path, way, multiple, stride, idle):
+    net = seeded(ToMultiple(multiple, stride))
+    if way == "file":
+        fp32 = simplify(as_others_export(net, tmp_path / "net.onnx"), tmp_path / "simple.onnx")
+    else:
+        fp32 = compiling.float_graph(networks.Foreign(net, channels=1, stride=stride, takes_sigma=False), tmp_path)
+    model = checks.load_onnx(fp32)
+    counts = checks.op_counts(model)
+    # The two that turn a map upside down stay.
+    assert (counts.get("Pad", 0), counts["Slice"]) == ((0, 2) if idle else (1, 4))
+    for height, width in ((stride * 5, stride * 3), (stride * 4, stride * 7)):
+        noisy = probe(height, width, 1, seed=3)
+        with torch.no_grad():
+            want = net(torch.from_numpy(noisy)).numpy()
+        assert relative_change(Reference(model)(noisy, LEVEL), want) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["ffdnet", "by hand"])
 def test_shuffles_have_their_names(tmp_path, name):
     counts = checks.op_counts(checks.load_onnx(simplified(PUBLISHED[name](), tmp_path)))

@@ -10,6 +10,7 @@ import onnxsim
 from onnx import helper, version_converter
 
 from edgekit.compress.export import OPSET, strip, write
+from edgekit.compress.idle import idle_left_out
 from edgekit.compress.shuffles import shuffles_named
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
 from edgekit.graph.checks import LEAST_OPSET, NOISY, interface, load_onnx, opset
@@ -33,15 +34,22 @@ def onnx_simplifier(model: onnx.ModelProto) -> onnx.ModelProto:
     return simplified
 
 
-def simplify(onnx_in: Path, out: Path, *, simplifier: Simplifier = onnx_simplifier) -> Path:
+def simplify(onnx_in: Path, out: Path, *, step: int | None = None, simplifier: Simplifier = onnx_simplifier) -> Path:
     """Return `out`, now the simplified graph; equal inputs give equal bytes.
 
     onnxsim's own check is not relied on: it compares at one size with loose bounds, and has let changed outputs pass
     (onnxsim#1284). Here three pictures of different size, content and noise level must come out the same.
 
-    Reshapes and Transposes that are shuffles become SpaceToDepth and DepthToSpace. Constant nodes become initializers,
-    which is where weights are looked for. Borders that operators find by themselves get their widths. A file of an
-    opset in which weights cannot be quantized by channel becomes one of opset 17.
+    Padding and crops that do nothing to a picture whose sides are multiples of the stride are left out. Reshapes and
+    Transposes that are shuffles become SpaceToDepth and DepthToSpace. Constant nodes become initializers, which is
+    where weights are looked for. Borders that operators find by themselves get their widths. A file of an opset in
+    which weights cannot be quantized by channel becomes one of opset 17.
+
+    Args:
+        onnx_in: The graph.
+        out: Where the file goes.
+        step: The network's stride, in pixels; found from the graph unless told.
+        simplifier: In place of onnxsim.
 
     Raises:
         InputError: `onnx_in` is not a whole denoiser, or ONNX Runtime does not load or run it.
@@ -50,7 +58,8 @@ def simplify(onnx_in: Path, out: Path, *, simplifier: Simplifier = onnx_simplifi
     """
     before = load_onnx(onnx_in)
     run_before = Reference(before, name=str(onnx_in))
-    after = constants_stored(simplifier(shuffles_named(_with_enough_opset(copied(before), onnx_in))))
+    given = _with_enough_opset(copied(before), onnx_in)
+    after = constants_stored(simplifier(shuffles_named(idle_left_out(given, onnx_in, step))))
     _write_pads(after, onnx_in)
     strip(after)
     _refuse_half(after, onnx_in)

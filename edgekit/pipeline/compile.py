@@ -36,7 +36,7 @@ from edgekit.target import Target
 
 log = logging.getLogger(__name__)
 _OF_COMPILING = ("data", "noise", "quantization", "budgets", "teacher")
-_SIMPLIFYING = ("compress/export", "compress/shuffles", "compress/simplify", "graph")
+_SIMPLIFYING = ("compress/export", "compress/idle", "compress/shuffles", "compress/simplify", "graph")
 _SIMPLIFYING_TOOLS = ("onnx", "onnxsim", "onnxruntime")
 _OF_TRAINING = {f.name for f in dataclasses.fields(Recipe)} - set(_OF_COMPILING)
 _ENGINE_PACKAGES = {
@@ -217,7 +217,7 @@ def _compile_onnx(
     identity = {"recipe": asdict(recipe), "compiles": {"model": path.name, "sha256": sha256(path)}}
     with run.open_run(run.folder_of(name, folder), identity, overwrite=overwrite) as opened:
         first = Link(kind="onnx", sha256=sha256(path), made_from=None)
-        stage, link = _simplified(opened, path, first)
+        stage, link = _simplified(opened, path, first, stride)
         graph = _Graph(
             name=name,
             network=None,
@@ -274,7 +274,7 @@ def _to_graph(opened: Run, network: Network) -> _Graph:
     student = Link(kind="student", sha256=network.sha256, made_from=None)
     folded = Link(kind="fused", sha256=opened.sha256(fused, "fused.safetensors"), made_from=student.sha256)
     onnx = Link(kind="onnx", sha256=opened.sha256(exported, "student.onnx"), made_from=folded.sha256)
-    stage, simplified = _simplified(opened, opened.file(exported, "student.onnx"), onnx)
+    stage, simplified = _simplified(opened, opened.file(exported, "student.onnx"), onnx, net.stride)
     trained = opened.stages().get("student")
     return _Graph(
         name=network.name,
@@ -298,9 +298,9 @@ def _made_from(network: Network) -> dict[str, str]:
     return found
 
 
-def _simplified(opened: Run, onnx: Path, link: Link) -> tuple[Stage, Link]:
+def _simplified(opened: Run, onnx: Path, link: Link, step: int) -> tuple[Stage, Link]:
     def work(out: Path) -> Mapping[str, object]:
-        path = simplify.simplify(onnx, out / "student.fp32.onnx")
+        path = simplify.simplify(onnx, out / "student.fp32.onnx", step=step)
         counted = cost.cost(checks.load_onnx(path), GOLDEN_SIDE, GOLDEN_SIDE)
         return {"parameters": counted.parameters, "macs_256": counted.macs}
 
@@ -308,7 +308,7 @@ def _simplified(opened: Run, onnx: Path, link: Link) -> tuple[Stage, Link]:
         "simplify",
         number=5,
         inputs={"onnx": link.sha256},
-        settings={},
+        settings={"stride": step},
         code=_SIMPLIFYING,
         packages=_SIMPLIFYING_TOOLS,
         work=work,
@@ -363,7 +363,7 @@ def _export_teacher(opened: Run, recipe: Recipe) -> tuple[Path, Link] | None:
         raw = export.export_onnx(
             net, channels=net.channels, takes_sigma=net.takes_sigma, stride=net.stride, out=out / "raw.onnx"
         )
-        simplify.simplify(raw, out / "teacher.fp32.onnx")
+        simplify.simplify(raw, out / "teacher.fp32.onnx", step=net.stride)
         raw.unlink()
         return {}
 
@@ -560,7 +560,7 @@ def float_graph(net: Denoiser, folder: Path) -> Path:
         stride=net.stride,
         out=folder / "raw.onnx",
     )
-    return simplify.simplify(raw, folder / "float.onnx")
+    return simplify.simplify(raw, folder / "float.onnx", step=net.stride)
 
 
 def float_model(net: Denoiser) -> onnx.ModelProto:
