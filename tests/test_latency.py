@@ -140,6 +140,16 @@ def test_the_bound_is_the_same_for_the_same_seed_and_rounded_outwards():
     assert wider.high_e3 >= ratio.high_e3
 
 
+@pytest.mark.parametrize("pairs", [6, 8, 12])
+def test_nineteen_of_twenty_bounds_of_few_pairs_hold_the_true_ratio(pairs):
+    rng = np.random.default_rng(2)
+    found = [
+        ratio_with_bound(Paired(a_us=tuple(rng.normal(40_000, 2000, pairs).astype(int)), b_us=(10_000,) * pairs))
+        for _ in range(200)
+    ]
+    assert sum(ratio.low_e3 <= 4000 <= ratio.high_e3 for ratio in found) >= 0.94 * 200
+
+
 @pytest.mark.parametrize(
     ("low_e3", "high_e3", "decision"),
     [(4000, 4400, "pass"), (3999, 4400, "inconclusive"), (3500, 4000, "inconclusive"), (3500, 3999, "fail")],

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from edgekit.errors import InputError
-from edgekit.measure.statistics import Interval, median_interval, paired_difference
+from edgekit.measure.statistics import Interval, median_interval, paired_difference, sign_test_interval
 
 
 def mean_interval(values: list[float], **asked: float) -> Interval:
@@ -44,6 +44,17 @@ def test_nineteen_of_twenty_intervals_hold_the_true_value(interval, true):
     assert 0.89 * 200 <= held <= 0.99 * 200
 
 
+@pytest.mark.parametrize(
+    ("count", "confidence", "outside"),
+    [(1, 0.95, 0), (5, 0.95, 0), (8, 0.95, 0), (9, 0.95, 1), (24, 0.95, 6), (100, 0.95, 39), (24, 0.99, 5)],
+)
+def test_the_interval_of_the_sign_test_is_that_of_its_table(count, confidence, outside):
+    values = np.random.default_rng(2).permutation(count).astype(float)
+    found = sign_test_interval(values.tolist(), confidence=confidence)
+    assert (found.low, found.high) == (outside, count - 1 - outside)
+    assert found.estimate == (count - 1) / 2
+
+
 def test_more_confidence_makes_the_interval_wider(values):
     narrow, wide = mean_interval(values, confidence=0.8), mean_interval(values, confidence=0.99)
     assert wide.low < narrow.low < narrow.estimate < narrow.high < wide.high
@@ -77,10 +88,11 @@ def test_equal_values_leave_no_doubt():
         (lambda: mean_interval([]), "no values"),
         (lambda: mean_interval([1.0, float("nan")]), "not finite: nan"),
         (lambda: mean_interval([1.0], confidence=95), "confidence 95"),
+        (lambda: sign_test_interval([1.0], confidence=95), "confidence 95"),
         (lambda: median_interval([1.0, 2.0], block=3), "blocks of 3 .* 2 values"),
         (lambda: paired_difference([1.0], [1.0, 2.0]), "1 and 2 values"),
     ],
-    ids=["none", "nan", "confidence", "block", "pairs"],
+    ids=["none", "nan", "confidence", "confidence of the sign test", "block", "pairs"],
 )
 def test_what_has_no_interval_is_refused(call, message):
     with pytest.raises(InputError, match=message):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from edgekit.errors import InputError
-from edgekit.measure.statistics import median_interval
+from edgekit.measure.statistics import median_interval, sign_test_interval
 
 Decision: TypeAlias = Literal["pass", "fail", "inconclusive"]
 
@@ -98,9 +98,10 @@ def interleave(
 
 
 def ratio_with_bound(paired: Paired, *, confidence: float = 0.95, seed: int = 0) -> Ratio:
-    """Return the median of `a / b` over the pairs, with its bootstrap interval.
+    """Return the median of `a / b` over the pairs, with the wider of its bootstrap's and its sign test's bounds.
 
-    Neighbouring pairs are drawn together in blocks of the cube root of their number, for they are alike.
+    Neighbouring pairs are drawn together in blocks of the cube root of their number, for they are alike. Of few pairs
+    that alone is too narrow: of 8 its 95 % hold the true ratio 85 times of 100.
 
     Raises:
         InputError: Fewer than 6 pairs, or a confidence that is not between 0 and 1.
@@ -110,10 +111,11 @@ def ratio_with_bound(paired: Paired, *, confidence: float = 0.95, seed: int = 0)
     ratios = [a / b for a, b in zip(paired.a_us, paired.b_us, strict=True)]
     block = round(len(ratios) ** (1 / 3))
     found = median_interval(ratios, block=block, confidence=confidence, seed=seed)
+    least = sign_test_interval(ratios, confidence=confidence)
     return Ratio(
         ratio_e3=round(found.estimate * 1000),
-        low_e3=math.floor(found.low * 1000),
-        high_e3=math.ceil(found.high * 1000),
+        low_e3=math.floor(min(found.low, least.low) * 1000),
+        high_e3=math.ceil(max(found.high, least.high) * 1000),
         confidence=confidence,
         pairs=len(ratios),
     )
