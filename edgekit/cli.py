@@ -249,7 +249,7 @@ def compile_(
 @cli.command()
 @click.argument("bundle", metavar="[BUNDLE|RUN]", type=click.Path(path_type=Path), required=False)
 @click.option(
-    "--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of each engine while timed."
+    "--threads", default=1, show_default=True, type=click.IntRange(1), help="While timed, of engines that take them."
 )
 @click.option("--seconds", default=12.0, show_default=True, type=_Finite(1), help="Time for the interleaved runs.")
 @click.option(

@@ -30,7 +30,8 @@ class Row:
 
     psnr_mdb: Thousandths of a dB. drop_mdb: PSNR lost since the row above that it was made from, in the
         mean; worst_drop_mdb: on the picture that loses most. ssim_e5: 1e-5.
-    latency_us: Median, one picture of the stated shape, one thread. how: What ran it.
+    latency_us: Median of one picture or tile, by the protocol's threads where the engine takes them, else by one.
+    how: What ran it, and what timed it where that is another engine.
     """
 
     name: str

@@ -277,6 +277,39 @@ def test_a_speed_up_that_may_lie_on_either_side_of_the_limit_is_not_decided(copi
     assert exit_code(found) == {"pass": 0, "fail": 3, "incomplete": 7}[verdict]
 
 
+def test_the_teachers_row_says_which_engine_timed_it(made, tmp_path):
+    pytest.importorskip("openvino")
+    run = shutil.copytree(made.parents[1], tmp_path / "run")
+    floats = dataclasses.replace(target.load("linux-x86_64"), name="floats", precision="float32")
+    for path, how in ((made, "onnxruntime (native)"), (None, "onnxruntime (native), timed in openvino")):
+        found = judged(path or compiling.compile_model(str(run), [floats]).bundles["floats"])
+        teacher = next(row for row in found.rows if row.name == "teacher FP32")
+        assert (teacher.how, teacher.latency_us > 0) == (how, True)
+
+
+@pytest.mark.parametrize(
+    ("engine", "threads", "said"),
+    [
+        ("openvino", 1, "openvino, 1 thread"),
+        ("openvino", 2, "openvino, 2 threads"),
+        ("tvm", 1, "onnxruntime, 1 thread"),
+        ("tvm", 2, "onnxruntime, 2 threads of the teacher alone"),
+    ],
+)
+def test_a_speed_up_says_whose_threads_were_counted(engine, threads, said):
+    """A library is run by its caller's thread alone, whatever --threads says."""
+    paired = Paired(a_us=(4000,) * 8, b_us=(1000,) * 8)
+    timing = verify._Timing(
+        paired=paired,
+        ratio=verify.latency.ratio_with_bound(paired),
+        engine=said.partition(",")[0],
+        shape=(1, 1, 256, 256),
+        threads=threads,
+    )
+    asked = dataclasses.replace(ONNX, engine=engine, limits=Limits(speedup_vs_fp32=2.0))
+    assert verify._speed_limit(asked, timing, ["native"], "").reason == f"8 interleaved pairs, {said}"
+
+
 def test_an_engine_that_is_not_installed_leaves_the_artifact_undecided(copied, monkeypatch):
     monkeypatch.setitem(verify.backends.DOORS, "openvino", "no_such_package.door")
     # The manifest of an OpenVINO bundle differs in these two places; nothing of the artifact is opened.
