@@ -288,6 +288,37 @@ def test_the_teachers_row_says_which_engine_timed_it(made, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("ratio", "verdict", "measured"),
+    [
+        (9.97, "fail", "9.97x (9.97 to 9.97)"),
+        (10.0, "pass", "10.0x (10.0 to 10.0)"),
+        (10.004, "pass", "10.004x (10.004 to 10.004)"),
+        (12.34, "pass", "12.3x (12.3 to 12.3)"),
+    ],
+)
+def test_a_speed_up_beside_its_limit_is_not_shown_as_the_limit(ratio, verdict, measured):
+    paired = Paired(a_us=(round(1000 * ratio),) * 8, b_us=(1000,) * 8)
+    timing = verify._Timing(
+        paired=paired,
+        ratio=verify.latency.ratio_with_bound(paired),
+        engine="onnxruntime",
+        shape=(1, 1, 256, 256),
+        threads=1,
+    )
+    asked = dataclasses.replace(ONNX, limits=Limits(speedup_vs_fp32=10.0))
+    limit = verify._speed_limit(asked, timing, ["native"], "")
+    assert (limit.verdict, limit.measured) == (verdict, measured)
+
+
+def test_a_size_beside_its_limit_is_not_shown_as_the_limit(copied):
+    size_mib = (copied / "model.int8.onnx").stat().st_size / 2**20
+    for limit_mib, verdict in ((size_mib - 1e-5, "fail"), (size_mib + 1e-5, "pass")):
+        limit = only(judged(changed(copied, manifest=limits(size_mib=limit_mib))), "size_mib")
+        shown = float(limit.measured.removesuffix(" MiB"))
+        assert (limit.verdict, shown > limit_mib) == (verdict, verdict == "fail")
+
+
+@pytest.mark.parametrize(
     ("engine", "threads", "said"),
     [
         ("openvino", 1, "openvino, 1 thread"),

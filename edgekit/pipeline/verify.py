@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 _MIN_PAIRS = 8
 _REFERENCE_ENGINE: Literal["onnxruntime"] = "onnxruntime"
+_MOST_DIGITS = 6
 _TAKE_THREADS = ("onnxruntime", "openvino")
 _SATURATES = "This processor is x86 without VNNI: with these weights, the engine's sums saturate here."
 _NO_TEACHER = "the bundle holds no teacher; name one with teacher.model where it is compiled"
@@ -502,7 +503,7 @@ def _golden_limits(agreements: Sequence[tuple[str, float | None]], missing: str)
             found.append(_not_run(name, limit, "the bundle records no outputs; compile it where it can be run"))
             continue
         verdict: Verdict = "pass" if agreement >= GOLDEN_DB else "fail"
-        measured = "equal" if agreement == math.inf else f"{agreement:.1f} dB"
+        measured = "equal" if agreement == math.inf else f"{_shown(agreement, GOLDEN_DB, digits=1)} dB"
         found.append(Limit(name=name, limit=limit, measured=measured, verdict=verdict, reason=how))
     return found
 
@@ -570,7 +571,7 @@ def _megapixel_limit(most_ms: float, device: OnDevice) -> Limit:
     if device.megapixel is None:
         return _not_run(name, f"at most {most_ms:g} ms", f"{device.how()}: no picture larger than a tile was timed")
     how = f"{device.how()}, median of {device.picture_runs} pictures of {device.side}x{device.side}"
-    return _at_most(name, most_ms, device.megapixel.p50_us / 1000, "ms", f"{how}, {device.threads} threads")
+    return _at_most(name, most_ms, device.megapixel.p50_us / 1000, "ms", f"{how}, {_threads(device.threads)}")
 
 
 def _integer_limit(least: float, counted: Audit | str) -> Limit:
@@ -588,24 +589,30 @@ def _integer_limit(least: float, counted: Audit | str) -> Limit:
 
 
 def _speed_limit(target: Target, timing: _Timing | None, levels: Sequence[str], why: str) -> Limit:
-    assert target.limits.speedup_vs_fp32 is not None
-    limit = f"at least {target.limits.speedup_vs_fp32:g}x"
+    least = target.limits.speedup_vs_fp32
+    assert least is not None
+    limit = f"at least {least:g}x"
     if timing is None:
         reason = why if "native" not in levels else _NO_TEACHER
         return _not_run("speedup_vs_fp32", limit, reason)
     ratio = timing.ratio
-    decided = latency.decide(ratio, target.limits.speedup_vs_fp32)
-    threads = "1 thread" if timing.threads == 1 else f"{timing.threads} threads"
+    decided = latency.decide(ratio, least)
+    measured, low, high = (_shown(e3 / 1000, least, digits=1) for e3 in (ratio.ratio_e3, ratio.low_e3, ratio.high_e3))
+    threads = _threads(timing.threads)
     if timing.threads > 1 and target.engine not in _TAKE_THREADS:
         threads += " of the teacher alone"
     return Limit(
         name="speedup_vs_fp32",
         limit=limit,
-        measured=f"{ratio.ratio_e3 / 1000:.1f}x ({ratio.low_e3 / 1000:.1f} to {ratio.high_e3 / 1000:.1f})",
+        measured=f"{measured}x ({low} to {high})",
         verdict="incomplete" if decided == "inconclusive" else decided,
         reason=f"{ratio.pairs} interleaved pairs, {timing.engine}, {threads}"
         + (", inconclusive: the bound straddles the limit" if decided == "inconclusive" else ""),
     )
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _why_not_native(levels: Sequence[str], missing: str) -> str:
@@ -623,8 +630,19 @@ def _not_run(name: str, limit: str, reason: str) -> Limit:
 def _at_most(name: str, limit: float, found: float, unit: str, reason: str) -> Limit:
     verdict: Verdict = "pass" if found <= limit else "fail"
     return Limit(
-        name=name, limit=f"at most {limit:g} {unit}", measured=f"{found:.2f} {unit}", verdict=verdict, reason=reason
+        name=name,
+        limit=f"at most {limit:g} {unit}",
+        measured=f"{_shown(found, limit, digits=2)} {unit}",
+        verdict=verdict,
+        reason=reason,
     )
+
+
+def _shown(found: float, limit: float, *, digits: int) -> str:
+    """Return a figure with so many digits behind the point, or with more where rounding would bring it to its limit."""
+    while digits < _MOST_DIGITS and found != limit and round(found, digits) == round(limit, digits):
+        digits += 1
+    return f"{found:.{digits}f}"
 
 
 def size_bytes(files: Sequence[Path]) -> int:
