@@ -529,10 +529,26 @@ def test_a_record_with_hidden_features_decides_nothing_and_says_why(copied, tmp_
     assert only(found, "megapixel_ms").reason.endswith(why)
 
 
+def test_a_record_is_of_the_noise_that_its_bundle_has(made, copied, tmp_path, timed):
+    """Another seed of the noise changes the golden pictures, and no byte of the artifact."""
+    run = shutil.copytree(made.parents[1], tmp_path / "run")
+    recipe = json.loads((run / "run.json").read_text())
+    recipe["identity"]["recipe"]["noise"]["seed"] = 1
+    (run / "run.json").write_text(json.dumps(recipe))
+    again = compiling.compile_model(str(run), [ONNX]).bundles["onnx"]
+    assert (again / "model.int8.onnx").read_bytes() == (copied / "model.int8.onnx").read_bytes()
+    there = bench.bench(again, "local", settings=bench.Settings(warm_up=0, runs=1, seconds=0))
+    (device,) = verify.verify(again, settings=QUICK, records=[kept(tmp_path, there)]).devices
+    assert device.psnr_mdb == there.quality.psnr_mdb != timed.quality.psnr_mdb
+    for folder, measured in ((again, timed), (copied, there)):
+        with pytest.raises(IntegrityError, match="was measured on other golden pictures"):
+            verify.verify(folder, settings=QUICK, records=[kept(tmp_path, measured)])
+
+
 def test_a_record_from_before_hidden_features_were_told_is_read(tmp_path, timed):
     file = kept(tmp_path, timed)
     raw = json.loads(file.read_text())
-    del raw["hidden"]
+    del raw["hidden"], raw["quality"]["seed"]
     file.write_text(json.dumps(raw))
     assert measurement.read(file) == timed
 
@@ -573,6 +589,7 @@ FOREIGN = {
     "another artifact": {"artifact_sha256": "0" * 64},
     "other pictures": {"quality": {"pictures_sha256": "0" * 64}},
     "another noise": {"quality": {"sigma255": 15.0}},
+    "another seed of it": {"quality": {"seed": 1}},
 }
 
 

@@ -97,6 +97,11 @@ class _Opened:
     def sigma255(self) -> float:
         return self.manifest.protocol.sigma255
 
+    @property
+    def seed(self) -> int:
+        # The golden noisy pictures are of the first.
+        return self.manifest.protocol.seeds[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Ran:
@@ -380,8 +385,7 @@ def _quality(opened: _Opened, outputs: Sequence[Array]) -> Quality:
         replay,
         opened.golden,
         sigma255=opened.sigma255,
-        # The golden noisy pictures are of the first seed.
-        seeds=opened.manifest.protocol.seeds[:1],
+        seeds=(opened.seed,),
         stride=opened.manifest.model.stride,
     )
     agreement = golden_agreement_db(opened.path, opened.golden, outputs)
@@ -396,6 +400,7 @@ def _quality(opened: _Opened, outputs: Sequence[Array]) -> Quality:
         pictures=len(opened.golden),
         pictures_sha256=sets.digest(opened.golden),
         sigma255=opened.sigma255,
+        seed=opened.seed,
     )
 
 

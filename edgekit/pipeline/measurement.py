@@ -51,6 +51,7 @@ class Quality:
 
     psnr_mdb: Against the clean pictures. agreement_mdb: PSNR against the bundle's golden outputs, the least of all
         pictures, 100 dB where equal; None where the bundle has none. pictures_sha256: Of the clean pictures.
+    seed: Of their noise; 0 in records of before it was told, as almost all bundles have it.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -59,6 +60,7 @@ class Quality:
     pictures: int
     pictures_sha256: str
     sigma255: float
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

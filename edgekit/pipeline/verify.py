@@ -334,8 +334,8 @@ def _another(record: Measurement, artifact_sha256: str, golden: PictureSet, mani
     """Return why a record is not of this bundle; empty where it is."""
     if record.artifact_sha256 != artifact_sha256:
         return f"was measured of another artifact ({record.artifact_sha256[:12]}, here {artifact_sha256[:12]})"
-    same_noise = record.quality.sigma255 == manifest.protocol.sigma255
-    if record.quality.pictures_sha256 != sets.digest(golden) or not same_noise:
+    noise, protocol = (record.quality.sigma255, record.quality.seed), manifest.protocol
+    if record.quality.pictures_sha256 != sets.digest(golden) or noise != (protocol.sigma255, protocol.seeds[0]):
         return "was measured on other golden pictures"
     return ""
 
