@@ -157,6 +157,9 @@ def read(bundle: Path) -> Manifest:
     for name in manifest.protocol.files:
         if f"golden/{name}.png" not in manifest.files:
             raise IntegrityError(f"{path}: 'protocol.files': there is no golden/{name}.png", remedy=_AGAIN)
+    for role, name in {"artifact": "", **manifest.built.files}.items():
+        if not any(file == name or file.startswith(f"{name}/") for file in manifest.files):
+            raise IntegrityError(f"{path}: 'built.files.{role}': there is no {name or 'such file'}", remedy=_AGAIN)
     _check(bundle, manifest.files)
     return manifest
 

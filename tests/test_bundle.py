@@ -115,10 +115,14 @@ def test_a_manifest_that_is_cut_anywhere_is_refused(kept):
         (lambda m: m["model"].update(stride="eight"), "model.stride"),
         (lambda m: m["model"].update(stride=7), "model.stride"),
         (lambda m: m["model"].update(halo_px=None), "model"),
+        (lambda m: m["built"]["files"].pop("artifact"), "built.files.artifact"),
+        (lambda m: m["built"]["files"].update(artifact="../another.onnx"), "built.files.artifact"),
+        (lambda m: m["built"]["files"].update(fp32="reference/student"), "built.files.fp32"),
     ],
     ids=[
         *("missing", "no table", "no hash", "no number", "chain", "unknown", *PROTOCOL, "no files", "no such file"),
         *("no seed", "no noise", *MODEL, "stride in words", "no such stride", "no halo"),
+        *("no artifact", "an artifact outside", "part of a name"),
     ],
 )
 def test_a_manifest_that_does_not_follow_its_schema_is_refused_by_key(kept, change, key):
