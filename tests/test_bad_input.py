@@ -179,7 +179,11 @@ def test_a_setting_that_compiling_does_not_heed_is_refused(call, cwd, setting, t
 
 
 @pytest.mark.parametrize(
-    "setting", ["budgets.int8_drop_db=1", "quantization.qat.steps=9", "data.train=[mine]", "teacher.model=control"]
+    "setting",
+    [
+        *("budgets.int8_drop_db=1", "quantization.qat.steps=9", "data.train=[mine]", "teacher.model=control"),
+        *("quantization.keep_float=[head]", "data.evaluation_pictures=2", "noise.seed=1"),
+    ],
 )
 def test_a_setting_that_layers_are_measured_without_is_refused(call, cwd, setting):
     told = f"--set {setting}: layers are measured without it; leave it out"

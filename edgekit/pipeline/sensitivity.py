@@ -21,7 +21,10 @@ from edgekit.recipe import Recipe
 
 _SIDE = 256
 _RUNS = 10
-_UNHEEDED = ("teacher", "data.train", "data.evaluation", "quantization.qat", "budgets")
+_UNHEEDED = (
+    *("teacher", "data.train", "data.evaluation", "data.evaluation_pictures", "noise.seed"),
+    *("quantization.keep_float", "quantization.qat", "budgets"),
+)
 
 
 def of_model(
