@@ -5,8 +5,8 @@
 
 The artifacts are those of `edgekit compile`, opened as `edgekit verify` opens them. The last target has no float engine
 worth comparing with: its ratios are against OpenVINO's FP32, the fastest here. It takes tiles of one size, so it is
-compiled anew for each size. With --targets, a record keeps what it has of other targets for the same weights and
-processor.
+compiled anew for each size. With --targets, a record keeps what it has of other targets for the same weights, settings,
+protocol and processor. Pictures are gray, and so are the students.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Figures = dict[str, object]
 def main() -> None:
     """Measure the named students, or all that are shipped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="shipped names [default: all but the teacher]")
+    parser.add_argument("models", nargs="*", help="shipped students for gray pictures [default: all]")
     parser.add_argument("--research-data", type=Path, help="folder with test/set12 and test/bsd68")
     parser.add_argument("--seconds", type=float, default=15.0, help="of interleaved runs for each ratio")
     parser.add_argument("--runs", type=Path, help="keep and re-use run folders here")
@@ -62,39 +62,54 @@ def main() -> None:
     given = parser.parse_args()
     if bool(given.settings) != bool(given.name):
         parser.error("--set and --name go together")
+    if unknown := sorted(set(given.models) - set(students())):
+        parser.error(f"no student for gray pictures: {', '.join(unknown)}")
+    protocol = (
+        f"PSNR: seed 0, docs/protocol.md; latency: one gray picture, one thread, by turns for {given.seconds:g} s, "
+        "medians, 95 % bounds"
+    )
     pictures = [sets.embedded("evaluation")]
     if given.research_data:
         pictures += [sets.folder(given.research_data / "test" / name, channels=1) for name in ("set12", "bsd68")]
     with tempfile.TemporaryDirectory() as scratch:
-        for name in given.models or [n for n in zoo.names() if n != "teacher"]:
+        for name in given.models or students():
             label = f"{name}-{given.name}" if given.name else name
             folder = (given.runs or Path(scratch)) / label
             found = {t: measure(name, t, given.settings, folder, pictures, given.seconds) for t in given.targets}
-            found = kept(given.output / f"{label}.json", name, given.targets) | found
+            before = kept(given.output / f"{label}.json", name, given.targets, given.settings, protocol)
             record = {
                 "schema_version": 1,
                 "kind": "edgekit-int8",
                 "model": name,
                 "settings": given.settings,
                 "weights_sha256": zoo.card(name).sha256,
-                "protocol": f"PSNR: seed 0, docs/protocol.md; latency: one gray picture, one thread, by turns for "
-                f"{given.seconds:g} s, medians, 95 % bounds",
-                "engines": found,
+                "protocol": protocol,
+                "engines": before | found,
                 "host": asdict(host.describe()),
                 "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
             write_json(given.output / f"{label}.json", record)
 
 
-def kept(record: Path, name: str, measured: Sequence[str]) -> dict[str, object]:
-    """Return what a record has of the targets that are not measured now, if it is of the same weights and processor."""
+def students() -> list[str]:
+    """Return the names of the shipped students that take gray pictures."""
+    cards = [zoo.card(name) for name in zoo.names()]
+    return [card.name for card in cards if card.name != "teacher" and card.options.get("channels", 1) == 1]
+
+
+def kept(record: Path, name: str, measured: Sequence[str], settings: Sequence[str], protocol: str) -> dict[str, object]:
+    """Return what a record has of the targets that are not measured now, if it was measured alike.
+
+    That is of the same weights, with the same settings, by the same protocol and on the same processor.
+    """
     if not record.is_file():
         return {}
     before = json.loads(record.read_text(encoding="utf-8"))
     cpu = host.describe().cpu
     # Not by the name alone: "AMD EPYC" may have VNNI, or AVX2 and no more.
     here = {"model": cpu.model, "features": list(cpu.features)}
-    same = before["weights_sha256"] == zoo.card(name).sha256 and before["host"]["cpu"] == here
+    alike = {"weights_sha256": zoo.card(name).sha256, "settings": list(settings), "protocol": protocol}
+    same = before["host"]["cpu"] == here and all(before[what] == value for what, value in alike.items())
     return {t: row for t, row in before["engines"].items() if same and t not in measured}
 
 

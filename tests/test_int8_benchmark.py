@@ -13,6 +13,7 @@ import tiny
 from edgekit import zoo
 from edgekit.files import write_json
 from edgekit.measure import host
+from edgekit.pipeline import networks
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +26,25 @@ def record(tmp_path: Path) -> Path:
     path = tmp_path / "nano.json"
     engines = {"onnx": {"row": 1}, "linux-x86_64": {"row": 2}}
     card = zoo.card("nano")
-    write_json(path, {"weights_sha256": card.sha256, "engines": engines, "host": asdict(host.describe())})
+    made_alike = {"weights_sha256": card.sha256, "settings": [], "protocol": "for 8 s"}
+    write_json(path, {**made_alike, "engines": engines, "host": asdict(host.describe())})
     return path
 
 
 def test_rows_of_the_same_weights_and_processor_stay_unless_they_are_measured_now(int8: ModuleType, record: Path):
-    assert int8.kept(record, "nano", ["onnx"]) == {"linux-x86_64": {"row": 2}}
-    assert int8.kept(record, "base", ["onnx"]) == {}
+    assert int8.kept(record, "nano", ["onnx"], [], "for 8 s") == {"linux-x86_64": {"row": 2}}
+    assert int8.kept(record, "base", ["onnx"], [], "for 8 s") == {}
+
+
+def test_rows_of_other_settings_or_another_protocol_do_not_stay_under_the_new_ones(int8: ModuleType, record: Path):
+    assert int8.kept(record, "nano", ["onnx"], ["budgets.int8_worst_db=0.1"], "for 8 s") == {}
+    assert int8.kept(record, "nano", ["onnx"], [], "for 15 s") == {}
+
+
+def test_students_are_those_whose_pictures_are_gray(int8: ModuleType):
+    left_out = set(zoo.names()) - set(int8.students())
+    assert left_out == {"teacher", *(name for name in zoo.names() if networks.shipped(name).net.channels == 3)}
+    assert "base-color" in left_out
 
 
 @pytest.mark.parametrize("changed", ["model", "features"])
@@ -40,4 +53,4 @@ def test_rows_of_another_processor_do_not_stay(int8: ModuleType, record: Path, c
     cpu = before["host"]["cpu"]
     cpu[changed] = cpu[changed][:-1] if cpu[changed] else ["avx2"]
     record.write_text(json.dumps(before), encoding="utf-8")
-    assert int8.kept(record, "nano", ["onnx"]) == {}
+    assert int8.kept(record, "nano", ["onnx"], [], "for 8 s") == {}
