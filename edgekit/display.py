@@ -93,7 +93,7 @@ def print_report(report: Report) -> None:
     rows += [
         (
             f"{r.teacher} FP32",
-            f"{r.device}, {r.height}x{r.width}, recorded {r.date[:10]}",
+            r.how(),
             "",
             "",
             "",

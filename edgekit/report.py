@@ -47,15 +47,24 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """A latency of the FP32 teacher that `edgekit baseline` recorded, perhaps elsewhere: it decides nothing."""
+    """A latency of the FP32 teacher in PyTorch that `edgekit baseline` recorded, perhaps elsewhere: it decides nothing.
+
+    threads: Of a CPU; 0 on a GPU.
+    """
 
     teacher: str
     device: str
     height: int
     width: int
     arithmetic: str
+    threads: int
     median_us: int
     date: str
+
+    def how(self) -> str:
+        """Return what ran the teacher, for a row."""
+        threads = {0: "", 1: ", 1 thread"}.get(self.threads, f", {self.threads} threads")
+        return f"PyTorch on {self.device}{threads}, {self.height}x{self.width}, recorded {self.date[:10]}"
 
 
 @dataclass(frozen=True, kw_only=True)

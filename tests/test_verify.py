@@ -765,6 +765,13 @@ def test_a_recorded_figure_of_the_same_teacher_on_the_same_pictures_decides(copi
     assert [(b.device, b.median_us) for b in found.baselines] == [("Some GPU", 700)]
 
 
+@pytest.mark.parametrize(("threads", "said"), [(0, ""), (1, ", 1 thread"), (2, ", 2 threads")])
+def test_a_recorded_latency_says_what_ran_the_teacher(copied, made, call, threads, said):
+    record(Path.cwd(), made, device="Some chip", threads=threads)
+    shown = " ".join(call("-q", "verify", "bundle", "--seconds", "1").out.split())
+    assert f"nano FP32 PyTorch on Some chip{said}, 256x256, recorded 2026-01-01 0.70" in shown
+
+
 def test_the_newest_record_decides(copied, made):
     record(Path.cwd(), made, date="2027-01-01T00:00:00Z", device="New GPU")
     record(Path.cwd(), made)

@@ -377,6 +377,7 @@ def _recorded(record: Baseline) -> list[Recorded]:
             height=entry.height,
             width=entry.width,
             arithmetic=entry.arithmetic,
+            threads=record.threads,
             median_us=entry.median_us,
             date=record.date,
         )
