@@ -134,7 +134,7 @@ def verify(
     native = next((session for _, session in sessions if session.level == "native"), None)
     timing = None
     if native is not None and teacher is not None:
-        say(f"{target.name}: timing against the FP32 teacher for {settings.seconds:.0f} s")
+        say(f"{target.name}: timing against the FP32 teacher for {settings.seconds:g} s")
         timing = _time(path, target, native, manifest, settings)
         artifacts[0] = replace(artifacts[0], latency_us=timing.paired.b_median_us)
         timed = "" if timing.engine == _REFERENCE_ENGINE else f", timed in {timing.engine}"
@@ -279,7 +279,7 @@ def _notes_here(path: Path, manifest: Manifest, artifact: Session, settings: Set
     """Give what must be known of an artifact that runs on this machine."""
     target, built = manifest.target, manifest.built
     if built.precision == "int8":
-        say(f"{target.name}: timing against its FP32 self for {settings.seconds / 2:.0f} s")
+        say(f"{target.name}: timing against its FP32 self for {settings.seconds / 2:g} s")
         fp32, shape = path / "reference" / "student.fp32.onnx", _shape(target, manifest)
         found = worth.compare(
             target.engine, fp32, artifact, shape, threads=settings.threads, seconds=settings.seconds / 2

@@ -36,7 +36,7 @@ class Worth:
     in_float: tuple[str, ...]
 
     def sentence(self) -> str:
-        """Return the fact, with advice where INT8 is not worth it."""
+        """Return the fact, with advice where INT8 is not worth it, or where these runs do not tell."""
         ratio = self.ratio
         bounds = f"{ratio.low_e3 / 1000:.2f} to {ratio.high_e3 / 1000:.2f}"
         fact = (
@@ -46,6 +46,8 @@ class Worth:
         )
         if latency.decide(ratio, 1.0) == "pass":
             return fact
+        if ratio.high_e3 > 1000:
+            return f"{fact} Whether INT8 is faster here is not decided: time it longer, with nothing beside it."
         advice = sorted({_COSTLY[name] for name in self.in_float})
         cause = (
             f"{', '.join(self.in_float)} run in float between the integer convolutions; train the student with "
