@@ -299,6 +299,29 @@ def test_a_teacher_that_does_not_beat_its_student_is_refused(photos, tmp_path, c
     assert [(link.kind, link.made_from) for link in links[:2]] == [("teacher", None), ("student", None)]
 
 
+def test_a_student_that_kept_its_starting_weights_is_not_made_from_its_teacher(photos, tmp_path):
+    spoilt = tiny.training(steps=5, peak_rate=0.5, keep_better=True)
+    found, folder = distilled(
+        photos, tmp_path / "run", student=Model(model="nano"), teacher=Model(model="small"), training=spoilt
+    )
+    assert (found.teacher_refused, found.kept) == ("", "start")
+    links = bundle.read(compiling.compile_model(str(folder), [FLOAT]).bundles[FLOAT.name]).chain
+    assert (links[1].sha256, links[1].made_from) == (files.sha256(zoo.weights("nano")), None)
+
+
+def test_a_student_is_made_from_the_teacher_that_taught_it_and_not_from_todays(photos, tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    shutil.copyfile(zoo.weights("nano"), path)
+    _, folder = distilled(photos, tmp_path / "run", teacher=Model(model="nano", weights=str(path)))
+    made_from = []
+    for _ in range(2):
+        links = bundle.read(compiling.compile_model(str(folder), [FLOAT]).bundles[FLOAT.name]).chain
+        assert (links[0].kind, links[0].sha256) == ("teacher", files.sha256(path))
+        made_from.append(links[1].made_from)
+        tiny.write_weights("nano", path)
+    assert made_from == [files.sha256(zoo.weights("nano")), None]
+
+
 def test_a_teacher_that_does_not_beat_the_noise_is_refused(photos, tmp_path):
     poor = Model(model="nano", weights=str(tiny.write_weights("nano", tmp_path / "poor.safetensors")))
     found, _ = distilled(photos, tmp_path / "run", teacher=poor)

@@ -65,7 +65,8 @@ class Compiled:
 class _Graph:
     """The student as graphs, with its interface.
 
-    network: None when it came as an ONNX file. taught: Whether the recipe's teacher taught it in this run.
+    network: None when it came as an ONNX file. taught_by: Hash of the teacher that it learned from in this run; empty
+        where it learned from none.
     """
 
     name: str
@@ -75,7 +76,7 @@ class _Graph:
     takes_sigma: bool
     stride: int
     links: tuple[Link, ...]
-    taught: bool = False
+    taught_by: str = ""
 
     @property
     def model(self) -> str:
@@ -275,7 +276,6 @@ def _to_graph(opened: Run, network: Network) -> _Graph:
     folded = Link(kind="fused", sha256=opened.sha256(fused, "fused.safetensors"), made_from=student.sha256)
     onnx = Link(kind="onnx", sha256=opened.sha256(exported, "student.onnx"), made_from=folded.sha256)
     stage, simplified = _simplified(opened, opened.file(exported, "student.onnx"), onnx, net.stride)
-    trained = opened.stages().get("student")
     return _Graph(
         name=network.name,
         network=network,
@@ -284,8 +284,15 @@ def _to_graph(opened: Run, network: Network) -> _Graph:
         takes_sigma=net.takes_sigma,
         stride=net.stride,
         links=(student, folded, onnx, simplified),
-        taught=trained is not None and "teacher" in trained.inputs and not trained.facts["teacher_refused"],
+        taught_by=_taught_by(opened.stages().get("student")),
     )
+
+
+def _taught_by(student: Stage | None) -> str:
+    """Return the hash of the teacher that the student's weights come from; empty where they come from none."""
+    if student is None or "teacher" not in student.inputs:
+        return ""
+    return "" if student.facts["teacher_refused"] or student.facts["kept"] == "start" else student.inputs["teacher"]
 
 
 def _made_from(network: Network) -> dict[str, str]:
@@ -529,7 +536,8 @@ def _chain(graph: _Graph, quantized: Path | None, teacher: Link | None, target: 
     """Return the links from the teacher to the artifact, whose hash is `made`."""
     links = list(graph.links)
     if teacher is not None:
-        links[0] = dataclasses.replace(links[0], made_from=teacher.sha256 if graph.taught else None)
+        taught = graph.taught_by == teacher.sha256
+        links[0] = dataclasses.replace(links[0], made_from=teacher.sha256 if taught else None)
         links.insert(0, teacher)
     if quantized:
         links.append(Link(kind="int8", sha256=sha256(quantized), made_from=links[-1].sha256))
