@@ -74,7 +74,8 @@ def paired_difference(
 ) -> Interval:
     """Return the mean of `before - after` over the same pictures, and its interval: a drop is positive.
 
-    Pictures differ far more from each other than a picture does before and after, so the pairs are drawn together.
+    Pictures differ far more from each other than a picture does before and after, so the pairs are drawn together. Of
+    few pairs it is too narrow: of 4 its 95 % hold the true difference 81 times of 100, and of one it has no width.
 
     Raises:
         InputError: The lengths differ, or as `median_interval`.
