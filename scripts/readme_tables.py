@@ -133,10 +133,11 @@ def _machines(records: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _legend(records: Sequence[dict[str, Any]]) -> str:
-    """Return what each letter stands for, with the days of its records."""
+    """Return what each letter stands for, with the days of its rows: a record keeps some of earlier days."""
     lines = []
     for machine, letter in _machines(records).items():
-        days = sorted({record["date"][:10] for record in records if _machine(record) == machine})
+        rows = [row for record in records if _machine(record) == machine for row in record["engines"].values()]
+        days = sorted({row["date"][:10] for row in rows})
         lines.append(f"{letter}: {machine}; {', '.join(days)}.")
     return "  \n".join(lines)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 from edgekit.cli import cli
 
@@ -45,6 +46,14 @@ def test_the_tables_of_the_readme_are_up_to_date():
     checked = [sys.executable, "scripts/readme_tables.py", "--check"]
     done = subprocess.run(checked, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_row_that_a_record_kept_has_the_day_on_which_it_was_measured():
+    engines = {"onnx": {"date": "2026-11-24T05:55:00Z"}, "linux-x86_64": {"date": "2026-11-29T05:55:00Z"}}
+    host = {"cpu": {"model": "a chip", "features": ["avx2"]}}
+    record = {"host": host, "protocol": "by turns", "engines": engines, "date": "2026-11-29T05:55:00Z"}
+    legend = tiny.script("scripts/readme_tables.py")._legend([record])
+    assert legend == "A: a chip, avx2; by turns; 2026-11-24, 2026-11-29."
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
