@@ -650,6 +650,13 @@ def test_a_bundle_is_verified_where_nothing_else_of_the_run_is(copied, made):
     assert verify.default_path(copied) == copied.parent / "bundle.report.json"
 
 
+@pytest.mark.parametrize(("seeds", "draws"), [([0], ""), ([0, 1], ", 2 draws")])
+def test_the_ledger_says_what_its_psnr_was_measured_on(copied, call, seeds, draws):
+    changed(copied, manifest={"protocol": {"seeds": seeds, "sigma255": 15.0}})
+    shown = " ".join(call("-q", "verify", "bundle", "--seconds", "1").out.split())
+    assert f"noisy input 2 golden pictures, noise level 15{draws} 24." in shown
+
+
 def test_pictures_are_judged_on_identical_noise_every_time(copied):
     one, other = judged(copied), judged(copied)
     assert [r.psnr_mdb for r in one.rows] == [r.psnr_mdb for r in other.rows]

@@ -126,7 +126,7 @@ def verify(
     shipped = bundle.artifact_files(path, built.files)
     measured = _measured(path, named, bundle.combined_sha256(shipped), golden, manifest)
 
-    noisy = judge.row("noisy input", "protocol", quality.noisy_input, None, ())
+    noisy = judge.row("noisy input", judge.measured_on(), quality.noisy_input, None, ())
     teacher = judge.reference("teacher FP32", "teacher.fp32.onnx", say)
     student = judge.reference("student FP32", "student.fp32.onnx", say)
     sessions, missing = _open(path, built, target, settings)
@@ -186,6 +186,11 @@ class _Judge:
         self._path, self._manifest, self._golden = path, manifest, golden
         self._seeds = manifest.protocol.seeds
         self._found: dict[Row, QualityReport] = {}
+
+    def measured_on(self) -> str:
+        """Return which pictures with which noise all rows are measured on."""
+        draws = "" if len(self._seeds) == 1 else f", {len(self._seeds)} draws"
+        return f"{len(self._golden)} golden pictures, noise level {self._manifest.protocol.sigma255:g}{draws}"
 
     def row(
         self, name: str, how: str, denoise: Callable[[Array, float], Array], before: Row | None, files: Sequence[Path]
