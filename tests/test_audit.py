@@ -196,6 +196,7 @@ def test_a_share_just_below_the_limit_fails():
     share = Audit(integer_macs_permille=949, how="")
     assert verify._integer_limit(0.95, share).verdict == "fail"
     assert verify._integer_limit(0.95, dataclasses.replace(share, integer_macs_permille=950)).verdict == "pass"
+    assert verify._integer_limit(0.9494, share).verdict == "fail"
 
 
 @pytest.mark.parametrize("name", ["onnx", "linux-x86_64"])

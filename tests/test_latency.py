@@ -152,6 +152,21 @@ def test_nineteen_of_twenty_bounds_of_few_pairs_hold_the_true_ratio(pairs):
 
 @pytest.mark.parametrize(
     ("low_e3", "high_e3", "decision"),
+    [
+        (16_100, 17_000, "pass"),
+        (16_099, 17_000, "inconclusive"),
+        (15_000, 16_100, "inconclusive"),
+        (15_000, 16_099, "fail"),
+    ],
+)
+def test_a_bound_that_is_the_limit_reaches_it(low_e3, high_e3, decision):
+    assert 1000 * 16.1 > 16_100
+    ratio = Ratio(ratio_e3=(low_e3 + high_e3) // 2, low_e3=low_e3, high_e3=high_e3, confidence=0.95, pairs=50)
+    assert decide(ratio, 16.1) == decision
+
+
+@pytest.mark.parametrize(
+    ("low_e3", "high_e3", "decision"),
     [(4000, 4400, "pass"), (3999, 4400, "inconclusive"), (3500, 4000, "inconclusive"), (3500, 3999, "fail")],
 )
 def test_the_limit_is_decided_by_the_bound(low_e3, high_e3, decision):

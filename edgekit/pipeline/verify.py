@@ -589,7 +589,7 @@ def _integer_limit(least: float, counted: Audit | str) -> Limit:
         name=name,
         limit=limit,
         measured=f"{share / 10:.1f} %",
-        verdict="pass" if share >= round(1000 * least) else "fail",
+        verdict="pass" if share >= round(1000 * least, 6) else "fail",
         reason=f"{counted.how}; in float: {counted.in_float()}" if counted.float_nodes else counted.how,
     )
 
