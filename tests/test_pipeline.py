@@ -286,7 +286,7 @@ def test_a_teacher_that_does_not_beat_its_student_is_refused(photos, tmp_path, c
     poor = Model(model="small", weights=str(tiny.write_weights("small", tmp_path / "poor.safetensors")))
     with caplog.at_level(logging.WARNING, logger="edgekit"):
         taught, folder = distilled(photos, tmp_path / "taught", student=Model(model="nano"), teacher=poor)
-    assert taught.teacher_refused == caplog.messages[-1]
+    assert taught.teacher_refused in caplog.messages
     assert "teacher 'small' is refused: it reaches" in taught.teacher_refused
     assert "its student 'nano' before training" in taught.teacher_refused
     facts = {s.name: s.facts for s in run.read_stages(folder)}["student"]
