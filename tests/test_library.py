@@ -745,6 +745,30 @@ def test_the_android_library_is_fit_for_bionic_and_names_what_it_takes_from_it(a
     assert elf.mutable_bytes(android.library) == 0
 
 
+_KEEPS_X18 = r"""
+#include "edgekit_tiny.h"
+#include <stdlib.h>
+static float noisy[EDGEKIT_TINY_HEIGHT * EDGEKIT_TINY_WIDTH], denoised[EDGEKIT_TINY_HEIGHT * EDGEKIT_TINY_WIDTH];
+int main(void)
+{
+    size_t size = edgekit_tiny_tile_workspace_size(), after;
+    void *workspace = aligned_alloc(EDGEKIT_TINY_WORKSPACE_ALIGNMENT, size);
+    __asm__ volatile("mov x18, %0" : : "r"(size));
+    int code = edgekit_tiny_tile_f32(noisy, 0.1f, denoised, workspace, size);
+    __asm__ volatile("mov %0, x18" : "=r"(after));
+    return code ? code : after != size ? 99 : 0;
+}
+"""
+
+
+@pytest.mark.emulated
+def test_the_register_that_android_keeps_for_itself_is_left_alone(android: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "x18.c").write_text(_KEEPS_X18)
+    path = _cross_compiler(tmp_path, "aarch64-linux-musl", "-static", "-ffixed-x18", f"-I{android.include}")
+    _shell(f"cc x18.c {android.folder / android.built.files['static']} -o x18", tmp_path, PATH=path)
+    _shell(f"{qemu.find('cortex-a76').program} -cpu cortex-a76 ./x18", tmp_path)
+
+
 @pytest.mark.parametrize("files", [("noisy.txt",), ("missing.ppm",), ("cut.ppm",), ("deep.ppm",), ("huge.ppm",), ()])
 def test_the_program_says_what_is_wrong_with_a_file(gray: Bundle, tmp_path: Path, files: tuple[str, ...]) -> None:
     (tmp_path / "noisy.txt").write_text("hello")

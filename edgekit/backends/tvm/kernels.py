@@ -39,6 +39,10 @@ def target_of(isa: Isa, *more_features: str) -> tvm.target.Target:
         UnsupportedError: LLVM does not know the processor or a feature; it would warn, and compile without them.
     """
     features = [*isa.features, *more_features]
+    if "-android" in isa.triple:
+        # Android keeps x18 for shadow call stacks (developer.android.com/ndk/guides/abis). LLVM takes the third word of
+        # three for the system, so it does not see that this is Android.
+        features.append("+reserve-x18")
     cpus, known = _known(isa.triple)
     if isa.cpu not in cpus:
         raise UnsupportedError(f"isa.cpu: LLVM knows no '{isa.cpu}' for {isa.triple}", remedy=nearest(isa.cpu, cpus))
