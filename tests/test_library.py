@@ -818,6 +818,14 @@ def test_the_python_wrapper_says_what_is_wrong(gray: Bundle, tmp_path: Path) -> 
         denoiser.denoise(pixels)
 
 
+def test_the_python_wrapper_loads_a_library_of_the_current_folder(
+    gray: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(gray.library, tmp_path / gray.library.name)
+    monkeypatch.chdir(tmp_path)
+    assert gray.python().version(gray.library.name).startswith("tiny float32")
+
+
 def test_the_python_wrapper_says_that_another_thread_is_in_it(gray: Bundle) -> None:
     wrapper, pixels, found = gray.python().Denoiser(), _noisy(20, 20, 1), []
     wrapper.close()
