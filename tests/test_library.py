@@ -844,6 +844,42 @@ def test_the_python_wrapper_says_that_another_thread_is_in_it(gray: Bundle) -> N
     wrapper.close()
 
 
+_CLOSES_EARLY = """
+import threading
+from contextlib import suppress
+import numpy as np
+from edgekit_tiny import Denoiser
+
+denoiser, found = Denoiser(threads=64), []
+noisy = np.full((1200, 1200), 9, np.uint8)
+
+
+def work():
+    while not found:
+        with suppress(RuntimeError):  # the other thread looks whether this one is in it
+            found.append(denoiser.denoise(noisy))
+
+
+thread = threading.Thread(target=work)
+thread.start()
+while not found:
+    try:
+        denoiser.denoise(noisy[:1, :1])
+    except RuntimeError:
+        break
+assert not found, "it was too quick to be closed in the middle"
+denoiser.close()
+thread.join()
+with Denoiser() as again:
+    assert np.array_equal(found[0], again.denoise(noisy))
+"""
+
+
+def test_the_python_wrapper_is_closed_when_a_call_of_another_thread_has_ended(gray: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "closes.py").write_text(_CLOSES_EARLY)
+    _shell("python closes.py", tmp_path, PYTHONPATH=str(gray.library.parent))
+
+
 def test_two_models_link_statically_into_one_program(gray: Bundle, tmp_path: Path) -> None:
     if shutil.which("cc") is None:
         pytest.skip("no C compiler is installed")
