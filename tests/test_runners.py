@@ -312,6 +312,23 @@ def test_a_board_whose_key_changed_is_refused(sshed: Board) -> None:
     refused("ssh:board", InputError, "Host key verification failed", "check the host's key")
 
 
+def _let_say(board: Board, line: str) -> None:
+    shell = board.folder / "arm64-shell"
+    shell.write_text(shell.read_text().replace("#!/bin/sh\n", f"#!/bin/sh\n{line}\n", 1))
+
+
+@pytest.mark.parametrize(("line", "said"), [("echo Welcome here", "Welcome here"), (r"printf 'f\374r\n'", "f\ufffdr")])
+def test_a_board_whose_shell_says_something_of_its_own_is_refused(sshed: Board, line: str, said: str) -> None:
+    _let_say(sshed, line)
+    refused("ssh:board", InputError, f"its shell says '{said}' before", "~/.bashrc")
+
+
+def test_a_board_may_have_a_banner_in_another_encoding(sshed: Board) -> None:
+    _let_say(sshed, r"printf 'f\374r\n' >&2")
+    with devices.find("ssh:board") as runner:
+        assert runner.facts().machine == "aarch64"
+
+
 def test_a_board_that_is_off_is_said(sshed: Board) -> None:
     sshed.unplug()
     refused("ssh:board", InputError, "Connection refused", "start its SSH server")

@@ -112,10 +112,16 @@ def find(name: str) -> Remote:
 
 def _knock(transport: Ssh) -> None:
     done = subprocess.run(
-        transport.shell("echo edgekit"), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        transport.shell("echo edgekit"), stdin=subprocess.DEVNULL, capture_output=True, errors="replace", check=False
     )
-    if done.stdout.strip().endswith("edgekit"):
+    said = done.stdout.split()
+    if said == ["edgekit"]:
         return
+    if said[-1:] == ["edgekit"]:
+        raise InputError(
+            f"ssh {transport.name}: its shell says '{' '.join(said[:-1])}' before it does what it is told",
+            remedy="let ~/.bashrc there, or what else says so, be silent where no terminal is: [ -t 1 ] || return",
+        )
     why = " ".join(done.stderr.split()) or f"ssh ended with exit code {done.returncode}"
     remedy = next((text for start, text in _REFUSED.items() if start in why), "try it by hand: ssh HOST true")
     raise InputError(f"ssh {transport.name}: cannot log in: {why}", remedy=remedy)
