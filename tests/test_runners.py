@@ -155,11 +155,15 @@ def test_a_program_that_crashes_names_its_signal(place: Place) -> None:
 def test_a_program_that_hangs_is_stopped_on_the_device_too(place: Place) -> None:
     with pytest.raises(IncompleteError, match=r"program on .* did not end within 2 s"):
         place.runner.run([place.program, "hang"], timeout_s=2)
-    folder = Path(place.program).parent.name
-    deadline = time.monotonic() + 10
-    while (left := running(folder, "hang")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
+    assert not left_running(place)
+
+
+@everywhere
+def test_a_program_is_stopped_on_the_device_too_when_the_user_stops_the_command(place: Place) -> None:
+    threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        place.runner.run([place.program, "hang"], timeout_s=60)
+    assert not left_running(place)
 
 
 @everywhere
@@ -372,6 +376,14 @@ def refused(name: str, kind: type[EdgekitError], *words: str) -> None:
         pass
     for word in words:
         assert word in str(raised.value)
+
+
+def left_running(place: Place) -> list[str]:
+    """Return the command lines of programs that hang, once there are none or time was enough to end."""
+    deadline = time.monotonic() + 10
+    while (left := running(Path(place.program).parent.name, "hang")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
 
 
 def running(*words: str) -> list[str]:

@@ -106,7 +106,8 @@ class Remote:
         A program that is killed by a signal is told from one that ends with a code above 128 only by that code.
 
         Raises:
-            IncompleteError: It did not end within the time (it is then killed there), or the device went away.
+            IncompleteError: It did not end within the time, or the device went away.
+            KeyboardInterrupt: As any program; here and where it did not end in time, what runs there is killed.
         """
         # Its number is kept, so that what hangs can be killed there and does not heat a phone for hours.
         program = f"echo $$ >{shlex.quote(self.path('pid'))}; exec {shlex.join(argv)}"
@@ -115,6 +116,9 @@ class Remote:
         except subprocess.TimeoutExpired as error:
             self._kill()
             raise IncompleteError(f"{argv[0]} on {self.label} did not end within {timeout_s:g} s") from error
+        except KeyboardInterrupt:
+            self._kill()
+            raise
 
     def pull(self, name: str, to: Path) -> None:
         """Copy a file of the folder there to `to`, whole or not at all.
