@@ -1010,6 +1010,23 @@ def test_pictures_of_any_size_are_taken_where_the_tile_has_an_inside(gray: Bundl
     assert all("any size" in path.read_text(encoding="utf-8") for path in said)
 
 
+class _Darker(_Net):
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return super().forward(noisy, sigma) * 0.5
+
+
+def test_a_library_in_the_place_of_an_earlier_one_is_what_computes(gray: Bundle, tmp_path: Path) -> None:
+    other = _bundle(tmp_path, HOST, net_type=_Darker)
+    placed = tmp_path / "placed"
+    picture = np.full((1, TILE_HEIGHT, TILE_WIDTH), 0.5, np.float32)
+    for bundle in (gray, other):
+        shutil.rmtree(placed, ignore_errors=True)
+        shutil.copytree(bundle.folder, placed)
+        got = dataclasses.replace(bundle, folder=placed).tiled(picture)
+        assert np.array_equal(got, bundle.tiled(picture))
+    assert got.max() < 0.3
+
+
 def test_the_same_model_gives_the_same_bytes(gray: Bundle, tmp_path: Path) -> None:
     again = _bundle(tmp_path, HOST)
     for path in gray.built.files.values():

@@ -144,10 +144,7 @@ class NativeSession:
     def __init__(self, library: Path, built: Built) -> None:
         prefix, self._shape = _interface(library, built)
         self._name = library.name
-        try:
-            loaded = ctypes.CDLL(str(library.resolve()))
-        except OSError as error:
-            raise IntegrityError(f"{library.name} does not load: {error}") from error
+        loaded = _loaded(library)
         self._denoise = getattr(loaded, f"{prefix}_tile_f32")
         self._denoise.argtypes = (_POINTER, ctypes.c_float, _POINTER, _POINTER, ctypes.c_size_t)
         self._error_text = getattr(loaded, f"{prefix}_error_text")
@@ -207,6 +204,21 @@ def open_session(bundle: Path, built: Built, target: Target, *, threads: int = 1
     raise IncompleteError(
         f"target '{target.name}': runner '{target.runner.kind}' cannot run code for '{triple}' on this machine"
     )
+
+
+def _loaded(library: Path) -> ctypes.CDLL:
+    """Return the library, loaded into this process.
+
+    A loader takes a path that it knows for what it loaded from there, though another file may lie there since: one that
+    was compiled again. So it is told another path each time; whether it knows the file, it then sees by the file.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgekit-library-") as folder:
+        path = Path(folder, library.name)
+        path.symlink_to(library.resolve())
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            raise IntegrityError(f"{library.name} does not load: {error}") from error
 
 
 def open_host(library: Path, built: Built, runner: Runner, folder: tempfile.TemporaryDirectory[str]) -> Host:
