@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -1008,6 +1009,15 @@ def test_pictures_of_any_size_are_taken_where_the_tile_has_an_inside(gray: Bundl
     _readme(gray, tmp_path)
     said = [(tmp_path / "README.md"), *(gray.folder / gray.built.files[role] for role in ("header", "python"))]
     assert all("any size" in path.read_text(encoding="utf-8") for path in said)
+
+
+def test_a_session_that_several_threads_call_gives_each_its_picture(gray: Bundle) -> None:
+    ((_, denoise),) = tvm.open_session(gray.folder, gray.built, gray.target)
+    pictures = np.random.default_rng(0).random((4, 1, 1, TILE_HEIGHT, TILE_WIDTH), np.float32)
+    wanted = [denoise(picture, 0.1) for picture in pictures]
+    with ThreadPoolExecutor(4) as pool:
+        got = pool.map(lambda i: np.array_equal(denoise(pictures[i % 4], 0.1), wanted[i % 4]), range(4000))
+        assert all(got)
 
 
 class _Darker(_Net):

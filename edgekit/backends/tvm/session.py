@@ -14,6 +14,7 @@ import re
 import shutil
 import struct
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -137,7 +138,7 @@ class EmulatedSession:
 
 
 class NativeSession:
-    """The library, loaded into this process, as a function of a picture."""
+    """The library, loaded into this process, as a function of a picture; one thread at a time, others wait."""
 
     level: Literal["native", "emulated", "reference"] = "native"
 
@@ -154,6 +155,7 @@ class NativeSession:
         self._workspace_bytes = int(workspace_size())
         memory = np.zeros(self._workspace_bytes + ALIGNMENT, np.uint8)
         self._workspace = memory[-memory.ctypes.data % ALIGNMENT :]
+        self._workspace_free = threading.Lock()
 
     def __call__(self, noisy: Array, sigma: float) -> Array:
         """Return the denoised picture, shaped as `noisy` (1, c, h, w), which must be one tile.
@@ -166,7 +168,9 @@ class NativeSession:
             raise InputError(f"{self._name} takes a tile of shape {self._shape}, found {noisy.shape}")
         given, denoised = np.ascontiguousarray(noisy, np.float32), np.empty(self._shape, np.float32)
         pointers = (given.ctypes.data, sigma, denoised.ctypes.data, self._workspace.ctypes.data)
-        if code := self._denoise(*pointers, self._workspace_bytes):
+        with self._workspace_free:
+            code = self._denoise(*pointers, self._workspace_bytes)
+        if code:
             text = self._error_text(code).decode()
             if code == _UNSUPPORTED_CPU:
                 raise IncompleteError(f"{self._name} cannot be run here: {text}")
