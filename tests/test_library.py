@@ -681,6 +681,8 @@ def test_program_script_and_c_example_of_the_readme_each_denoise_a_picture(gray:
     for name in ("example", "example_static"):
         _shell(f"./{name}", folder)
         assert np.array_equal(_read(folder / "denoised.pgm"), wanted)
+    (folder / "noisy.pgm").write_bytes(b"P5 8 4 65535\n" + bytes(64))
+    assert subprocess.run(["./example_static"], cwd=folder, check=False).returncode == 1, "it has two bytes a pixel"
 
 
 @pytest.fixture(scope="module")
