@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -34,12 +35,14 @@ from edgekit.errors import InputError, UnsupportedError
 from edgekit.models import weights as model_weights
 from edgekit.pipeline import compile as compiling
 from edgekit.recipe import Quantization
+from edgekit.runners import qemu
 from edgekit.target import InputShape, Isa, Runner, Target
 from tests import tiny
 
 pytest.importorskip("tvm")
 tvm = backends.load("tvm")
 integer = sys.modules["edgekit.backends.tvm.integer"]
+link = sys.modules["edgekit.backends.tvm.link"]
 machine_code = sys.modules["edgekit.backends.tvm.machine_code"]
 qdq = sys.modules["edgekit.backends.tvm.qdq"]
 variants = sys.modules["edgekit.backends.tvm.variants"]
@@ -656,6 +659,52 @@ def test_one_library_gives_the_reference_on_cores_with_and_without_the_dot_produ
     wanted = reference.run(_network(nano, 64, 64), noisy, sigma)
     for _, denoise in tvm.open_session(nano_library.folder, nano_library.built, place):
         assert np.array_equal(denoise(noisy, sigma), wanted)
+
+
+_STACK = r"""
+#include "edgekit_nano.h"
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+enum { SIDE = EDGEKIT_NANO_WIDTH, SIZE = 1 << 18, PAINT = 0x5a };
+static char stack[SIZE] __attribute__((aligned(4096))), *top;
+static uint8_t pixels[SIDE * SIDE];
+static void *call(void *denoiser)
+{
+    top = __builtin_frame_address(0);
+    int code = edgekit_nano_denoise_u8(denoiser, pixels, SIDE, pixels, SIDE, SIDE, SIDE, EDGEKIT_NANO_GRAY, 25.0f);
+    return code ? denoiser : NULL;
+}
+int main(void)
+{
+    edgekit_nano *denoiser;
+    pthread_attr_t attributes;
+    pthread_t thread;
+    void *failed = stack;
+    size_t left = 0;
+    memset(stack, PAINT, SIZE);
+    int code = edgekit_nano_create(&denoiser, NULL) | pthread_attr_init(&attributes) |
+               pthread_attr_setstack(&attributes, stack, SIZE) | pthread_create(&thread, &attributes, call, denoiser) |
+               pthread_join(thread, &failed);
+    while (stack[left] == PAINT)
+        ++left;
+    printf("%td\n", top - stack - (ptrdiff_t)left);
+    return code || failed;
+}
+"""
+
+
+def test_a_call_takes_no_more_stack_than_the_header_says(nano_library: Bundle, tmp_path: Path) -> None:
+    header, static = (nano_library.folder / nano_library.built.files[role] for role in ("header", "static"))
+    (tmp_path / header.name).write_text(header.read_text())
+    (tmp_path / "stack.c").write_text(_STACK)
+    link.compile_program(tmp_path / "stack.c", tmp_path / "stack", link.LINUX, static)
+    said = re.search(r"up to (\d+) KiB of the stack", header.read_text())
+    assert said is not None
+    for cpu in ("cortex-a53", "cortex-a76"):
+        done = qemu.find(cpu).run([str(tmp_path / "stack")])
+        assert done.code == 0
+        assert 2048 < int(done.stdout) <= 1024 * int(said[1])
 
 
 def test_the_integer_network_is_as_good_as_onnx_runtime_makes_of_its_graph(nano: Source) -> None:
