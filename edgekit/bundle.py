@@ -129,6 +129,12 @@ def combined_sha256(files: Sequence[Path]) -> str:
     return found[0] if len(found) == 1 else json_sha256(found)
 
 
+def report_path(bundle: str | Path) -> Path:
+    """Return where the report on a bundle lies: beside it, for the bundle itself is never written to."""
+    path = Path(bundle).resolve()
+    return path.with_name(f"{path.name}.report.json")
+
+
 def hashes(bundle: Path) -> dict[str, str]:
     """Return path -> sha256 of every file of a bundle but the manifest, sorted."""
     files = sorted(p for p in bundle.rglob("*") if p.is_file() and p != bundle / MANIFEST)

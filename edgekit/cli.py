@@ -284,6 +284,7 @@ def verify(
     edgekit verify runs/quickstart/bundles/linux-x86_64
     edgekit verify runs/nano/bundles/android-arm64 --bench results/devices/nano-pixel7.json
     """
+    from edgekit import bundle as bundles
     from edgekit import run
     from edgekit.pipeline import verify as verifying
 
@@ -295,7 +296,7 @@ def verify(
     settings = verifying.Settings(threads=threads, seconds=seconds)
     reports = []
     for path in paths:
-        to = _place(output or verifying.default_path(path), path)
+        to = _place(output or bundles.report_path(path), path)
         report = verifying.verify(path, settings=settings, records=records or None)
         verifying.write(report, to)
         reports.append(report)

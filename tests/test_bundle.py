@@ -213,7 +213,7 @@ def test_a_folder_without_a_manifest_is_no_bundle(kept):
 def test_verification_does_not_write_into_the_bundle(kept):
     before = bundle.hashes(kept)
     report = verify.verify(kept, settings=verify.Settings(seconds=0.1))
-    assert verify.write(report, verify.default_path(kept)) == kept.with_name("kept.report.json")
+    assert verify.write(report, bundle.report_path(kept)) == kept.with_name("kept.report.json")
     assert bundle.hashes(kept) == before
     bundle.read(kept)
 

@@ -299,6 +299,17 @@ def test_a_teacher_that_does_not_beat_its_student_is_refused(photos, tmp_path, c
     assert [(link.kind, link.made_from) for link in links[:2]] == [("teacher", None), ("student", None)]
 
 
+def test_a_verdict_on_a_bundle_does_not_outlive_it(photos, tmp_path):
+    _, folder = distilled(photos, tmp_path / "run", student=Model(model="nano"))
+    path = compiling.compile_model(str(folder), [FLOAT]).bundles[FLOAT.name]
+    verdict = bundle.report_path(path)
+    verdict.write_text("{}", encoding="utf-8")
+    compiling.compile_model(str(folder), [FLOAT])
+    assert verdict.is_file()
+    compiling.compile_model(str(folder), [dataclasses.replace(FLOAT, limits=Limits(size_mib=7.0))])
+    assert not verdict.exists()
+
+
 def test_a_student_that_kept_its_starting_weights_is_not_made_from_its_teacher(photos, tmp_path):
     spoilt = tiny.training(steps=5, peak_rate=0.5, keep_better=True)
     found, folder = distilled(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekit import recipe, target
+from edgekit import bundle, recipe, target
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import denoise, distill, plan, verify, whole
 
@@ -37,7 +37,7 @@ def test_a_path_may_be_of_either_kind(tiny, leaves, kind):
     path = compiling.compile_model(kind("made"), [wanted]).bundles["onnx"]
     report = verify.verify(kind(path), settings=verify.Settings(seconds=0.1), records=[])
     assert verify.write(report, kind("report.json")).is_file()
-    assert verify.default_path(kind(path)).name == "onnx.report.json"
+    assert bundle.report_path(kind(path)).name == "onnx.report.json"
     picture = next(leaves.iterdir())
     opened = denoise.open_model(kind(path))
     assert denoise.denoise_file(opened, kind(picture), kind("out.png"), sigma255=25).is_file()

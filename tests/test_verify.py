@@ -647,7 +647,7 @@ def test_a_bundle_is_verified_where_nothing_else_of_the_run_is(copied, made):
     found = judged(copied)
     assert found.verdict == "pass"
     assert bundle.hashes(copied) == before
-    assert verify.default_path(copied) == copied.parent / "bundle.report.json"
+    assert bundle.report_path(copied) == copied.parent / "bundle.report.json"
 
 
 @pytest.mark.parametrize(("seeds", "draws"), [([0], ""), ([0, 1], ", 2 draws")])

@@ -399,6 +399,8 @@ def _bundle(
     golden = golden_pictures(evaluation, target)
 
     def work(out: Path) -> Mapping[str, object]:
+        # A verdict on the bundle that was here is none on the one that comes.
+        bundle.report_path(opened.root / f"bundles/{target.name}").unlink(missing_ok=True)
         built = backends.load(target.engine).build(_source(recipe, graph, quantized, target), target, out)
         _link(graph.fp32, out / "reference" / "student.fp32.onnx")
         if teacher:

@@ -173,12 +173,6 @@ def write(report: Report, path: str | Path) -> Path:
     return Path(path)
 
 
-def default_path(path: str | Path) -> Path:
-    """Return where the report on a bundle goes: beside it, for the bundle itself is never written to."""
-    path = Path(path).resolve()
-    return path.with_name(f"{path.name}.report.json")
-
-
 class _Judge:
     """Measures rows by one protocol."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgekit import run
+from edgekit import bundle, run
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import distill, networks, verify
 from edgekit.pipeline.compile import Compiled
@@ -63,6 +63,6 @@ def run_recipe(
         reports = []
         for path in compiled.bundles.values():
             report = verify.verify(path, settings=settings, say=say)
-            verify.write(report, verify.default_path(path))
+            verify.write(report, bundle.report_path(path))
             reports.append(report)
     return Result(distilled=distilled, compiled=compiled, reports=tuple(reports))
