@@ -430,9 +430,16 @@ def test_the_engine_is_asked_for_before_anything_is_made(recipe, tmp_path, monke
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tile_that_the_student_does_not_take_is_refused_before_any_training(recipe, tmp_path):
-    tile = dataclasses.replace(ONNX, input=InputShape(height=64, width=20))
-    with pytest.raises(UnsupportedError, match=r"input 20x64 is not a tile that 'nano' can be compiled for; .* of 8"):
+@pytest.mark.parametrize(
+    ("width", "told"),
+    [
+        (20, r"input 20x64 is not a tile that 'nano' can be compiled for; .* of 8"),
+        (8, r"input 8x64 is too small to be verified; SSIM needs 11 pixels a side"),
+    ],
+)
+def test_a_tile_that_the_student_does_not_take_is_refused_before_any_training(recipe, tmp_path, width, told):
+    tile = dataclasses.replace(ONNX, input=InputShape(height=64, width=width))
+    with pytest.raises(UnsupportedError, match=told):
         whole.run_recipe(recipe, [tile], tmp_path / "run", say=lambda text: None)
     assert not (tmp_path / "run").exists()
 

@@ -24,6 +24,7 @@ from edgekit.errors import IncompleteError, InputError, ToolMissingError, Unsupp
 from edgekit.files import sha256
 from edgekit.graph import checks, cost
 from edgekit.graph.receptive_field import ReceptiveField, receptive_field
+from edgekit.measure.quality import SSIM_WINDOW
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import int8, networks, pages, pictures
@@ -340,8 +341,14 @@ def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence
 
 
 def check_tile(name: str, stride: int, target: Target) -> None:
-    """Raise UnsupportedError for a tile that a network of this stride does not take, before any work for it."""
+    """Raise UnsupportedError for a tile that a network of this stride does not take, or that cannot be verified."""
     height, width = target.input.height, target.input.width
+    if any(side is not None and side < SSIM_WINDOW for side in (height, width)):
+        raise UnsupportedError(
+            f"target '{target.name}': input {width}x{height} is too small to be verified; "
+            f"SSIM needs {SSIM_WINDOW} pixels a side",
+            remedy="set input.height and input.width, or --tile, higher",
+        )
     if any(side is not None and side % stride for side in (height, width)):
         raise UnsupportedError(
             f"target '{target.name}': input {width}x{height} is not a tile that '{name}' can be compiled for",
