@@ -22,7 +22,7 @@ from edgekit import backends, bundle, files, report, run, target, zoo
 from edgekit.compress.export import export_onnx
 from edgekit.data import sets
 from edgekit.data.synthetic import dead_leaves
-from edgekit.errors import InputError, IntegrityError, ToolMissingError, UnsupportedError
+from edgekit.errors import InputError, IntegrityError, LimitError, ToolMissingError, UnsupportedError
 from edgekit.graph.checks import is_quantized
 from edgekit.graph.reference import agreement_db
 from edgekit.models import weights
@@ -616,6 +616,48 @@ def test_int8_that_training_does_not_follow_is_made_without_it(own_weights, tmp_
     assert made.facts["trained"] is False
     assert made.facts["integer_macs_permille"] > 500
     assert not list(compiled.folder.glob("qat-*"))
+
+
+def test_int8_is_trained_once_more_at_lower_rates_where_that_was_not_enough(photos, tmp_path, monkeypatch, caplog):
+    """Whoever stops the second training goes on to the same graph."""
+    told = ["budgets.int8_drop_db=0.001", "teacher=null", "quantization.change_basis=false"]
+    told += [
+        f"quantization.qat.{setting}" for setting in ("steps=4", "patch=32", "rate=0.2", "checkpoint_seconds=1e-9")
+    ]
+    told += [f"data.train=[{photos}/train]", f"data.calibration={photos}/held_out", "data.evaluation_pictures=1"]
+    train, rates = int8.qat.finetune, list[float]()
+
+    def compiled(name: str) -> tuple[str, bytes]:
+        try:
+            compiling.compile_model("nano", [ONNX], folder=tmp_path / name, overrides=told)
+        except LimitError as error:
+            return str(error), b""
+        return "", next((tmp_path / name).rglob("student.int8.onnx")).read_bytes()
+
+    def counted(**given):
+        rates.append(given["settings"].rate)
+        return train(**given)
+
+    def stopped(**given):
+        if rates:
+            raise KeyboardInterrupt
+        return counted(**given)
+
+    monkeypatch.setattr(int8.qat, "finetune", counted)
+    with caplog.at_level(logging.INFO, logger="edgekit"):
+        whole_way = compiled("whole")
+    assert rates == [0.2, pytest.approx(0.02)]
+    assert "INT8 still loses too much: training it once more, at a tenth of the rates" in caplog.messages
+    rates.clear()
+    monkeypatch.setattr(int8.qat, "finetune", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compiled("parts")
+    assert len(list((tmp_path / "parts").glob("qat-*"))) == 2
+    rates.clear()
+    monkeypatch.setattr(int8.qat, "finetune", counted)
+    assert compiled("parts") == whole_way
+    assert rates == [0.2, pytest.approx(0.02)]
+    assert not list((tmp_path / "parts").glob("qat-*"))
 
 
 def test_bundles_of_a_student_that_was_trained_anew_are_not_verified_for_it(copied, recipe):

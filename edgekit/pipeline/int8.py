@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import shutil
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from edgekit.compress.ranges import Calibration
 from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import UnsupportedError
-from edgekit.files import sha256
+from edgekit.files import json_sha256, sha256
 from edgekit.graph import checks, walk
 from edgekit.pipeline import pictures
 from edgekit.pipeline.pictures import Pictures
@@ -37,6 +37,9 @@ PLACEMENTS: Mapping[Engine, str] = {"onnxruntime": "onnxruntime", "openvino": "o
 # Share of the budget up to which nothing is trained. What just holds on these pictures is missed on others, and what a
 # trunk of 8 bits loses depends on the draw of calibration pictures too; training wins most of both back.
 _UNTRAINED: Mapping[Literal["int8", "int16"], float] = {"int8": 0.25, "int16": 0.5}
+# What was never trained with any rounding may lose more in training than it wins, where a tenth of the rates wins most
+# of it back (docs/qat.md).
+_SLOWER = 10
 _SIGMAS = (15.0, 25.0, 50.0)
 _MOST_PICTURES = 16
 
@@ -223,7 +226,10 @@ def within_budget(
     if trained:
         log.info("INT8 loses %.3f dB before any training: training it with its rounding", before.mean_mdb / 1000)
         try:
-            graph = _train(recipe, shown, ends_in_float(graph, prepared, where), prepared, out, checkpoints)
+            begun = ends_in_float(graph, prepared, where)
+            graph = _trained(
+                begun, recipe, shown, prepared, out, checkpoints, lambda found: limit.holds(judge.loss(found))
+            )
         except UnsupportedError as error:
             log.warning("it is not trained, and layers go back to float where it loses too much: %s", error)
             trained = False
@@ -265,35 +271,59 @@ def _added_for(model: onnx.ModelProto, convolutions: Collection[str]) -> tuple[s
     )
 
 
-def _train(
-    recipe: Recipe, shown: Pictures, graph: onnx.ModelProto, prepared: Prepared, out: Path, checkpoints: Path
+def _trained(
+    graph: onnx.ModelProto,
+    recipe: Recipe,
+    shown: Pictures,
+    prepared: Prepared,
+    out: Path,
+    checkpoints: Path,
+    is_enough: Callable[[onnx.ModelProto], bool],
 ) -> onnx.ModelProto:
-    """Return the graph after training with its rounding; an interrupted training goes on from its checkpoint.
+    """Return the graph after training with its rounding, and after one more at lower rates where that is not enough.
+
+    An interrupted training goes on from its checkpoint, and so does the one before it, to the same graph.
 
     Raises:
         UnsupportedError: An operator that training does not follow.
     """
-    export.write(graph, out / "untrained.int8.onnx")
-    folder = checkpoints / f"qat-{sha256(out / 'untrained.int8.onnx')[:12]}"
-    folder.mkdir(exist_ok=True)
+    untrained, trained = out / "untrained.int8.onnx", out / "trained.int8.onnx"
+    told = recipe.quantization.qat
+    slower = replace(told, rate=told.rate / _SLOWER, scale_rate=told.scale_rate / _SLOWER)
+    folders = list[Path]()
     try:
-        qat.finetune(
-            qdq=out / "untrained.int8.onnx",
-            fp32=out / EQUALIZED,
-            pictures=_pixels(shown.train),
-            held_out=_pixels(shown.held_out),
-            sigma=recipe.noise.train,
-            settings=recipe.quantization.qat,
-            out=out / "trained.int8.onnx",
-            folder=folder,
-            report=_log_every(100),
-            exact=prepared.exact,
-        )
+        for settings in (told, slower):
+            if settings is slower:
+                log.info("INT8 still loses too much: training it once more, at a tenth of the rates")
+            export.write(graph, untrained)
+            identity = json_sha256([sha256(untrained), asdict(settings)])
+            folders.append(checkpoints / f"qat-{identity[:12]}")
+            folders[-1].mkdir(exist_ok=True)
+            qat.finetune(
+                qdq=untrained,
+                fp32=out / EQUALIZED,
+                pictures=_pixels(shown.train),
+                held_out=_pixels(shown.held_out),
+                sigma=recipe.noise.train,
+                settings=settings,
+                out=trained,
+                folder=folders[-1],
+                report=_log_every(100),
+                exact=prepared.exact,
+            )
+            graph = checks.load_onnx(trained)
+            if is_enough(graph):
+                break
     except UnsupportedError:
-        shutil.rmtree(folder)
+        _remove(folders)
         raise
-    shutil.rmtree(folder)
-    return checks.load_onnx(out / "trained.int8.onnx")
+    _remove(folders)
+    return graph
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 def _pixels(found: PictureSet) -> list[budget.Picture]:
