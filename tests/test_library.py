@@ -1046,13 +1046,13 @@ def test_the_same_model_gives_the_same_bytes(gray: Bundle, tmp_path: Path) -> No
 
 
 MEASURE = """
-import ctypes, importlib.util, sys
+import ctypes, importlib.util, pathlib, sys
 import numpy as np
 
 spec = importlib.util.spec_from_file_location("wrapper", sys.argv[1])
 wrapper = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(wrapper)
-library = wrapper._load(sys.argv[2])
+library = wrapper._load(pathlib.Path(sys.argv[2]))
 
 
 def kib(name):

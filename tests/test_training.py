@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import os
 import resource
@@ -616,7 +617,8 @@ def test_better_weights_are_kept(tmp_path):
 def test_training_that_fell_apart_is_told(tmp_path, caplog, validated, start, end, told):
     found = iter((*validated, start, end))
     settings = tiny.training(steps=20, validate_every=10, keep_better=False)
-    _, outcome = loop.train(job(training=settings, validate=lambda net: next(found)), tmp_path, silent)
+    with caplog.at_level(logging.WARNING, logger="edgekit"):
+        _, outcome = loop.train(job(training=settings, validate=lambda net: next(found)), tmp_path, silent)
     assert (outcome.start_psnr_db, outcome.psnr_db, outcome.kept) == (start, end, "trained")
     assert [told in line for line in caplog.messages] == ([True] if told else [])
 

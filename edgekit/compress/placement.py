@@ -310,11 +310,11 @@ class _Writer:
             return {}
         maps = (self._ranges.keys() & derived_from(self._model, NOISY)) - _gates(self._model)
         # A kernel of our own writes the picture and the noise level into one map.
-        maps -= input_maps(self._model) if self._placement.trunk == "int16" else set()
+        written = input_maps(self._model) if self._placement.trunk == "int16" else set()
         found = {}
         for node in self._model.graph.node:
             reads = tuple(node.input if node.op_type == "Concat" else node.input[:1])
-            if _is_between(node) and maps.issuperset((*reads, node.output[0])):
+            if _is_between(node) and node.output[0] not in written and maps.issuperset((*reads, node.output[0])):
                 found[str(node.output[0])] = reads
         return found
 
