@@ -1,7 +1,7 @@
 """Padding to a multiple, and the crop that takes it away again, left out where sides are multiples already.
 
 ```
-noisy ─ Pad(to even sides) ─ ... ─ Slice(to the sides of noisy) ─ denoised     FFDNet and NAFNet, as published
+noisy ─ Pad(to even sides) ─ ... ─ Slice(to the sides of noisy) ─ denoised     FFDNet, as published
 ```
 A bundle takes pictures whose sides are multiples of the network's stride, so that neither does anything there. Kernels
 of our own have neither, and no engine needs to move a map for nothing.
@@ -65,7 +65,8 @@ def idle_left_out(model: onnx.ModelProto, path: Path, step: int | None = None) -
 
 def _idle(model: onnx.ModelProto, height: int, width: int) -> set[str]:
     """Return the results of the Pads and Slices that are what they read, for pictures of that size."""
-    fixed, shapes = constants_stored(folded(model, height, width)), infer_shapes(model, height, width)
+    fixed = constants_stored(folded(model, height, width))
+    shapes = infer_shapes(fixed, height, width)
     stored = {name: numpy_helper.to_array(tensor).reshape(-1) for name, tensor in initializers(fixed).items()}
     return {
         node.output[0]
@@ -79,8 +80,8 @@ def _takes_all(node: onnx.NodeProto, stored: Mapping[str, NDArray[np.generic]], 
     """Return whether a Slice takes all of a map of that shape, in its order."""
     if not shape or not stored.keys() >= {name for name in node.input[1:] if name}:
         return False
-    starts, ends, *others = ([*stored[name].tolist()] if name else [] for name in node.input[1:])
-    axes, steps = [*others, [], []][:2]
+    given: list[list[int]] = [stored[name].tolist() if name else [] for name in node.input[1:]]
+    starts, ends, axes, steps = [*given, [], []][:4]
     axes, steps = axes or list(range(len(starts))), steps or [1] * len(starts)
     return all(
         step == 1 and start == 0 and end >= shape[axis]

@@ -116,10 +116,13 @@ def compile_model(
     root = Path(what)
     if root.is_dir():
         with run.open_run(root, None) as opened:
-            return compile_student(opened, recipe_of(root), networks.from_run(root), targets)
+            network = networks.from_run(root)
+            check_tiles(network.name, network.net.stride, targets)
+            return compile_student(opened, recipe_of(root), network, targets)
     if what.endswith(".onnx"):
         return _compile_onnx(Path(what), targets, overrides, folder, overwrite)
     network = networks.named(what, weights)
+    check_tiles(network.name, network.net.stride, targets)
     recipe = _told_recipe(network.name, network.net.channels, overrides)
     identity = {"recipe": asdict(recipe), "compiles": {"model": what, "sha256": network.sha256}}
     with run.open_run(run.folder_of(network.name, folder), identity, overwrite=overwrite) as opened:
@@ -215,6 +218,7 @@ def _compile_onnx(
     stride = cost.stride(loaded, path)
     name = _identifier(path.stem)
     check_onnx(name, targets)
+    check_tiles(name, stride, targets)
     recipe = _told_recipe(name, interface.channels, overrides)
     identity = {"recipe": asdict(recipe), "compiles": {"model": path.name, "sha256": sha256(path)}}
     with run.open_run(run.folder_of(name, folder), identity, overwrite=overwrite) as opened:
@@ -325,8 +329,6 @@ def _simplified(opened: Run, onnx: Path, link: Link, step: int) -> tuple[Stage, 
 
 
 def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence[Target]) -> Compiled:
-    for target in targets:
-        check_tile(graph.name, graph.stride, target)
     evaluation = pictures.evaluation(recipe.data)
     pictures.refuse_seen(opened, recipe.data, evaluation)
     teacher = _export_teacher(opened, recipe)
@@ -340,20 +342,21 @@ def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence
     return Compiled(folder=opened.root, bundles=bundles, audits=audits, reused=tuple(opened.reused))
 
 
-def check_tile(name: str, stride: int, target: Target) -> None:
+def check_tiles(name: str, stride: int, targets: Sequence[Target]) -> None:
     """Raise UnsupportedError for a tile that a network of this stride does not take, or that cannot be verified."""
-    height, width = target.input.height, target.input.width
-    if any(side is not None and side < SSIM_WINDOW for side in (height, width)):
-        raise UnsupportedError(
-            f"target '{target.name}': input {width}x{height} is too small to be verified; "
-            f"SSIM needs {SSIM_WINDOW} pixels a side",
-            remedy="set input.height and input.width, or --tile, higher",
-        )
-    if any(side is not None and side % stride for side in (height, width)):
-        raise UnsupportedError(
-            f"target '{target.name}': input {width}x{height} is not a tile that '{name}' can be compiled for",
-            remedy=f"set input.height and input.width, or --tile, to multiples of {stride}",
-        )
+    for target in targets:
+        height, width = target.input.height, target.input.width
+        if any(side is not None and side < SSIM_WINDOW for side in (height, width)):
+            raise UnsupportedError(
+                f"target '{target.name}': input {width}x{height} is too small to be verified; "
+                f"SSIM needs {SSIM_WINDOW} pixels a side",
+                remedy="set input.height and input.width, or --tile, higher",
+            )
+        if any(side is not None and side % stride for side in (height, width)):
+            raise UnsupportedError(
+                f"target '{target.name}': input {width}x{height} is not a tile that '{name}' can be compiled for",
+                remedy=f"set input.height and input.width, or --tile, to multiples of {stride}",
+            )
 
 
 def check_onnx(name: str, targets: Sequence[Target]) -> None:

@@ -35,8 +35,8 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: str | Path | None = 
     """
     stride = networks.architecture(recipe.student, recipe.data.channels).stride
     missing = {finding.name: finding.fix for finding in doctor.examine() if not finding.found}
+    compiling.check_tiles(recipe.student.model, stride, targets)
     for target in targets:
-        compiling.check_tile(recipe.student.model, stride, target)
         if target.engine not in missing:
             backends.load(target.engine).check(target)
     made = _made(run.folder_of(recipe.name, folder))
@@ -80,8 +80,7 @@ def check_model(
         network = networks.named(what, weights)
         name, channels, stride = network.name, network.net.channels, network.net.stride
     compiling.default_recipe(name, channels, overrides)
-    for target in targets:
-        compiling.check_tile(name, stride, target)
+    compiling.check_tiles(name, stride, targets)
     return what
 
 

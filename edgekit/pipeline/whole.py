@@ -54,8 +54,7 @@ def run_recipe(
     """
     stride = networks.architecture(recipe.student, recipe.data.channels).stride
     compiling.check_targets(targets)
-    for target in targets:
-        compiling.check_tile(recipe.student.model, stride, target)
+    compiling.check_tiles(recipe.student.model, stride, targets)
     root = run.folder_of(recipe.name, folder)
     with run.open_run(root, {"recipe": asdict(recipe)}, overwrite=overwrite) as opened:
         distilled = distill.train_student(opened, recipe, progress=progress)
