@@ -7,11 +7,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 import click
@@ -34,6 +36,14 @@ R = TypeVar("R")
 log = logging.getLogger("edgekit")
 JSON_SCHEMA_VERSION = 1
 BROKEN_PIPE = 141  # as the shell has it for a program that SIGPIPE ended
+
+
+class _Terminated(KeyboardInterrupt):
+    """Another program asked this one to end; what it began, here or on a device, is tidied up as for Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number  # as the shell has it for a program that this signal ended
 
 
 class _Ordered(click.Group):
@@ -807,9 +817,10 @@ def completion(shell: str) -> None:
 def main() -> None:
     """Run the command line; a failure is one line on stderr (click's own, of usage, a few) and its exit code."""
     try:
+        _heed_termination()
         code = cli.main(prog_name="edgekit", standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        code = _interrupted()
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        code = _interrupted(error)
     except click.ClickException as error:
         error.show()
         code = 2
@@ -828,9 +839,22 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _interrupted() -> int:
+def _heed_termination() -> None:
+    """Let SIGTERM, and the end of the terminal unless `nohup` has it ignored, end a command as Ctrl-C does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _terminate)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated(number)
+
+
+def _interrupted(error: BaseException) -> int:
+    """Say that a command was interrupted, and return its exit code; click has its own error around the real one."""
     click.echo("interrupted; start the same command again to go on", err=True)
-    return INTERRUPTED
+    cause = error.__cause__ if isinstance(error, click.exceptions.Abort) else error
+    return cause.exit_code if isinstance(cause, _Terminated) else INTERRUPTED
 
 
 def _refused(error: OSError) -> InputError:

@@ -825,7 +825,8 @@ def test_an_output_that_takes_nothing_is_told():
 # Interruptions
 
 
-def test_ctrl_c_ends_with_130_and_one_line_and_the_same_command_goes_on(cwd, tiny):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interrupted_command_ends_with_its_code_and_one_line_and_goes_on_when_repeated(cwd, tiny, number, code):
     settings = [f"--set=training.{s}" for s in ("steps=60", "checkpoint_seconds=0.01")]
     with subprocess.Popen(
         command("distill", tiny, *settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -834,9 +835,9 @@ def test_ctrl_c_ends_with_130_and_one_line_and_the_same_command_goes_on(cwd, tin
         while not (saved := list(cwd.glob("runs/tiny/*/checkpoint.safetensors"))) and time.monotonic() < until:
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == code
     assert out == ""
     assert "Traceback" not in err
     lines = [line for line in err.splitlines() if line]

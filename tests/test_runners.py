@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,7 +20,8 @@ from phone import Phone
 
 from edgekit.errors import EdgekitError, IncompleteError, InputError, ToolMissingError, UnsupportedError
 from edgekit.measure import host
-from edgekit.runners import Runner, devices, facts
+from edgekit.runners import Runner, devices, facts, ssh
+from edgekit.runners import adb as runners_adb
 from edgekit.runners.facts import Core
 
 pytestmark = pytest.mark.emulated
@@ -331,6 +333,19 @@ def test_a_board_may_have_a_banner_in_another_encoding(sshed: Board) -> None:
     _let_say(sshed, r"printf 'f\374r\n' >&2")
     with devices.find("ssh:board") as runner:
         assert runner.facts().machine == "aarch64"
+
+
+def test_a_board_whose_shell_hangs_is_said(sshed: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    _let_say(sshed, "sleep 20")
+    monkeypatch.setattr(ssh, "ANSWER_S", 3.0)
+    refused("ssh:board", InputError, "no answer within 3 s", "ssh HOST true")
+
+
+def test_a_server_of_adb_that_hangs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", str(silent.getsockname()[1]))
+        monkeypatch.setattr(runners_adb, "ANSWER_S", 1.0)
+        refused("adb", ToolMissingError, "'adb devices' did not answer within 1 s", "adb kill-server")
 
 
 def test_a_board_that_is_off_is_said(sshed: Board) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgekit.errors import IncompleteError, InputError, ToolMissingError
 from edgekit.runners import Kind
-from edgekit.runners.remote import Remote, gone, open_remote
+from edgekit.runners.remote import ANSWER_S, Remote, gone, open_remote
 
 _TRANSFER_S = 600.0
 _STATES = {
@@ -103,11 +103,22 @@ def devices(program: str) -> dict[str, str]:
     """Return serial number -> state of what adb sees.
 
     Raises:
-        ToolMissingError: adb's server does not start.
+        ToolMissingError: adb's server does not start, or does not answer.
     """
-    done = subprocess.run([program, "devices"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    remedy = "run: adb kill-server"
+    try:
+        done = subprocess.run(
+            [program, "devices"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ToolMissingError(f"'adb devices' did not answer within {ANSWER_S:g} s", remedy=remedy) from error
     if done.returncode != 0:
-        raise ToolMissingError(f"'adb devices' failed: {' '.join(done.stderr.split())}", remedy="run: adb kill-server")
+        raise ToolMissingError(f"'adb devices' failed: {' '.join(done.stderr.split())}", remedy=remedy)
     _, _, listed = done.stdout.partition("List of devices attached\n")
     pairs = (line.split("\t", 1) for line in listed.splitlines() if "\t" in line)
     return {serial: state.strip() for serial, state in pairs}

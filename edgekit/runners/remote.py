@@ -20,7 +20,7 @@ from edgekit.runners.facts import Facts
 _ENDED = re.compile(rb"edgekit-ended (\d+)\n\Z")
 # A shell's exit code for a program that signal n killed is 128 + n; Linux has 64 signals.
 _SIGNALLED, _SIGNALS = 128, 64
-_ANSWER_S = 60.0
+ANSWER_S = 60.0
 
 
 class Transport(Protocol):
@@ -192,16 +192,16 @@ def _ask(transport: Transport, line: str, stdin: bytes, what: str, timeout_s: fl
 def _answer(transport: Transport, line: str, what: str) -> Completed:
     """Run a short line of the device's shell."""
     try:
-        return _ask(transport, line, b"", f"the shell that tells {what}", _ANSWER_S)
+        return _ask(transport, line, b"", f"the shell that tells {what}", ANSWER_S)
     except subprocess.TimeoutExpired as error:
         raise IncompleteError(
-            f"{transport.kind} {transport.name}: no answer within {_ANSWER_S:g} s when asked for {what}"
+            f"{transport.kind} {transport.name}: no answer within {ANSWER_S:g} s when asked for {what}"
         ) from error
 
 
 def _quietly(transport: Transport, line: str) -> None:
     """Run a line that tidies up; a device that cannot be reached any more keeps what it has."""
     try:
-        subprocess.run(transport.shell(line), input=b"", capture_output=True, timeout=_ANSWER_S, check=False)
+        subprocess.run(transport.shell(line), input=b"", capture_output=True, timeout=ANSWER_S, check=False)
     except subprocess.TimeoutExpired:
         return

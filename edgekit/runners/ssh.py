@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edgekit.errors import IncompleteError, InputError, ToolMissingError
 from edgekit.runners import Kind
-from edgekit.runners.remote import Remote, gone, open_remote
+from edgekit.runners.remote import ANSWER_S, Remote, gone, open_remote
 
 _TRANSFER_S = 600.0
 # A board that hangs or loses power is noticed after 15 s.
@@ -111,9 +111,19 @@ def find(name: str) -> Remote:
 
 
 def _knock(transport: Ssh) -> None:
-    done = subprocess.run(
-        transport.shell("echo edgekit"), stdin=subprocess.DEVNULL, capture_output=True, errors="replace", check=False
-    )
+    try:
+        done = subprocess.run(
+            transport.shell("echo edgekit"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            errors="replace",
+            timeout=ANSWER_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InputError(
+            f"ssh {transport.name}: no answer within {ANSWER_S:g} s", remedy="try it by hand: ssh HOST true"
+        ) from error
     said = done.stdout.split()
     if said == ["edgekit"]:
         return

@@ -9,7 +9,7 @@ android {
 
     defaultConfig {
         applicationId = "edgekit.example"
-        minSdk = 24
+        minSdk = 28  // of ImageDecoder; the library itself asks for 24
         targetSdk = 35
         versionCode = 1
         versionName = "1.0"

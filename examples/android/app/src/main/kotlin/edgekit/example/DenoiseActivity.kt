@@ -2,11 +2,13 @@ package edgekit.example
 
 import android.app.Activity
 import android.content.Intent
-import android.graphics.BitmapFactory
+import android.graphics.Bitmap
+import android.graphics.ImageDecoder
 import android.net.Uri
 import android.os.Bundle
 import android.widget.ImageView
 import edgekit_base.Denoiser
+import java.io.IOException
 import kotlin.concurrent.thread
 
 /** Shows a picture that was shared with the app, first as it is, then without its noise. */
@@ -17,7 +19,7 @@ class DenoiseActivity : Activity() {
         setContentView(view)
         val uri = intent.getParcelableExtra<Uri>(Intent.EXTRA_STREAM) ?: return finish()
         thread {
-            val noisy = contentResolver.openInputStream(uri)?.use { BitmapFactory.decodeStream(it) }
+            val noisy = read(uri)
             if (noisy == null) {
                 runOnUiThread { finish() }
                 return@thread
@@ -26,5 +28,17 @@ class DenoiseActivity : Activity() {
             val clean = Denoiser(this).use { it.denoise(noisy, sigma255 = 25f) }
             runOnUiThread { view.setImageBitmap(clean) }
         }
+    }
+
+    /** Returns a picture, turned as its EXIF orientation says; null where it is none, or may not be read any more. */
+    private fun read(uri: Uri): Bitmap? = try {
+        ImageDecoder.decodeBitmap(ImageDecoder.createSource(contentResolver, uri)) { decoder, _, _ ->
+            // A bitmap in the GPU's memory has no pixels to give.
+            decoder.allocator = ImageDecoder.ALLOCATOR_SOFTWARE
+        }
+    } catch (error: IOException) {
+        null
+    } catch (error: SecurityException) {
+        null
     }
 }
