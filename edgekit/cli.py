@@ -498,6 +498,16 @@ def bench(
     help="Folder of clean pictures [default: the embedded evaluation pictures].",
 )
 @click.option(
+    "-t",
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="TARGET",
+    default=("onnx", "linux-x86_64"),
+    show_default=True,
+    help="Each student has a row of its artifact for it; may be given several times.",
+)
+@click.option(
     "--peer",
     "peers",
     multiple=True,
@@ -534,6 +544,7 @@ def bench(
 def compare(
     models: tuple[str, ...],
     pictures: Path | None,
+    targets: tuple[str, ...],
     peers: tuple[str, ...],
     sigmas: tuple[float, ...],
     seeds: int,
@@ -553,7 +564,9 @@ def compare(
     edgekit compare
     edgekit compare teacher nano --pictures photos --sigma 15 --sigma 25 --seeds 3
     edgekit compare base --peer DnCNN@25=dncnn.onnx -o comparison
+    edgekit compare control -t linux-x86_64 -t linux-x86_64-vnni
     """
+    from edgekit import target
     from edgekit.pipeline import compare as comparing
 
     settings = comparing.Settings(
@@ -561,6 +574,7 @@ def compare(
     )
     planned = comparing.plan(
         models,
+        targets=[target.load(name) for name in targets],
         peers=[comparing.parse_peer(peer) for peer in peers],
         pictures=pictures,
         settings=settings,

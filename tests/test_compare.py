@@ -25,6 +25,17 @@ from edgekit.pipeline import compare, comparison, distill, networks
 from edgekit.pipeline.compare import Peer, Plan, Settings
 from edgekit.pipeline.comparison import Comparison
 
+OWN_TARGET = """\
+schema_version: 1
+name: own
+description: float kernels in tiles of one size
+engine: tvm
+precision: float32
+input: {{height: 96, width: 96}}
+isa: {{triple: {triple}, cpu: {cpu}}}
+runner: {runner}
+limits: {{size_mib: 8.0}}
+"""
 SETTINGS = Settings(sigmas=(25.0, 15.0), seconds=0.1, without=("bm3d",), dynamic=True)
 
 
@@ -135,6 +146,42 @@ def test_the_openvino_int8_row_is_openvinos_own_artifact(compared, run_folder):
     assert found.figure(25).psnr_mdb == pytest.approx(
         row(compared, "tiny-run", "float32", "openvino").figure(25).psnr_mdb, abs=3000
     )
+
+
+@pytest.mark.backend
+def test_a_target_of_its_own_has_a_row_of_its_artifact_cut_into_tiles_and_timed(run_folder, call, cwd):
+    (cwd / "own.yaml").write_text(OWN_TARGET.format(triple="x86_64-linux-gnu", cpu="x86-64-v3", runner="{kind: local}"))
+    record = compared_for(call, run_folder, write_folder(cwd / "wide", side=128), "own.yaml")
+    [found] = [r for r in record["rows"] if r["target"]]
+    [same] = [r for r in record["rows"] if r["arithmetic"] == "float32" and r["engine"].startswith("onnxruntime")]
+    assert (found["target"], found["arithmetic"]) == ("own", "float32")
+    # Of 136x128 pixels: tiles of 96 whose seams are not seen.
+    assert found["figures"][0]["psnr_mdb"] == pytest.approx(same["figures"][0]["psnr_mdb"], abs=1)
+    assert found["latency_us"] > 0
+    library = next((run_folder / "bundles/own").rglob("*.so"))
+    assert found["size_bytes"] == library.stat().st_size
+    assert "(own) |" in (cwd / "out/table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.emulated
+@pytest.mark.backend
+def test_an_emulated_target_has_a_row_without_a_latency(run_folder, pictures, call, cwd):
+    runner = "{kind: qemu, cpus: [cortex-a53]}"
+    (cwd / "own.yaml").write_text(OWN_TARGET.format(triple="aarch64-linux-gnu", cpu="cortex-a53", runner=runner))
+    [found] = [r for r in compared_for(call, run_folder, pictures, "own.yaml")["rows"] if r["target"]]
+    assert found["figures"]
+    assert found["latency_us"] is found["speedup"] is None
+    assert "by qemu cortex-a53 (emulated), whose time is no latency" in found["notes"]
+
+
+def compared_for(call, run_folder, pictures, target) -> dict[str, object]:
+    """Return the record of a comparison of the run's student for one target."""
+    called = call(
+        *("compare", run_folder, "-t", target, "--pictures", pictures, "--seconds", "0.1", "-o", "out"),
+        *("--without", "bm3d", "--without", "nlm"),
+    )
+    assert called.code == 0, called.err
+    return json.loads(Path("out/comparison.json").read_text(encoding="utf-8"))
 
 
 def test_a_peer_for_one_noise_level_is_measured_there_alone(compared):
@@ -362,17 +409,23 @@ def test_a_folder_that_another_comparison_is_made_in_is_refused_and_its_table_ke
         (("nano", "--peer", "a=other.onnx"), 2, ("other.onnx", "'image'", "'noisy'")),
         (("nano", "--peer", "NLM=net.onnx"), 2, ("two models are called 'NLM'",)),
         (("nano", "-o", "text.onnx"), 2, ("text.onnx", "-o")),
+        (("nano", "-t", "onnxx"), 2, ("onnxx", "did you mean 'onnx'")),
+        (("nano", "-t", "skew.yaml"), 4, ("60x60 is not a tile that 'nano'", "multiples of 8")),
+        (("net.onnx", "-t", "ios-arm64"), 4, ("compiles from torch", "net.onnx")),
     ],
     ids=[
         *("empty folder", "no folder", "small picture", "unknown model", "one model twice", "peer without a file"),
         *("level no number", "level not a finite one", "level too high", "level not measured", "missing file"),
-        *("no ONNX", "other interface", "taken name", "output is a file"),
+        *("no ONNX", "other interface", "taken name", "output is a file", "unknown target", "tile of another stride"),
+        "ONNX for Core ML",
     ],
 )
 def test_bad_input_is_refused_before_anything_is_run(call, cwd, arguments, code, words):
     (cwd / "empty").mkdir()
     write_folder(cwd / "small", side=8)
     (cwd / "text.onnx").write_text("no network", encoding="utf-8")
+    skew = OWN_TARGET.replace("96", "60").format(triple="x86_64-linux-gnu", cpu="x86-64-v3", runner="{kind: local}")
+    (cwd / "skew.yaml").write_text(skew, encoding="utf-8")
     model = onnx.load(write_onnx(cwd / "net.onnx"))
     for node in model.graph.node:
         node.input[:] = ["image" if name == "noisy" else name for name in node.input]

@@ -27,19 +27,21 @@ from edgekit.graph import checks, cost
 from edgekit.measure import host, latency, quality
 from edgekit.measure.quality import Array, Denoise
 from edgekit.pipeline import compile as compiling
+from edgekit.pipeline import denoise as denoising
 from edgekit.pipeline import networks
 from edgekit.pipeline.comparison import Arithmetic, Comparison, Figure, Pictures, Row
 from edgekit.pipeline.compile import Compiled
 from edgekit.pipeline.golden import GOLDEN_SIDE
 from edgekit.pipeline.pictures import LISTING, learned_from, refuse_shown, refuse_small
 from edgekit.pipeline.verify import size_bytes
-from edgekit.target import Target
+from edgekit.target import Engine, Target
 
 log = logging.getLogger(__name__)
 Say = Callable[[str], None]
 OnnxEngine: TypeAlias = Literal["onnxruntime", "openvino"]
-# The shipped target that makes each engine's INT8 artifact.
-INT8_TARGETS: dict[OnnxEngine, str] = {"onnxruntime": "onnx", "openvino": "linux-x86_64"}
+# Float graphs are run in these; a student's artifacts are those of the targets.
+FLOAT_ENGINES: tuple[OnnxEngine, ...] = ("onnxruntime", "openvino")
+TARGETS = ("onnx", "linux-x86_64")
 CLASSICS = ("nlm", "bm3d")
 BM3D_LICENCE = "the package bm3d (Tampere University) may be used for non-commercial purposes only"
 _LEFT_OUT = "left out on request"
@@ -81,13 +83,18 @@ class Peer:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A method, opened. files: What an app ships. graph: The float graph. notes: What a reader must know."""
+    """A method, opened.
+
+    files: What an app ships. graph: The float graph. notes: What a reader must know.
+    timed: Whether its latency says anything: not where it is emulated, or evaluated without its engine.
+    """
 
     denoise: Denoise
     files: tuple[Path, ...] = ()
     graph: Path | None = None
     integer_macs_permille: int | None = None
     notes: tuple[str, ...] = ()
+    timed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +103,7 @@ class Entry:
 
     sigmas: Those that it is measured at. open: Raises EdgekitError where it cannot be run. reason: Why it shall not be.
     rank: Place among those that the others may be timed against, the lowest first; None for one that may not.
-    timed: Whether its latency says anything.
+    target: Whose artifact it is; empty for what is none.
     """
 
     name: str
@@ -108,7 +115,7 @@ class Entry:
     open: Callable[[], Program]
     reason: str = ""
     rank: int | None = None
-    timed: bool = True
+    target: str = ""
 
     def empty(self, reason: str = "") -> Row:
         """Return the row without any figure."""
@@ -116,6 +123,7 @@ class Entry:
             name=self.name,
             arithmetic=self.arithmetic,
             engine=self.engine,
+            target=self.target,
             pictures=self.pictures.name,
             reason=reason or self.reason,
         )
@@ -164,12 +172,19 @@ def parse_peer(text: str) -> Peer:
 
 
 def plan(
-    what: Sequence[str], *, peers: Sequence[Peer] = (), pictures: Path | None = None, settings: Settings, folder: Path
+    what: Sequence[str],
+    *,
+    targets: Sequence[Target] | None = None,
+    peers: Sequence[Peer] = (),
+    pictures: Path | None = None,
+    settings: Settings,
+    folder: Path,
 ) -> Plan:
     """Return the rows in their order, after checking everything that can be checked without running it.
 
     Args:
         what: Shipped names, run folders and ONNX files; unless told, what ships but the variants of `base`.
+        targets: Each student has a row of its artifact for each; `TARGETS` unless told.
         peers: Networks of others.
         pictures: Folder of clean pictures; the embedded evaluation set unless told.
         settings: How much is measured.
@@ -177,7 +192,8 @@ def plan(
 
     Raises:
         InputError: An unknown model, no pictures, a file that is no denoiser's, or pictures that a model learned from.
-        UnsupportedError: A graph that does not take every multiple of the stride.
+        UnsupportedError: A graph that does not take every multiple of the stride, or a target that its engine or a
+            student cannot be compiled for.
     """
     sigmas = tuple(sorted(set(settings.sigmas)))
     settings = dataclasses.replace(settings, sigmas=sigmas)
@@ -187,6 +203,7 @@ def plan(
     finished = [w for w in given if w.endswith(".onnx") and checks.is_quantized(checks.load_onnx(Path(w)))]
     peers = [*peers, *(Peer(name=Path(w).stem, path=Path(w)) for w in finished)]
     models = [_model(w) for w in given if w not in finished]
+    chosen_targets = _targets(targets, models)
     interfaces = [_onnx_interface(p.path) for p in peers]
     channels = {m.channels for m in models} | {of_peer for of_peer, _ in interfaces}
     _check_names(["noisy", "NLM", "BM3D", *(m.name for m in models), *(p.name for p in peers)])
@@ -195,7 +212,7 @@ def plan(
         _check_unseen(model, chosen[model.channels])
     entries = [entry for found in chosen.values() for entry in _classics(found, settings)]
     entries += [_peer(p, chosen[c], stride, settings) for p, (c, stride) in zip(peers, interfaces, strict=True)]
-    entries += [e for m in models for e in _networks(m, chosen[m.channels], settings, folder)]
+    entries += [e for m in models for e in _networks(m, chosen_targets, chosen[m.channels], settings, folder)]
     return Plan(entries=tuple(entries), settings=settings, folder=folder)
 
 
@@ -253,6 +270,22 @@ def _check_settings(settings: Settings, peers: Sequence[Peer]) -> None:
                 f"peer '{peer.name}' is for noise level {peer.sigma255:g}, which is not measured",
                 remedy=f"add --sigma {peer.sigma255:g}",
             )
+
+
+def _targets(given: Sequence[Target] | None, models: Sequence[_Model]) -> list[Target]:
+    """Return the targets, each once, all of which students can be compiled for; raises as `plan`.
+
+    One whose engine is not installed has rows that say so.
+    """
+    loaded = [target.load(name) for name in TARGETS] if given is None else given
+    installed = [t for t in loaded if not _missing_engine(t.engine)]
+    compiling.check_targets(installed)
+    for model in models:
+        if not model.alone:
+            compiling.check_tiles(model.name, model.stride, installed)
+        if model.what.endswith(".onnx"):
+            compiling.check_onnx(model.what, installed)
+    return list({t.name: t for t in loaded}.values())
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -333,8 +366,7 @@ def _classics(pictures: PictureSet, settings: Settings) -> list[Entry]:
         pictures=pictures,
         sigmas=settings.sigmas,
         stride=_STRIDE,
-        open=lambda: Program(denoise=quality.noisy_input),
-        timed=False,
+        open=lambda: Program(denoise=quality.noisy_input, timed=False),
     )
     nlm = dataclasses.replace(
         noisy,
@@ -343,7 +375,6 @@ def _classics(pictures: PictureSet, settings: Settings) -> list[Entry]:
         open=lambda: Program(denoise=quality.nlm),
         reason=_LEFT_OUT if "nlm" in settings.without else "",
         rank=3,
-        timed=True,
     )
     bm3d = dataclasses.replace(
         noisy,
@@ -351,7 +382,6 @@ def _classics(pictures: PictureSet, settings: Settings) -> list[Entry]:
         engine=_versioned("bm3d"),
         open=lambda: _open_bm3d(settings.threads),
         reason=_LEFT_OUT if "bm3d" in settings.without else _missing(_import_bm3d),
-        timed=True,
     )
     return [noisy, nlm, bm3d]
 
@@ -375,40 +405,44 @@ def _peer(peer: Peer, pictures: PictureSet, stride: int, settings: Settings) -> 
     )
 
 
-def _networks(model: _Model, pictures: PictureSet, settings: Settings, folder: Path) -> list[Entry]:
-    """Return the rows of one network: FP32, INT8 and, if asked, dynamic INT8; a teacher has FP32 alone."""
+def _networks(
+    model: _Model, targets: Sequence[Target], pictures: PictureSet, settings: Settings, folder: Path
+) -> list[Entry]:
+    """Return the rows of one network: FP32, its artifacts and, if asked, dynamic INT8; a teacher has FP32 alone."""
     root = folder / _MODELS / model.name
     # One file serves both engines' rows and the reference.
     float_graph = functools.cache(lambda: _float_graph(model, root))
 
-    def entry(kind: Arithmetic, engine: OnnxEngine) -> Entry:
-        def open_() -> Program:
-            if kind == "int8":
-                return _open_int8(model.what, engine, settings.threads, root)
-            path = float_graph()
-            if kind == "int8-dynamic":
-                where = root.with_name(f"{model.name}-dynamic")
-                return _open_int8(str(path), engine, settings.threads, where, "quantization.mode=dynamic")
-            denoise = backends.load_onnx(engine).open_onnx(path, threads=settings.threads)
-            return Program(denoise=denoise, files=(path,), graph=path)
-
+    def entry(arithmetic: Arithmetic, engine: Engine, open_: Callable[[], Program], of_target: str = "") -> Entry:
         return Entry(
             name=model.name,
-            arithmetic=kind,
-            engine=_versioned(engine),
+            arithmetic=arithmetic,
+            engine=_versioned(backends.DISTRIBUTIONS[engine]),
             pictures=pictures,
             sigmas=settings.sigmas,
             stride=model.stride,
             open=open_,
-            reason=_missing(lambda: backends.load(engine)),
-            rank=(0 if model.alone else 1) if (kind, engine) == ("float32", "onnxruntime") else None,
+            reason=_missing_engine(engine),
+            target=of_target,
         )
 
-    kinds: tuple[Arithmetic, ...] = ("float32",) if model.alone else ("float32", "int8")
-    entries = [entry(kind, engine) for kind in kinds for engine in INT8_TARGETS]
-    if settings.dynamic and not model.alone:
-        entries.append(entry("int8-dynamic", "onnxruntime"))
-    return entries
+    def float_program(engine: OnnxEngine) -> Program:
+        path = float_graph()
+        denoise = backends.load_onnx(engine).open_onnx(path, threads=settings.threads)
+        return Program(denoise=denoise, files=(path,), graph=path)
+
+    def dynamic() -> Program:
+        where, overrides = root.with_name(f"{model.name}-dynamic"), "quantization.mode=dynamic"
+        return _open_artifact(str(float_graph()), target.load("onnx"), settings.threads, where, overrides)
+
+    entries = [entry("float32", engine, functools.partial(float_program, engine)) for engine in FLOAT_ENGINES]
+    entries[0] = dataclasses.replace(entries[0], rank=0 if model.alone else 1)
+    if model.alone:
+        return entries
+    for wanted in targets:
+        open_ = functools.partial(_open_artifact, model.what, wanted, settings.threads, root)
+        entries.append(entry(wanted.precision, wanted.engine, open_, wanted.name))
+    return [*entries, entry("int8-dynamic", "onnxruntime", dynamic)] if settings.dynamic else entries
 
 
 def _float_graph(model: _Model, folder: Path) -> Path:
@@ -425,21 +459,19 @@ def _compiled(what: str, targets: Sequence[Target], overrides: Sequence[str], fo
     return compiling.compile_model(what, targets, overrides=overrides, folder=folder, overwrite=True)
 
 
-def _open_int8(what: str, engine: OnnxEngine, threads: int, folder: Path, *overrides: str) -> Program:
-    """Compile the engine's shipped target, and open the bundle's artifact."""
-    wanted = target.load(INT8_TARGETS[engine])
-    backend = backends.load(engine)
-    made = _compiled(what, [wanted], overrides, folder)
-    path = made.bundles[wanted.name]
-    built = bundle.read(path).built
-    _, session = backend.open_session(path, built, wanted, threads=threads)[0]
+def _open_artifact(what: str, wanted: Target, threads: int, folder: Path, *overrides: str) -> Program:
+    """Compile for a target, and open the bundle's artifact, cut into tiles where it takes one size only."""
+    path = _compiled(what, [wanted], overrides, folder).bundles[wanted.name]
+    built, opened = bundle.read(path).built, denoising.open_model(path, threads=threads)
     permille = built.facts.get("integer_macs_permille")
+    timed = opened.level == "native"
     return Program(
-        denoise=session,
+        denoise=opened if opened.tile else opened.denoise,
         files=tuple(artifact_files(path, built.files)),
         graph=path / "reference" / "student.fp32.onnx",
         integer_macs_permille=None if permille is None else int(permille),
-        notes=built.notes,
+        notes=built.notes if timed else (*built.notes, f"by {opened.how}, whose time is no latency"),
+        timed=timed,
     )
 
 
@@ -474,6 +506,10 @@ def _import_bm3d() -> ModuleType:
         ) from error
     except (ImportError, OSError) as error:
         raise ToolMissingError(f"the package bm3d is installed but does not load: {error}") from error
+
+
+def _missing_engine(engine: Engine) -> str:
+    return _missing(lambda: backends.load(engine))
 
 
 def _missing(load: Callable[[], object]) -> str:
@@ -535,7 +571,7 @@ def _row(entry: Entry, settings: Settings, timer: _Timer | None) -> Row:
     except EdgekitError as error:
         return entry.empty(str(error))
     row = _described(entry, program, figures)
-    if not entry.timed or timer is None:
+    if not program.timed or timer is None:
         return row
     paired = timer(_runner(entry, program))
     return dataclasses.replace(

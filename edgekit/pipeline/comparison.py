@@ -18,17 +18,24 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 TABLE, RECORD, PLOT = "table.md", "comparison.json", "plot.png"
-Arithmetic = Literal["", "float32", "int8", "int8-dynamic"]
+Arithmetic = Literal["", "float32", "float16", "int8", "int8-dynamic"]
 _NONE = "–"
 _COLOURS: dict[Arithmetic, str] = {
     "": "tab:gray",
     "float32": "tab:blue",
+    "float16": "tab:green",
     "int8": "tab:orange",
     "int8-dynamic": "tab:red",
 }
-_ARITHMETIC: dict[Arithmetic, str] = {"": "", "float32": "FP32", "int8": "INT8", "int8-dynamic": "dynamic INT8"}
+_ARITHMETIC: dict[Arithmetic, str] = {
+    "": "",
+    "float32": "FP32",
+    "float16": "FP16",
+    "int8": "INT8",
+    "int8-dynamic": "dynamic INT8",
+}
 _NO_PLOT = "matplotlib is not installed; run: pip install 'edgekit[plot]'"
-_MARKERS = {"onnxruntime": "o", "openvino": "s"}
+_MARKERS = {"onnxruntime": "o", "openvino": "s", "apache-tvm": "^"}
 # Area in square points of the largest file on the plot; the others are in proportion.
 _LARGEST_AREA = 2500.0
 
@@ -48,6 +55,7 @@ class Row:
     """One method in one engine. None where there is nothing to tell, as the parameters of non-local means.
 
     arithmetic: Empty for methods that are no network. engine: With its version.
+    target: Whose artifact it is; empty for what no target made.
     pictures: Which of the comparison's picture sets it was measured on.
     figures: One for each noise level that it was measured at.
     parameters, macs_256: Of the float graph, multiply-accumulates for 256x256. integer_macs_permille: Share of them
@@ -63,6 +71,7 @@ class Row:
     arithmetic: Arithmetic
     engine: str
     pictures: str
+    target: str = ""
     figures: tuple[Figure, ...] = ()
     parameters: int | None = None
     macs_256: int | None = None
@@ -78,8 +87,8 @@ class Row:
 
     @property
     def title(self) -> str:
-        """Name, arithmetic and engine in one line."""
-        return ", ".join(part for part in (self.name, shown_arithmetic(self), self.engine) if part)
+        """Name, arithmetic, engine and target in one line."""
+        return ", ".join(part for part in (self.name, shown_arithmetic(self), self.engine, self.target) if part)
 
     def figure(self, sigma255: float) -> Figure | None:
         """Return the quality at a noise level; None if it was not measured."""
@@ -176,7 +185,8 @@ def header(sigmas: Sequence[float], *, brief: bool = False) -> list[str]:
 def cells(row: Row, sigmas: Sequence[float], *, brief: bool = False) -> list[str]:
     """Return a row as text, in the order of `header`; a dash where there is no figure.
 
-    Brief leaves out the versions of engines, the share of integers and the bounds of the speed.
+    Brief leaves out the versions of engines, and the engines of targets, the share of integers and the bounds of the
+    speed.
     """
     found = [row.figure(s) for s in sigmas]
     db = [_NONE if f is None else f"{f.psnr_mdb / 1000:.2f}" for f in found]
@@ -185,7 +195,7 @@ def cells(row: Row, sigmas: Sequence[float], *, brief: bool = False) -> list[str
     return [
         row.name,
         shown or _NONE,
-        (row.engine.split(" ")[0] if brief else row.engine) or _NONE,
+        _engine(row, brief=brief) or _NONE,
         *(db + ssim if brief else [text for pair in zip(db, ssim, strict=True) for text in pair]),
         _NONE if row.parameters is None else f"{row.parameters:,}",
         _NONE if row.macs_256 is None else f"{row.macs_256 / 1e9:.2f} G",
@@ -193,6 +203,12 @@ def cells(row: Row, sigmas: Sequence[float], *, brief: bool = False) -> list[str
         _speed(row, brief=brief),
         "not run" if row.reason else _NONE if row.size_bytes is None else f"{row.size_bytes:,}",
     ]
+
+
+def _engine(row: Row, *, brief: bool) -> str:
+    if brief:
+        return row.target or row.engine.split(" ")[0]
+    return f"{row.engine} ({row.target})" if row.target else row.engine
 
 
 def shown_arithmetic(row: Row) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -39,6 +40,7 @@ _AT_ONCE, _PIECE = 2048 * 2048, 1024
 class Opened:
     """Something that denoises.
 
+    level: `native`, `emulated`, or `reference`, as of a session (`backends.Session`); others are no latency.
     tile, halo: Of an artifact that takes one input size only; None for any size.
     one_piece: Why a picture larger than the tile is refused; empty where it is cut into tiles.
     reach: Of what takes any size: returns the halo of the pieces of a large picture, a multiple of the stride; None
@@ -49,6 +51,7 @@ class Opened:
     channels: int
     stride: int
     how: str
+    level: Literal["native", "emulated", "reference"] = "native"
     tile: tuple[int, int] | None = None
     halo: int = 0
     one_piece: str = ""
@@ -181,6 +184,7 @@ def _open_bundle(path: Path, threads: int) -> Opened:
         channels=model.channels,
         stride=model.stride,
         how=f"{label} ({session.level})",
+        level=session.level,
         tile=tile,
         halo=manifest.halo(*tile) if tile else 0,
         one_piece=model.halo_unknown if model.halo_px is None else "",
