@@ -56,8 +56,9 @@ LIMITS = {"kept": "size_mib: 8.0", "broken": "size_mib: 0.001", "undecided": "pe
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C reach the commands under test: a shell's background job ignores it, and its children inherit that."""
+    """Let Ctrl-C and a hangup reach the commands under test: a background job ignores them, and so do its children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @dataclass(frozen=True, kw_only=True)
