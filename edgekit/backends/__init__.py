@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float32]
 
+Level = Literal["native", "emulated", "reference"]
 DOORS: dict[Engine, str] = {
     "onnxruntime": "edgekit.backends.onnxruntime",
     "openvino": "edgekit.backends.openvino",
@@ -70,7 +71,7 @@ class Session(Protocol):
         may be timed.
     """
 
-    level: Literal["native", "emulated", "reference"]
+    level: Level
 
     def __call__(self, noisy: Array, sigma: float) -> Array:
         """Return the denoised picture, shaped as `noisy` (1, c, h, w)."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -51,7 +50,7 @@ class Opened:
     channels: int
     stride: int
     how: str
-    level: Literal["native", "emulated", "reference"] = "native"
+    level: backends.Level = "native"
     tile: tuple[int, int] | None = None
     halo: int = 0
     one_piece: str = ""

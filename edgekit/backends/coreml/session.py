@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,9 +13,7 @@ from edgekit.backends.coreml.structure import INPUT, NOISE_LEVEL, OUTPUT
 from edgekit.errors import InputError
 
 if TYPE_CHECKING:
-    from edgekit.backends import Array
-
-Level = Literal["native", "emulated", "reference"]
+    from edgekit.backends import Array, Level
 
 
 class ReferenceSession:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from edgekit.runners import Runner, qemu
 from edgekit.target import Target
 
 if TYPE_CHECKING:
-    from edgekit.backends import Array, Session
+    from edgekit.backends import Array, Level, Session
 
 _LIBRARY = re.compile(r"lib(edgekit_\w+)\.so")
 _REQUEST = struct.Struct("<If")
@@ -119,7 +119,7 @@ class Host:
 class EmulatedSession:
     """The library as a function of a picture."""
 
-    level: Literal["native", "emulated", "reference"] = "emulated"
+    level: Level = "emulated"
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -140,7 +140,7 @@ class EmulatedSession:
 class NativeSession:
     """The library, loaded into this process, as a function of a picture; one thread at a time, others wait."""
 
-    level: Literal["native", "emulated", "reference"] = "native"
+    level: Level = "native"
 
     def __init__(self, library: Path, built: Built) -> None:
         prefix, self._shape = _interface(library, built)
