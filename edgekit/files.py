@@ -87,7 +87,11 @@ def refuse_unwritable(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, which replaces `path` when the block ends without an error."""
+    """Give a temporary path beside `path`, which replaces `path` when the block ends without an error.
+
+    Of a link the file that it leads to is replaced, as if it were written into.
+    """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     with storage_errors(path):
         refuse_unwritable(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from edgekit import run
 from edgekit.errors import InputError, IntegrityError
-from edgekit.files import atomic_file, atomic_folder, sha256, storage_errors
+from edgekit.files import atomic_file, atomic_folder, sha256, storage_errors, write_json
 from edgekit.run import Run, Stage
 
 IDENTITY = {"recipe": {"name": "tiny", "training": {"steps": 3, "sigma": (0.0, 55.0)}}}
@@ -384,6 +384,17 @@ def test_a_stage_that_somebody_moved_and_linked_is_replaced_and_what_was_moved_i
         make(opened, [], inputs={"weights": "other"})
     assert not (cwd / "r/01-first").is_symlink()
     assert tree(cwd / "moved") == before
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["a file", "nothing yet"])
+def test_what_is_written_to_a_link_goes_to_where_it_leads(cwd, there):
+    (cwd / "kept").mkdir()
+    if there:
+        (cwd / "kept/report.json").write_text("before", encoding="utf-8")
+    (cwd / "link.json").symlink_to("kept/report.json")
+    write_json(cwd / "link.json", {"a": 1})
+    assert (cwd / "link.json").is_symlink()
+    assert tree(cwd / "kept") == {"report.json": b'{\n  "a": 1\n}\n'}
 
 
 def test_a_run_that_came_to_nothing_makes_room_for_another(cwd):

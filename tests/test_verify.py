@@ -687,6 +687,19 @@ def test_a_missing_or_added_file_is_refused_by_name(copied):
         judged(copied)
 
 
+@pytest.mark.parametrize("named", ["bundle", "run"])
+def test_no_verdict_is_left_beside_a_bundle_that_changed(made, tmp_path, named, cwd, call):
+    run = shutil.copytree(made.parents[1], tmp_path / "run")
+    folder = run / "bundles" / made.name
+    report = verify.write(judged(folder), bundle.report_path(folder))
+    (folder / "README.md").write_text("")
+    found = call("verify", str(folder if named == "bundle" else run))
+    assert found.code == IntegrityError.exit_code
+    assert f"{report}: removed, for the bundle is not what it was" in found.err
+    assert f"{folder / 'README.md'}: changed" in found.err
+    assert not report.exists()
+
+
 def test_a_limit_of_the_wrong_type_is_refused_by_name(copied):
     with pytest.raises(IntegrityError, match="size_mib"):
         judged(changed(copied, manifest={"target": {"limits": {"size_mib": "small"}}}))

@@ -78,7 +78,7 @@ def bundles_of(path: Path) -> list[Path]:
         )
     if student := _student_of(path):
         for folder in found:
-            made_from = next((link.sha256 for link in bundle.read(folder).chain if link.kind == "student"), student)
+            made_from = next((link.sha256 for link in _read(folder).chain if link.kind == "student"), student)
             if made_from != student:
                 raise InputError(
                     f"{folder}: was compiled from another student than the run has by now",
@@ -119,7 +119,7 @@ def verify(
     """
     settings, path = settings or Settings(), Path(path)
     named = None if records is None else [Path(record) for record in records]
-    manifest = bundle.read(path)
+    manifest = _read(path)
     target, built = manifest.target, manifest.built
     golden = read_golden(path, manifest.protocol.pictures, manifest.protocol.files)
     judge = _Judge(path, manifest, golden)
@@ -165,6 +165,18 @@ def verify(
         devices=measured.devices,
         refused=(*measured.refused, *baselines.refused),
     )
+
+
+def _read(path: Path) -> Manifest:
+    """Return a bundle's manifest; the report beside a bundle that changed is of another one, and is removed."""
+    try:
+        return bundle.read(path)
+    except IntegrityError:
+        report = bundle.report_path(path)
+        if report.is_file():
+            report.unlink()
+            log.warning("%s: removed, for the bundle is not what it was", report)
+        raise
 
 
 def write(report: Report, path: str | Path) -> Path:
