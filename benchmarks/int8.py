@@ -4,9 +4,9 @@
     python benchmarks/int8.py base --set budgets.int8_worst_db=0.1 --name worst      # results/int8/base-worst.json
 
 The artifacts are those of `edgekit compile`, opened as `edgekit verify` opens them. The last target has no float engine
-worth comparing with: its ratios are against OpenVINO's FP32, the fastest here. It takes tiles of one size, so it is
-compiled anew for each size. With --targets, a record keeps what it has of other targets for the same weights, settings,
-protocol and processor. Pictures are gray, and so are the students.
+worth comparing with: its ratios are against OpenVINO's FP32, in which the teacher is fastest. It takes tiles of one
+size, so it is compiled anew for each size. With --targets, a record keeps what it has of other targets for the same
+weights, settings, protocol and machine. Pictures are gray, and so are the students.
 """
 
 from __future__ import annotations
@@ -100,16 +100,17 @@ def students() -> list[str]:
 def kept(record: Path, name: str, measured: Sequence[str], settings: Sequence[str], protocol: str) -> dict[str, object]:
     """Return what a record has of the targets that are not measured now, if it was measured alike.
 
-    That is of the same weights, with the same settings, by the same protocol and on the same processor.
+    That is of the same weights, with the same settings, by the same protocol, on the same processor and kernel.
     """
     if not record.is_file():
         return {}
     before = json.loads(record.read_text(encoding="utf-8"))
-    cpu = host.describe().cpu
+    machine = host.describe()
     # Not by the name alone: "AMD EPYC" may have VNNI, or AVX2 and no more.
-    here = {"model": cpu.model, "features": list(cpu.features)}
+    here = [{"model": machine.cpu.model, "features": list(machine.cpu.features)}, machine.kernel]
     alike = {"weights_sha256": zoo.card(name).sha256, "settings": list(settings), "protocol": protocol}
-    same = before["host"]["cpu"] == here and all(before[what] == value for what, value in alike.items())
+    there = [before["host"]["cpu"], before["host"]["kernel"]]
+    same = there == here and all(before[what] == value for what, value in alike.items())
     return {t: row for t, row in before["engines"].items() if same and t not in measured}
 
 

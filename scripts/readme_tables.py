@@ -122,8 +122,9 @@ def _records(folder: Path = INT8) -> list[dict[str, Any]]:
 
 def _machine(record: dict[str, Any]) -> str:
     """Return what a record was measured on, and how."""
-    cpu = record["host"]["cpu"]
-    return f"{cpu['model']}, {', '.join(cpu['features'])}; {record['protocol']}"
+    host = record["host"]
+    cpu, kernel = host["cpu"], f"kernel {host['kernel']}"
+    return f"{cpu['model']}, {', '.join(cpu['features'])}, {kernel}; {record['protocol']}"
 
 
 def _machines(records: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -54,3 +54,10 @@ def test_rows_of_another_processor_do_not_stay(int8: ModuleType, record: Path, c
     cpu[changed] = cpu[changed][:-1] if cpu[changed] else ["avx2"]
     record.write_text(json.dumps(before), encoding="utf-8")
     assert int8.kept(record, "nano", ["onnx"], [], "for 8 s") == {}
+
+
+def test_rows_of_another_machine_alike_do_not_stay(int8: ModuleType, record: Path):
+    before = json.loads(record.read_text(encoding="utf-8"))
+    before["host"]["kernel"] += "-another"
+    record.write_text(json.dumps(before), encoding="utf-8")
+    assert int8.kept(record, "nano", ["onnx"], [], "for 8 s") == {}

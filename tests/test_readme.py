@@ -50,10 +50,10 @@ def test_the_tables_of_the_readme_are_up_to_date():
 
 def test_a_row_that_a_record_kept_has_the_day_on_which_it_was_measured():
     engines = {"onnx": {"date": "2026-11-24T05:55:00Z"}, "linux-x86_64": {"date": "2026-11-29T05:55:00Z"}}
-    host = {"cpu": {"model": "a chip", "features": ["avx2"]}}
+    host = {"cpu": {"model": "a chip", "features": ["avx2"]}, "kernel": "6.1"}
     record = {"host": host, "protocol": "by turns", "engines": engines, "date": "2026-11-29T05:55:00Z"}
     legend = tiny.script("scripts/readme_tables.py")._legend([record])
-    assert legend == "A: a chip, avx2; by turns; 2026-11-24, 2026-11-29."
+    assert legend == "A: a chip, avx2, kernel 6.1; by turns; 2026-11-24, 2026-11-29."
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))

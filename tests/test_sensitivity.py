@@ -154,7 +154,8 @@ def test_the_table_names_every_layer_and_every_addition(prepared, judge, tmp_pat
     assert table.rows == tuple(sorted(table.rows, key=lambda row: -row.gain_udb))
     pytest.importorskip("matplotlib")
     json_file, page, plot = sensitivity.write(table, tmp_path / "out", "nano")
-    assert json.loads(json_file.read_text())["rows"][0]["layer"] == table.rows[0].layer
+    written = json.loads(json_file.read_text())
+    assert (written["rows"][0]["layer"], written["measured"]) == (table.rows[0].layer, {})
     assert all(f"| {row.layer} |" in page.read_text() for row in table.rows)
     assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -275,6 +275,24 @@ def test_maps_have_few_values_in_training_and_all_of_them_after_it(name, rounded
     assert {name for name, _ in net.named_buffers()} == set()
 
 
+def test_rounding_that_the_clock_begins_between_two_looks_rounds_no_map_to_nothing():
+    net = tiny.network("nano")
+    learner = Learner(net, None, with_features=False, rounding_bits=8).train()
+    _, noisy, sigma = draw(PICTURES, batch=4, patch=32, sigma=(5.0, 50.0))
+    assert learner.rounding is not None
+    learner.rounding.begin(37, rounds=lambda step: False)
+    plain = learner(noisy, sigma)[0]
+    learner.rounding.begin(38, rounds=lambda step: True)
+    rounded = learner(noisy, sigma)[0]
+    assert 0 < (rounded - plain).abs().mean() < 0.2 * (plain - noisy).abs().mean()
+    ranges = {name: value.clone() for name, value in learner.rounding.named_buffers()}
+    for before, step in ((True, 39), (False, 40)):  # the second as in a run that goes on, which forgot that it rounds
+        learner.rounding.rounds = before
+        learner.rounding.begin(step, rounds=lambda step: True)
+        learner(2 * noisy, sigma)
+        assert all(torch.equal(value, ranges[name]) for name, value in learner.rounding.named_buffers())
+
+
 def test_rounded_weights_have_8_bits_for_each_channel_and_the_gradient_of_the_others():
     net = tiny.network("nano")
     weights_ = rounding.Rounding.weights(net)

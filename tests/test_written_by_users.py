@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import tiny
 import torch
@@ -23,6 +25,7 @@ from edgekit.compress.quantize import Prepared
 from edgekit.compress.simplify import simplify
 from edgekit.compress.torch_graph import TorchGraph
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
+from edgekit.files import sha256
 from edgekit.graph import checks, cost, walk
 from edgekit.graph import lint as rules
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
@@ -604,7 +607,11 @@ def test_lint_and_sensitivity_take_what_compile_takes(tmp_path, call):
     file = as_others_export(seeded(Added(conv(1, 16), nn.ReLU(), conv(16, 1))), tmp_path / "old.onnx", opset=11)
     assert "full_resolution" in call("lint", file, "--json").out
     made = call("sensitivity", file, "--engine", "onnxruntime", "-o", tmp_path / "table")
-    assert (made.code, (tmp_path / "table" / "sensitivity.json").is_file()) == (0, True)
+    assert made.code == 0
+    measured = json.loads((tmp_path / "table" / "sensitivity.json").read_text())["measured"]
+    assert measured["weights_sha256"] == sha256(file)
+    assert measured["host"]["packages"]["onnxruntime"] == onnxruntime.__version__
+    assert "sigma 15, 25, 50" in measured["protocol"]
 
 
 @pytest.mark.backend

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import onnx
@@ -39,11 +39,15 @@ class Sensitivity:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The layers, those with the largest gain first, and the loss of the graph that is all in INT8."""
+    """The layers, those with the largest gain first, and the loss of the graph that is all in INT8.
+
+    measured: Of which weights, when, on what and how, for the file.
+    """
 
     placement: str
     loss: Loss
     rows: tuple[Sensitivity, ...]
+    measured: Mapping[str, object] = field(default_factory=dict)
 
 
 def sensitivity(

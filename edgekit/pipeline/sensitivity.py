@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import tempfile
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +16,9 @@ from edgekit.backends import DOORS, load
 from edgekit.compress import export, placement, quantize, sensitivity
 from edgekit.compress.sensitivity import Table
 from edgekit.errors import InputError
+from edgekit.files import sha256
 from edgekit.graph import checks, cost
+from edgekit.measure import host
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import int8, networks
 from edgekit.recipe import Recipe
@@ -55,12 +59,13 @@ def of_model(
         recipe = compiling.default_recipe(path.stem, checks.interface(model, path).channels, overrides)
         with tempfile.TemporaryDirectory() as folder:
             export.write(model, fp32 := Path(folder, path.name))
-            return path.stem, table(fp32, recipe, engine, stride=cost.stride(model, path))
+            found = table(fp32, recipe, engine, stride=cost.stride(model, path))
+            return path.stem, _of(sha256(path), found)
     network = networks.named(what, weights)
     with tempfile.TemporaryDirectory() as folder:
         fp32 = compiling.float_graph(network.net, Path(folder))
         recipe = compiling.default_recipe(network.name, network.net.channels, overrides)
-        return network.name, table(fp32, recipe, engine, stride=network.net.stride)
+        return network.name, _of(network.sha256, table(fp32, recipe, engine, stride=network.net.stride))
 
 
 def table(
@@ -95,4 +100,17 @@ def table(
         export.write(quantized, Path(folder, "int8.onnx"))
         times = importlib.import_module(DOORS[engine]).node_times_us(Path(folder, "int8.onnx"), noisy, runs=_RUNS)
     judge = int8.judge_of(recipe, fp32, stride, exact=prepared.exact)
-    return sensitivity.sensitivity(quantized, prepared.model, (name, where), judge, times_us=times, pictures=pictures)
+    found = sensitivity.sensitivity(quantized, prepared.model, (name, where), judge, times_us=times, pictures=pictures)
+    levels = ", ".join(f"{sigma:g}" for sigma in int8.levels(recipe.noise))
+    measured = {
+        "protocol": f"dB: mean over sigma {levels}, the layers on {pictures} of the held-out pictures and the whole on "
+        f"up to 16; time: shortest of {_RUNS} runs, one picture of {_SIDE}x{_SIDE}, one thread",
+        "host": asdict(host.describe()),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    return replace(found, measured=measured)
+
+
+def _of(weights_sha256: str, found: Table) -> Table:
+    """Return the table with the hash of the weights, or of the user's ONNX file, that it is of."""
+    return replace(found, measured={"weights_sha256": weights_sha256, **found.measured})

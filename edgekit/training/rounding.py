@@ -52,10 +52,12 @@ class Rounding(nn.ModuleList):
 
     def begin(self, step: int, *, rounds: Callable[[int], bool]) -> None:
         """Say which step comes. Whether it is rounded is asked of the last step in which the ranges follow the maps."""
-        self.rounds = rounds(step - step % _LOOK_EVERY)
+        before, self.rounds = self.rounds, rounds(step - step % _LOOK_EVERY)
+        # By the clock it may begin at any step, and a map without a range is rounded to nothing.
+        begins = self.rounds and not before
         for rounding in self:
             assert isinstance(rounding, MapRounding)
-            rounding.looks = step % _LOOK_EVERY == 0
+            rounding.looks = step % _LOOK_EVERY == 0 or (begins and rounding.is_empty())
 
     @staticmethod
     def weights(net: nn.Module) -> dict[str, Tensor]:
@@ -102,6 +104,10 @@ class MapRounding(nn.Module):
             self._follow(x.detach())
         scale = (self.high - self.low).clamp_min(_LEAST) / self._steps
         return _straight(x, scale, torch.round(-self.low / scale), self._steps)
+
+    def is_empty(self) -> bool:
+        """Return whether no map was looked at yet, or nothing but zeros."""
+        return bool(self.high <= self.low)
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
