@@ -529,6 +529,32 @@ def test_a_users_class_that_changed_is_compiled_anew_from_the_same_weights(own_w
     assert artifact.read_bytes() != before
 
 
+def test_an_onnx_file_is_another_when_the_weights_beside_it_are(own, tmp_path):
+    path = tmp_path / "net.onnx"
+    model = onnx.load(own.bundles[FLOAT.name] / "model.fp32.onnx")
+
+    def write(factor: float) -> bytes:
+        one = model.graph.initializer[0]
+        one.CopyFrom(onnx.numpy_helper.from_array(factor * onnx.numpy_helper.to_array(one), one.name))
+        copy = onnx.ModelProto.FromString(model.SerializeToString())
+        (tmp_path / "net.data").unlink(missing_ok=True)
+        onnx.save(copy, path, save_as_external_data=True, location="net.data", size_threshold=0)
+        return path.read_bytes()
+
+    def compiled(**how: bool) -> compiling.Compiled:
+        return compiling.compile_model(str(path), [FLOAT], folder=tmp_path / "run", **how)
+
+    before = write(1.0)
+    artifact = compiled().bundles[FLOAT.name] / "model.fp32.onnx"
+    weights_before = artifact.read_bytes()
+    assert set(compiled().reused) == {"simplify", f"bundles/{FLOAT.name}"}
+    assert write(0.5) == before
+    with pytest.raises(InputError, match=r"holds another run \(compiles\.sha256 is"):
+        compiled()
+    assert compiled(overwrite=True).reused == ()
+    assert artifact.read_bytes() != weights_before
+
+
 def test_an_onnx_file_of_any_name_and_stride_is_compiled_and_takes_any_picture(tmp_path):
     net = tiny.Deep().eval()
     path = export_onnx(net, channels=1, takes_sigma=False, stride=16, out=tmp_path / "1 my net (1).onnx")

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import numpy_helper
-from onnx.external_data_helper import load_external_data_for_model
+from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_model, uses_external_data
 
 from edgekit.errors import InputError, UnsupportedError
 
@@ -85,6 +85,17 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             remedy="export it again, or copy it again and compare the sizes",
         ) from error
     return model
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """Return an ONNX file and those beside it that its weights lie in, as PyTorch's exporter writes them.
+
+    path: Of a file that `read_onnx` takes.
+    """
+    graph = onnx.ModelProto.FromString(path.read_bytes()).graph
+    tensors = [*graph.initializer, *(attribute.t for node in graph.node for attribute in node.attribute)]
+    beside = {ExternalDataInfo(tensor).location for tensor in tensors if uses_external_data(tensor)}
+    return path, *(path.parent / name for name in sorted(beside))
 
 
 def interface(model: onnx.ModelProto, path: Path) -> Interface:

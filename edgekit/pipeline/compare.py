@@ -390,7 +390,7 @@ def _peer(peer: Peer, pictures: PictureSet, stride: int, settings: Settings) -> 
     def open_() -> Program:
         denoise = backends.load_onnx("onnxruntime").open_onnx(peer.path, threads=settings.threads)
         notes = () if peer.sigma255 is None else (f"measured at noise level {peer.sigma255:g} alone, which it is for",)
-        return Program(denoise=denoise, files=(peer.path,), graph=peer.path, notes=notes)
+        return Program(denoise=denoise, files=checks.files_of(peer.path), graph=peer.path, notes=notes)
 
     quantized = checks.is_quantized(checks.load_onnx(peer.path))
     return Entry(

@@ -220,9 +220,10 @@ def _compile_onnx(
     check_onnx(name, targets)
     check_tiles(name, stride, targets)
     recipe = _told_recipe(name, interface.channels, overrides)
-    identity = {"recipe": asdict(recipe), "compiles": {"model": path.name, "sha256": sha256(path)}}
+    model_sha256 = bundle.combined_sha256(checks.files_of(path))
+    identity = {"recipe": asdict(recipe), "compiles": {"model": path.name, "sha256": model_sha256}}
     with run.open_run(run.folder_of(name, folder), identity, overwrite=overwrite) as opened:
-        first = Link(kind="onnx", sha256=sha256(path), made_from=None)
+        first = Link(kind="onnx", sha256=model_sha256, made_from=None)
         stage, link = _simplified(opened, path, first, stride)
         graph = _Graph(
             name=name,

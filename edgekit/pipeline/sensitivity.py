@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 
 from edgekit.backends import DOORS, load
+from edgekit.bundle import combined_sha256
 from edgekit.compress import export, placement, quantize, sensitivity
 from edgekit.compress.sensitivity import Table
 from edgekit.errors import InputError
-from edgekit.files import sha256
 from edgekit.graph import checks, cost
 from edgekit.measure import host
 from edgekit.pipeline import compile as compiling
@@ -60,7 +60,7 @@ def of_model(
         with tempfile.TemporaryDirectory() as folder:
             export.write(model, fp32 := Path(folder, path.name))
             found = table(fp32, recipe, engine, stride=cost.stride(model, path))
-            return path.stem, _of(sha256(path), found)
+            return path.stem, _of(combined_sha256(checks.files_of(path)), found)
     network = networks.named(what, weights)
     with tempfile.TemporaryDirectory() as folder:
         fp32 = compiling.float_graph(network.net, Path(folder))
