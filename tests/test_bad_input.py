@@ -631,6 +631,12 @@ def test_a_tile_that_is_not_taken_is_refused_before_anything_is_made(call, cwd, 
     assert {**tree(cwd), "run/lock": b""} == {**before, "run/lock": b""}
 
 
+def test_a_tile_that_the_teacher_beside_it_does_not_take_is_refused(call, cwd):
+    refused = call("-q", "compile", "control", "-t", "linux-arm64", "--tile", "100")
+    refused.refused(4, "input 100x100 is not a tile that 'control'", "to multiples of 8")
+    assert list(cwd.iterdir()) == []
+
+
 # Run folders and bundles
 
 

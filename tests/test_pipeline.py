@@ -30,7 +30,7 @@ from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import denoise as denoising
 from edgekit.pipeline import distill, int8, networks, pictures, plan, verify, whole
 from edgekit.pipeline.golden import golden_pictures
-from edgekit.recipe import Data, Distillation, Model, Noise, Quantization, Recipe
+from edgekit.recipe import Data, Distillation, Model, Noise, Qat, Quantization, Recipe
 from edgekit.target import InputShape, Limits
 
 ONNX = dataclasses.replace(target.load("onnx"), limits=Limits(size_mib=8.0, min_integer_macs=0.5))
@@ -442,6 +442,50 @@ def test_a_tile_that_the_student_does_not_take_is_refused_before_any_training(re
     with pytest.raises(UnsupportedError, match=told):
         whole.run_recipe(recipe, [tile], tmp_path / "run", say=lambda text: None)
     assert not (tmp_path / "run").exists()
+
+
+V3 = Model(model="nano", weights="random", options={"activation": "hardswish"})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("linux-x86_64", {"quantization": Quantization(mode="dynamic")}, r"dynamic INT8 is ONNX Runtime's alone"),
+        (
+            "android-arm64",
+            {"quantization": Quantization(keep_float=("head",))},
+            r"keep_float is \[head\], and edgekit's",
+        ),
+        (
+            "android-arm64",
+            {"student": Model(model="base-v3", weights="random")},
+            r"HardSwish .* is not computed in int",
+        ),
+    ],
+    ids=["no such INT8", "no float layers", "no such kernel"],
+)
+def test_what_cannot_be_compiled_is_refused_before_any_training(recipe, tmp_path, name, changes, told):
+    wanted = [target.load(name)]
+    pytest.importorskip({"openvino": "openvino", "tvm": "tvm"}[wanted[0].engine])
+    changed = dataclasses.replace(recipe, **changes)
+    with pytest.raises(UnsupportedError, match=told):
+        whole.run_recipe(changed, wanted, tmp_path / "run", say=lambda text: None)
+    with pytest.raises(UnsupportedError, match=told):
+        plan.plan(changed, wanted, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_that_int8_cannot_be_trained_on_are_refused_before_any_training(recipe, tmp_path):
+    settings = dataclasses.replace(recipe.quantization, qat=Qat(steps=10, patch=96))
+    changed = dataclasses.replace(recipe, quantization=settings)
+    told = (
+        r"quantization.qat.patch is 96, and the smallest training picture \('\d.png'\) has a side of 64; set it lower"
+    )
+    with pytest.raises(InputError, match=told):
+        whole.run_recipe(changed, [ONNX], tmp_path / "run", say=lambda text: None)
+    assert not list((tmp_path / "run").glob("*student*"))
+    # Nothing is trained in INT8 for a float target.
+    whole.run_recipe(changed, [FLOAT], tmp_path / "float", say=lambda text: None, settings=verify.Settings(seconds=0.2))
 
 
 # A user's own networks

@@ -12,8 +12,8 @@ import tiny
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekit.compress import placement, qat
-from edgekit.compress.budget import Loss
+from edgekit.compress import budget, placement, qat
+from edgekit.compress.budget import Budget, Judge, Loss
 from edgekit.compress.export import export_onnx
 from edgekit.compress.qat import QatReport, finetune
 from edgekit.compress.quantize import quantize_static
@@ -23,6 +23,7 @@ from edgekit.compress.torch_graph import ActivationQuantizer, TorchGraph, Weight
 from edgekit.data.noise import add_gaussian
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import EdgekitError, InputError, IntegrityError, UnsupportedError
+from edgekit.graph import cost
 from edgekit.graph.checks import NOISY
 from edgekit.graph.reference import Reference, agreement_db, feeds, probe, relative_change, session_options
 from edgekit.measure import host
@@ -35,6 +36,7 @@ SIGMA = 25 / 255
 PICTURES = [dead_leaves(seed, 64, 64) for seed in range(6)]
 CALIBRATION = [(add_gaussian(p, 25.0, index=i)[None], SIGMA) for i, p in enumerate((*PICTURES, *PICTURES))]
 HELD_OUT = [dead_leaves(seed, 64, 80) for seed in range(100, 103)]
+NO_LOSS = Budget(mean_db=0.0)
 FEW = Qat(steps=20, batch=2, patch=32, rate=1e-4, scale_rate=2e-2, ema=0.8)
 Graph = tuple[Path, Path]
 
@@ -74,13 +76,20 @@ def silent(moment: Moment) -> None:
     pass
 
 
-def tune(graph: Graph, out: Path, settings: Qat = FEW, report: Callable[[Moment], None] = silent) -> QatReport:
+def tune(
+    graph: Graph,
+    out: Path,
+    settings: Qat = FEW,
+    report: Callable[[Moment], None] = silent,
+    limit: Budget = NO_LOSS,
+) -> QatReport:
     fp32, qdq = graph
     return finetune(
         qdq=qdq,
         fp32=fp32,
         pictures=PICTURES,
-        held_out=HELD_OUT,
+        judge=Judge(model := onnx.load(fp32), HELD_OUT, (15.0, 25.0, 50.0), cost.stride(model, fp32)),
+        limit=limit,
         sigma=(5.0, 50.0),
         settings=settings,
         out=out,
@@ -487,6 +496,18 @@ def test_a_training_that_makes_it_worse_is_not_kept(nano, tmp_path):
     assert (tmp_path / "out.onnx").read_bytes() == nano[1].read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [((20, 160), (22, 100), "trained"), ((22, 100), (20, 160), "start"), ((22, 100), (20, 140), "trained")],
+    ids=["only the trained one holds", "only the first one holds", "both hold"],
+)
+def test_the_graph_that_keeps_the_budget_is_the_better_one(nano, tmp_path, monkeypatch, before, after, kept):
+    told = iter([Loss(mean_mdb=mean, worst_mdb=worst) for mean, worst in (before, after)])
+    monkeypatch.setattr(Judge, "loss", lambda judge, model: next(told))
+    limit = Budget(mean_db=0.05, worst_db=0.15)
+    assert tune(nano, tmp_path / "out.onnx", dataclasses.replace(FEW, steps=1), limit=limit).kept == kept
+
+
 def test_a_loss_that_is_not_finite_stops_the_training(nano, tmp_path):
     with pytest.raises(EdgekitError, match=r"not finite at step 10 .*lower quantization.qat.rate"):
         tune(nano, tmp_path / "out.onnx", dataclasses.replace(FEW, scale_rate=1e4))
@@ -500,7 +521,7 @@ def test_an_engine_that_computes_something_else_is_caught(nano, tmp_path, monkey
         def __call__(self, noisy, sigma):
             return np.minimum(super().__call__(noisy, sigma), np.float32(0.6))
 
-    monkeypatch.setattr(qat, "Reference", Saturating)
+    monkeypatch.setattr(budget, "Reference", Saturating)
     with pytest.raises(IntegrityError, match=r"in ONNX Runtime the trained graph is .* dB away"):
         tune(nano, tmp_path / "out.onnx", dataclasses.replace(FEW, steps=1))
 
@@ -541,7 +562,3 @@ def test_a_graph_of_another_network_is_refused(nano, tmp_path):
     blind = exported("nano", tmp_path, {"noise_level": False})
     with pytest.raises(InputError, match="takes other inputs"):
         tune((blind, nano[1]), tmp_path / "out.onnx")
-
-
-def test_the_loss_is_the_mean_and_the_worst_over_pictures():
-    assert qat._loss([30.0, 31.0, 32.0], [29.9, 31.02, 31.5]) == Loss(mean_mdb=193, worst_mdb=500)

@@ -8,9 +8,11 @@ import pytest
 from edgekit.compress import budget, placement, quantize, sensitivity
 from edgekit.compress.export import export_onnx
 from edgekit.compress.simplify import simplify
+from edgekit.data.noise import add_gaussian
 from edgekit.errors import EdgekitError, LimitError
 from edgekit.graph import checks, walk
-from edgekit.graph.reference import probe
+from edgekit.graph.reference import Reference, probe
+from edgekit.measure.quality import psnr
 from edgekit.pipeline import networks
 from edgekit.recipe import Budgets, Quantization, int8_drop_db, int8_worst_db
 
@@ -120,6 +122,29 @@ def test_arm_has_no_float_to_go_back_to(prepared, judge):
     where = placement.PLACEMENTS["arm"]
     with pytest.raises(LimitError, match="no single layers in float"):
         keep(prepared, judge, (where, placement.place(prepared.model, prepared.ranges, where)), 0.0)
+
+
+def test_a_loss_is_the_mean_and_the_worst_over_pictures_and_noise_levels(prepared, judge, graph):
+    before, after = Reference(prepared.model), Reference(graph[1])
+    lost = []
+    for sigma in (15.0, 50.0):
+        for index in range(3):
+            noisy = add_gaussian(clean(index), sigma, index=index, seed=2)[None]
+            one, other = (psnr(run(noisy, sigma / 255)[0], clean(index) / np.float32(255)) for run in (before, after))
+            lost.append(one - other)
+    found = judge.loss(graph[1])
+    assert found.mean_mdb == pytest.approx(1000 * np.mean(lost), abs=1)
+    assert found.worst_mdb == pytest.approx(1000 * max(lost), abs=1)
+    assert judge.apart_db(graph[1], before, 3) == pytest.approx(max(abs(x) for x in lost), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"), [((60, 10), (70, 10)), ((60, 100), (40, 190)), ((30, 100), (40, 90)), ((-5, 150), (0, 0))]
+)
+def test_a_loss_is_better_that_misses_its_budget_by_less_then_in_the_mean(better, worse):
+    allowed = budget.Budget(mean_db=0.05, worst_db=0.15)
+    one, other = (budget.Loss(mean_mdb=mean, worst_mdb=worst) for mean, worst in (better, worse))
+    assert allowed.rank(one) < allowed.rank(other)
 
 
 def test_the_loss_is_that_of_the_pictures(prepared, judge):

@@ -19,6 +19,7 @@ import onnx
 import pytest
 import tiny
 from onnx import numpy_helper
+from PIL import Image
 
 from edgekit import bundle, report, target, zoo
 from edgekit.data.sets import Picture, PictureSet
@@ -285,6 +286,18 @@ def test_the_teachers_row_says_which_engine_timed_it(made, tmp_path):
         found = judged(path or compiling.compile_model(str(run), [floats]).bundles["floats"])
         teacher = next(row for row in found.rows if row.name == "teacher FP32")
         assert (teacher.how, teacher.latency_us > 0) == (how, True)
+
+
+def test_a_teacher_of_a_larger_stride_is_given_pictures_that_it_takes(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for seed in range(2):
+        Image.fromarray(dead_leaves(seed, 60, 68)[0]).save(tmp_path / "pictures" / f"{seed}.png")
+    floats = dataclasses.replace(ONNX, precision="float32")
+    told = [f"data.evaluation={tmp_path / 'pictures'}"]
+    made = compiling.compile_model("control", [floats], overrides=told, folder=tmp_path / "run").bundles["onnx"]
+    assert bundle.read(made).model.stride == 4
+    rows = {row.name: row for row in judged(made).rows}
+    assert rows["teacher FP32"].psnr_mdb > rows["noisy input"].psnr_mdb + 5000
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from edgekit.errors import LimitError
 from edgekit.graph.cost import infer_shapes, integer_permille, macs_by_node
 from edgekit.graph.reference import Reference
 from edgekit.graph.walk import integer_convolutions
-from edgekit.measure.quality import crop, pad_to_multiple, psnr
+from edgekit.measure.quality import Denoise, crop, pad_to_multiple, psnr
 
 Array = NDArray[np.float32]
 Picture = NDArray[np.uint8]
@@ -24,6 +24,7 @@ Picture = NDArray[np.uint8]
 # Least shares of integer multiply-accumulates: what is kept if the budget allows it, and what a graph needs not to be a
 # float graph with decoration.
 MOSTLY_INTEGER_PERMILLE, LEAST_INTEGER_PERMILLE = 950, 500
+# Neither the draw that figures are measured with nor the one of the calibration.
 _SEED = 2
 _SIDE = 256
 
@@ -58,6 +59,10 @@ class Budget:
         """Return by how much a loss misses the limit that it misses most, in thousandths of a dB; below 0 within it."""
         worst = -math.inf if self.worst_db is None else loss.worst_mdb - 1000 * self.worst_db
         return max(loss.mean_mdb - 1000 * self.mean_db, worst)
+
+    def rank(self, loss: Loss) -> tuple[float, float]:
+        """Return what puts losses in order, the best first: by how much they miss a limit, then by the mean."""
+        return max(0.0, self.over_mdb(loss)), loss.mean_mdb
 
     def missed(self, loss: Loss) -> str:
         """Return which limit a loss misses, and by what; empty where none."""
@@ -128,12 +133,12 @@ class Judge:
             for sigma in sigmas255
         ]
         self._sigmas, self._stride, self._exact = [s / 255 for s in sigmas255], stride, exact
-        self._outputs = self._run(floating)
+        self._outputs = self._run(self._reference(floating))
         self._before = self._psnr(self._outputs)
 
     def loss(self, model: onnx.ModelProto) -> Loss:
         """Return what a graph loses."""
-        lost = self._before - self._psnr(self._run(model))
+        lost = self._before - self._psnr(self._run(self._reference(model)))
         return Loss(mean_mdb=round(1000 * float(lost.mean())), worst_mdb=round(1000 * float(lost.max())))
 
     def distance_udb(self, model: onnx.ModelProto, pictures: int) -> float:
@@ -141,7 +146,7 @@ class Judge:
 
         It is less precise than `loss` and far less noisy: small differences between graphs show.
         """
-        outputs = self._run(model, pictures)
+        outputs = self._run(self._reference(model), pictures)
         found = []
         for level, (got, want) in enumerate(zip(outputs, self._outputs, strict=True)):
             for index, (one, other) in enumerate(zip(got, want, strict=False)):
@@ -150,8 +155,15 @@ class Judge:
                 found.append(10 * np.log10(1 + moved / error))
         return float(1e6 * np.mean(found))
 
-    def _run(self, model: onnx.ModelProto, pictures: int | None = None) -> list[list[Array]]:
-        run = Reference(model, exact=self._exact)
+    def apart_db(self, model: onnx.ModelProto, denoise: Denoise, pictures: int) -> float:
+        """Return by how many dB the PSNR of a graph and of a function differ at most, over some pictures."""
+        ours, theirs = (self._psnr(self._run(run, pictures)) for run in (self._reference(model), denoise))
+        return float(np.abs(ours - theirs).max())
+
+    def _reference(self, model: onnx.ModelProto) -> Reference:
+        return Reference(model, exact=self._exact)
+
+    def _run(self, run: Denoise, pictures: int | None = None) -> list[list[Array]]:
         return [
             [
                 crop(run(pad_to_multiple(noisy[None], self._stride), sigma), *noisy.shape[-2:])[0]
@@ -163,7 +175,7 @@ class Judge:
     def _psnr(self, outputs: Sequence[Sequence[Array]]) -> NDArray[np.float64]:
         return np.array(
             [
-                [psnr(got, clean) for got, (_, clean) in zip(found, cases, strict=True)]
+                [psnr(got, clean) for got, (_, clean) in zip(found, cases, strict=False)]
                 for found, cases in zip(outputs, self._cases, strict=True)
             ]
         )

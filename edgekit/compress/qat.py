@@ -17,16 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgekit import run
-from edgekit.compress.budget import Loss
+from edgekit.compress.budget import Budget, Judge, Loss
 from edgekit.compress.export import write
 from edgekit.compress.torch_graph import TorchGraph, WeightQuantizer, lowest
-from edgekit.data.noise import add_gaussian
 from edgekit.errors import EdgekitError, InputError, IntegrityError
 from edgekit.files import atomic_file, json_sha256, sha256
 from edgekit.graph import cost
 from edgekit.graph.checks import DENOISED, interface, is_quantized, load_onnx
-from edgekit.graph.reference import Reference
-from edgekit.measure.quality import crop, pad_to_multiple, psnr
 from edgekit.recipe import Qat, Training
 from edgekit.training import checkpoint, schedule
 from edgekit.training.loop import Moment
@@ -43,12 +40,9 @@ _LOOK_EVERY = 10
 _FITTED = 16
 _WARMUP_PART = 20
 _FINAL_RATE = 0.01
-_SIGMAS = (15.0, 25.0, 50.0)
 # Below this the error of a denoiser hardly falls with the noise.
 _LEAST_SIGMA = 5 / 255
 _NOISE_EXPONENT = 1.5
-# Neither the draw that figures are measured with nor the one of the calibration.
-_SEED = 2
 _CHECKED = 2
 _MOST_APART_DB = 0.1
 
@@ -73,13 +67,13 @@ def finetune(
     qdq: Path,
     fp32: Path,
     pictures: Pictures,
-    held_out: Pictures,
+    judge: Judge,
+    limit: Budget,
     sigma: tuple[float, float],
     settings: Qat,
     out: Path,
     folder: Path,
     report: Callable[[Moment], None],
-    exact: bool = False,
 ) -> QatReport:
     """Return the report on `out`, now the graph with QDQ pairs after training; goes on from a checkpoint in `folder`.
 
@@ -87,23 +81,22 @@ def finetune(
     weights, biases, scales and zero points are learned with the rounding in place (Jacob et al., 2018; step sizes as in
     Esser et al., "Learned Step Size Quantization", 2020); the float graph is the teacher. `out` has the nodes, names
     and types of `qdq` and other numbers; biases are stored in the scale of their convolution's sums. Where the trained
-    graph loses more on the held-out pictures than the one of the start, `out` is the bytes of `qdq`.
+    graph is no better than the one of the start, `out` is the bytes of `qdq`.
 
     Equal inputs give equal bytes on the same versions, processor and number of threads, however often the training was
     interrupted.
 
     Args:
         qdq: The graph to train, as `quantize_static` writes it; layers that it leaves in float are trained in float.
-        fp32: The float graph that it was made from. It stays as it is, and is what the loss is measured against.
+        fp32: The float graph that it was made from. It stays as it is, and is the teacher.
         pictures: To learn from, uint8 (c, h, w).
-        held_out: To measure the loss on, uint8 (c, h, w); nothing is learned from them.
-        sigma: Range of the noise to learn from, on the scale of 0 to 255. Losses are measured at 15, 25 and 50, as far
-            as they lie inside; at its upper end if none does.
+        judge: Measures what is lost, on pictures that nothing is learned from.
+        limit: Which of two losses is the better one: the one that misses it by less, then the smaller mean.
+        sigma: Range of the noise to learn from, on the scale of 0 to 255.
         settings: The recipe's.
         out: Where the file goes.
         folder: Where the checkpoint is kept.
         report: Called every ten steps; `psnr_db` is not a number, as the loss is measured at the end only.
-        exact: As `Reference` has it, which measures the losses.
 
     Raises:
         InputError: A graph is no denoiser, the two have different inputs, one is quantized and should not be (or the
@@ -115,7 +108,7 @@ def finetune(
     integer, floating = _read(qdq, fp32)
     bank = PatchBank(pictures, torch.device("cpu"))
     stride = max(STRIDE, cost.stride(floating, fp32))
-    _check(settings, stride, bank.smallest_side, held_out)
+    _check(settings, stride, bank.smallest_side)
     student, teacher = TorchGraph(integer), TorchGraph(floating).requires_grad_(False)
     take_float_weights(student, teacher)
     _fit_ranges(student, bank, sigma, settings)
@@ -134,12 +127,9 @@ def finetune(
     average = _train(student, lesson, bank, sigma, settings, folder / "checkpoint.safetensors", identity, report)
     student.load_state_dict(average, strict=False)
     written = student.written()
-    reference = _psnr(Reference(floating), held_out, sigma, stride)
-    before = _loss(reference, _psnr(Reference(integer, exact=exact), held_out, sigma, stride))
-    trained = _psnr(Reference(written, exact=exact), held_out, sigma, stride)
-    _check_same(student, trained, held_out, sigma, stride, out)
-    after = _loss(reference, trained)
-    better = after.mean_mdb < before.mean_mdb
+    _check_same(student, written, judge, out)
+    before, after = judge.loss(integer), judge.loss(written)
+    better = limit.rank(after) < limit.rank(before)
     if better:
         write(written, out)
     else:
@@ -288,7 +278,7 @@ def _read(qdq: Path, fp32: Path) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     return integer, floating
 
 
-def _check(settings: Qat, stride: int, smallest_side: int, held_out: Pictures) -> None:
+def _check(settings: Qat, stride: int, smallest_side: int) -> None:
     if not settings.steps:
         raise InputError("quantization.qat.steps is 0", remedy="set it to 1000 or more")
     if settings.patch % stride:
@@ -299,8 +289,6 @@ def _check(settings: Qat, stride: int, smallest_side: int, held_out: Pictures) -
             f"{smallest_side}",
             remedy="set it lower, or remove the picture",
         )
-    if not held_out:
-        raise InputError("there are no held-out pictures to measure the loss on")
 
 
 def _check_finite(student: TorchGraph, losses: Sequence[float], step: int, path: Path) -> None:
@@ -313,9 +301,7 @@ def _check_finite(student: TorchGraph, losses: Sequence[float], step: int, path:
     )
 
 
-def _check_same(
-    student: TorchGraph, written: Sequence[float], held_out: Pictures, sigma: Range, stride: int, out: Path
-) -> None:
+def _check_same(student: TorchGraph, written: onnx.ModelProto, judge: Judge, out: Path) -> None:
     """Raise IntegrityError where ONNX Runtime computes other pictures than those that were trained."""
 
     def denoise(noisy: Array, level: float) -> Array:
@@ -324,28 +310,9 @@ def _check_same(
         return found
 
     # Roundings that fall the other way move a picture by less than this; a saturated sum moves it by more.
-    trained = _psnr(denoise, held_out[:_CHECKED], sigma, stride)
-    apart = max(abs(a - b) for a, b in zip(trained, written, strict=False))
+    apart = judge.apart_db(written, denoise, _CHECKED)
     if not apart <= _MOST_APART_DB:
         raise IntegrityError(
             f"{out}: in ONNX Runtime the trained graph is {apart:.2f} dB away from what was trained",
             remedy="set quantization.qat.steps=0, and report the processor and ONNX Runtime's version",
         )
-
-
-def _psnr(denoise: Callable[[Array, float], Array], pictures: Pictures, sigma: Range, stride: int) -> list[float]:
-    """Return the PSNR in dB of each picture at each noise level, the levels of a picture behind each other."""
-    low, high = sigma
-    levels = [s for s in _SIGMAS if low <= s <= high] or [high]
-    found = []
-    for index, picture in enumerate(pictures):
-        for level in levels:
-            noisy = pad_to_multiple(add_gaussian(picture, level, index=index, seed=_SEED)[None], stride)
-            got = crop(denoise(noisy, level / 255), *picture.shape[1:])
-            found.append(psnr(got[0], picture / np.float32(255)))
-    return found
-
-
-def _loss(reference: Sequence[float], found: Sequence[float]) -> Loss:
-    lost = [before - after for before, after in zip(reference, found, strict=True)]
-    return Loss(mean_mdb=round(1000 * sum(lost) / len(lost)), worst_mdb=round(1000 * max(lost)))

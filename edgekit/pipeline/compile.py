@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import re
 import shutil
@@ -116,14 +117,15 @@ def compile_model(
     root = Path(what)
     if root.is_dir():
         with run.open_run(root, None) as opened:
-            network = networks.from_run(root)
-            check_tiles(network.name, network.net.stride, targets)
-            return compile_student(opened, recipe_of(root), network, targets)
+            network, recipe = networks.from_run(root), recipe_of(root)
+            check_tiles(network.name, tile_step(network.net.stride, recipe), targets)
+            return compile_student(opened, recipe, network, targets)
     if what.endswith(".onnx"):
         return _compile_onnx(Path(what), targets, overrides, folder, overwrite)
     network = networks.named(what, weights)
-    check_tiles(network.name, network.net.stride, targets)
-    recipe = _told_recipe(network.name, network.net.channels, overrides)
+    recipe = default_recipe(network.name, network.net.channels, overrides)
+    check_tiles(network.name, tile_step(network.net.stride, recipe), targets)
+    _check_pictures(recipe, overrides)
     identity = {"recipe": asdict(recipe), "compiles": {"model": what, "sha256": network.sha256}}
     with run.open_run(run.folder_of(network.name, folder), identity, overwrite=overwrite) as opened:
         if network.model:
@@ -218,8 +220,9 @@ def _compile_onnx(
     stride = cost.stride(loaded, path)
     name = _identifier(path.stem)
     check_onnx(name, targets)
-    check_tiles(name, stride, targets)
-    recipe = _told_recipe(name, interface.channels, overrides)
+    recipe = default_recipe(name, interface.channels, overrides)
+    check_tiles(name, tile_step(stride, recipe), targets)
+    _check_pictures(recipe, overrides)
     model_sha256 = bundle.combined_sha256(checks.files_of(path))
     identity = {"recipe": asdict(recipe), "compiles": {"model": path.name, "sha256": model_sha256}}
     with run.open_run(run.folder_of(name, folder), identity, overwrite=overwrite) as opened:
@@ -343,8 +346,34 @@ def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence
     return Compiled(folder=opened.root, bundles=bundles, audits=audits, reused=tuple(opened.reused))
 
 
-def check_tiles(name: str, stride: int, targets: Sequence[Target]) -> None:
-    """Raise UnsupportedError for a tile that a network of this stride does not take, or that cannot be verified."""
+def check_recipe(recipe: Recipe, targets: Sequence[Target]) -> None:
+    """Refuse what a recipe's student cannot be compiled for, before it is trained; the weights make no difference.
+
+    Raises:
+        InputError: Unknown model or option.
+        UnsupportedError: A tile that it does not take, no such INT8 for an engine, or an operator without kernel.
+    """
+    net = networks.architecture(recipe.student, recipe.data.channels)
+    check_tiles(recipe.student.model, tile_step(net.stride, recipe), targets)
+    engines = {target.engine for target in targets if target.precision == "int8"}
+    for engine in sorted(engines):
+        int8.refuse(engine, recipe.quantization)
+    if "tvm" in engines:
+        with tempfile.TemporaryDirectory() as folder:
+            fp32 = float_graph(net.eval(), Path(folder))
+            student = int8.Student(name=recipe.student.model, model=recipe.student.model, fp32=fp32, stride=net.stride)
+            int8.check_kernels(student, net.channels, recipe.quantization, Path(folder))
+
+
+def tile_step(stride: int, recipe: Recipe) -> int:
+    """Return what the sides of a tile are multiples of, for a student of a stride and the teacher beside it."""
+    if recipe.teacher is None or recipe.teacher.weights == "random":
+        return stride
+    return math.lcm(stride, networks.architecture(recipe.teacher, recipe.data.channels).stride)
+
+
+def check_tiles(name: str, step: int, targets: Sequence[Target]) -> None:
+    """Raise UnsupportedError for a tile that is no multiple of `step`, or that cannot be verified."""
     for target in targets:
         height, width = target.input.height, target.input.width
         if any(side is not None and side < SSIM_WINDOW for side in (height, width)):
@@ -353,10 +382,10 @@ def check_tiles(name: str, stride: int, targets: Sequence[Target]) -> None:
                 f"SSIM needs {SSIM_WINDOW} pixels a side",
                 remedy="set input.height and input.width, or --tile, higher",
             )
-        if any(side is not None and side % stride for side in (height, width)):
+        if any(side is not None and side % step for side in (height, width)):
             raise UnsupportedError(
                 f"target '{target.name}': input {width}x{height} is not a tile that '{name}' can be compiled for",
-                remedy=f"set input.height and input.width, or --tile, to multiples of {stride}",
+                remedy=f"set input.height and input.width, or --tile, to multiples of {step}",
             )
 
 
@@ -620,12 +649,10 @@ def default_recipe(name: str, channels: int, overrides: Sequence[str] = ()) -> R
     return told
 
 
-def _told_recipe(name: str, channels: int, overrides: Sequence[str]) -> Recipe:
-    """Return `default_recipe`; the user's pictures are looked at, and for leaks, before a run folder is made."""
-    recipe = default_recipe(name, channels, overrides)
+def _check_pictures(recipe: Recipe, overrides: Sequence[str]) -> None:
+    """Look at the user's pictures, and for leaks, before a run folder is made."""
     if any(override.startswith("data") for override in overrides):
         pictures.refuse_leaks(pictures.load(recipe.data))
-    return recipe
 
 
 def recipe_of(root: Path) -> Recipe:

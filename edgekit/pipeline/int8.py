@@ -24,6 +24,7 @@ from edgekit.data.sets import PictureSet
 from edgekit.errors import UnsupportedError
 from edgekit.files import json_sha256, sha256
 from edgekit.graph import checks, walk
+from edgekit.graph.reference import probe
 from edgekit.pipeline import pictures
 from edgekit.pipeline.pictures import Pictures
 from edgekit.recipe import Noise, Quantization, Recipe, int8_drop_db, int8_worst_db
@@ -42,6 +43,7 @@ _UNTRAINED: Mapping[Literal["int8", "int16"], float] = {"int8": 0.25, "int16": 0
 _SLOWER = 10
 _SIGMAS = (15.0, 25.0, 50.0)
 _MOST_PICTURES = 16
+_CHECKED_BLOCKS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
         UnsupportedError: Dynamic INT8 for an engine that has none, or an engine without INT8.
     """
     settings = recipe.quantization
-    _refuse(engine, settings)
+    refuse(engine, settings)
     where = placement.PLACEMENTS[PLACEMENTS[engine]]
 
     def work(out: Path) -> Mapping[str, object]:
@@ -95,7 +97,7 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
             pictures.refuse_leaks(shown)
         return _static(opened, recipe, shown, student, where, out)
 
-    shown = pictures.load(recipe.data, learns=settings.mode == "static" and settings.qat.steps > 0)
+    shown = pictures.load(recipe.data, learns=trains(settings))
     inputs = {"simplified": sha256(student.fp32), "held_out": sets.digest(shown.held_out)}
     if shown.train:
         inputs["train"] = sets.digest(shown.train)
@@ -128,8 +130,8 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
     return opened.file(stage, FILE)
 
 
-def _refuse(engine: Engine, settings: Quantization) -> None:
-    """Raise UnsupportedError for an engine that has no INT8, or none of this mode."""
+def refuse(engine: Engine, settings: Quantization) -> None:
+    """Raise UnsupportedError for an engine that has no INT8, none of this mode, or no layers in float."""
     if engine not in PLACEMENTS:
         raise UnsupportedError(f"edgekit has no INT8 for the engine '{engine}'", remedy="set the target's precision")
     if settings.mode == "dynamic" and engine != "onnxruntime":
@@ -137,6 +139,17 @@ def _refuse(engine: Engine, settings: Quantization) -> None:
             f"dynamic INT8 is ONNX Runtime's alone, not the engine's '{engine}'",
             remedy="set quantization.mode=static",
         )
+    if settings.keep_float and not placement.PLACEMENTS[PLACEMENTS[engine]].floats:
+        raise UnsupportedError(
+            f"quantization.keep_float is [{', '.join(settings.keep_float)}], and edgekit's own kernels have no float "
+            "layers",
+            remedy="leave it out, or set the target's precision to float32",
+        )
+
+
+def trains(settings: Quantization) -> bool:
+    """Return whether graphs are trained with their rounding where they lose too much."""
+    return settings.mode == "static" and settings.qat.steps > 0
 
 
 def levels(noise: Noise) -> tuple[float, ...]:
@@ -181,11 +194,23 @@ def _static(
     }
 
 
+def check_kernels(student: Student, channels: int, settings: Quantization, folder: Path) -> None:
+    """Refuse a float graph that our own integer kernels do not take, whatever its weights; writes into `folder`.
+
+    Raises:
+        UnsupportedError: Something in it has no integer kernel; the message names it.
+    """
+    side, where = _CHECKED_BLOCKS * student.stride, placement.PLACEMENTS[PLACEMENTS["tvm"]]
+    noise = [(probe(side, side, channels, seed=i), 25 / 255) for i in range(settings.calibration_pictures)]
+    prepared = quantize.prepare(student.fp32, noise, replace(settings, change_basis=False), where)
+    _check_kernels(_placed(prepared, where, settings), student, folder)
+
+
 def _check_kernels(graph: onnx.ModelProto, student: Student, out: Path) -> None:
     """Refuse what has no integer kernel where an engine has nothing else, before anything is trained."""
     export.write(graph, file := out / f"{student.name}.int8.onnx")
-    channels = checks.interface(graph, file).channels
-    importlib.import_module(backends.DOORS["tvm"]).check_int8(file, channels=channels, side=8 * student.stride)
+    channels, side = checks.interface(graph, file).channels, _CHECKED_BLOCKS * student.stride
+    importlib.import_module(backends.DOORS["tvm"]).check_int8(file, channels=channels, side=side)
     file.unlink()
 
 
@@ -227,9 +252,7 @@ def within_budget(
         log.info("INT8 loses %.3f dB before any training: training it with its rounding", before.mean_mdb / 1000)
         try:
             begun = ends_in_float(graph, prepared, where)
-            graph = _trained(
-                begun, recipe, shown, prepared, out, checkpoints, lambda found: limit.holds(judge.loss(found))
-            )
+            graph = _trained(begun, recipe, shown, judge, limit, out, checkpoints)
         except UnsupportedError as error:
             log.warning("it is not trained, and layers go back to float where it loses too much: %s", error)
             trained = False
@@ -275,10 +298,10 @@ def _trained(
     graph: onnx.ModelProto,
     recipe: Recipe,
     shown: Pictures,
-    prepared: Prepared,
+    judge: Judge,
+    limit: Budget,
     out: Path,
     checkpoints: Path,
-    is_enough: Callable[[onnx.ModelProto], bool],
 ) -> onnx.ModelProto:
     """Return the graph after training with its rounding, and after one more at lower rates where that is not enough.
 
@@ -299,20 +322,20 @@ def _trained(
             identity = json_sha256([sha256(untrained), asdict(settings)])
             folders.append(checkpoints / f"qat-{identity[:12]}")
             folders[-1].mkdir(exist_ok=True)
-            qat.finetune(
+            report = qat.finetune(
                 qdq=untrained,
                 fp32=out / EQUALIZED,
                 pictures=_pixels(shown.train),
-                held_out=_pixels(shown.held_out),
+                judge=judge,
+                limit=limit,
                 sigma=recipe.noise.train,
                 settings=settings,
                 out=trained,
                 folder=folders[-1],
                 report=_log_every(100),
-                exact=prepared.exact,
             )
             graph = checks.load_onnx(trained)
-            if is_enough(graph):
+            if limit.holds(report.after if report.kept == "trained" else report.before):
                 break
     except UnsupportedError:
         _remove(folders)

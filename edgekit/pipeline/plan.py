@@ -33,12 +33,11 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: str | Path | None = 
             cannot do what it asks for.
         IntegrityError: The folder's record is damaged.
     """
-    stride = networks.architecture(recipe.student, recipe.data.channels).stride
     missing = {finding.name: finding.fix for finding in doctor.examine() if not finding.found}
-    compiling.check_tiles(recipe.student.model, stride, targets)
-    for target in targets:
-        if target.engine not in missing:
-            backends.load(target.engine).check(target)
+    here = [target for target in targets if target.engine not in missing]
+    for target in here:
+        backends.load(target.engine).check(target)
+    compiling.check_recipe(recipe, here)
     made = _made(run.folder_of(recipe.name, folder))
     steps = plan_training(recipe, folder)
     steps += [Step(name=n, what=w, state=_state(n, made)) for n, w in _COMPRESSION]
@@ -79,8 +78,8 @@ def check_model(
     else:
         network = networks.named(what, weights)
         name, channels, stride = network.name, network.net.channels, network.net.stride
-    compiling.default_recipe(name, channels, overrides)
-    compiling.check_tiles(name, stride, targets)
+    recipe = compiling.default_recipe(name, channels, overrides)
+    compiling.check_tiles(name, compiling.tile_step(stride, recipe), targets)
     return what
 
 
