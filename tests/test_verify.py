@@ -21,7 +21,8 @@ import tiny
 from onnx import numpy_helper
 from PIL import Image
 
-from edgekit import bundle, report, target, zoo
+from edgekit import backends, bundle, report, target, zoo
+from edgekit.compress.export import export_onnx
 from edgekit.data.sets import Picture, PictureSet
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import IncompleteError, InputError, IntegrityError
@@ -286,6 +287,17 @@ def test_the_teachers_row_says_which_engine_timed_it(made, tmp_path):
         found = judged(path or compiling.compile_model(str(run), [floats]).bundles["floats"])
         teacher = next(row for row in found.rows if row.name == "teacher FP32")
         assert (teacher.how, teacher.latency_us > 0) == (how, True)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_picture_that_an_engine_does_not_take_is_told_by_its_size(tmp_path, engine):
+    pytest.importorskip(engine)
+    path = export_onnx(tiny.Deep().eval(), channels=1, takes_sigma=False, stride=16, out=tmp_path / "deep.onnx")
+    session = backends.load_onnx(engine).open_onnx(path, threads=1)
+    assert session(np.zeros((1, 1, 32, 48), np.float32), 0.1).shape == (1, 1, 32, 48)
+    told = r"deep\.onnx: .* cannot run it on a picture of 40x24: .*; give a picture whose sides it takes"
+    with pytest.raises(InputError, match=told):
+        session(np.zeros((1, 1, 24, 40), np.float32), 0.1)
 
 
 def test_a_teacher_of_a_larger_stride_is_given_pictures_that_it_takes(tmp_path):

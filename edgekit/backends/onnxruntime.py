@@ -34,12 +34,15 @@ class OnnxSession:
 
     def __init__(self, path: Path, threads: int) -> None:
         """Open the file; see `open_onnx`."""
-        self._session = _inference_session(path, session_options(threads))
+        self._path, self._session = path, _inference_session(path, session_options(threads))
         self._takes_sigma = SIGMA in {i.name for i in self._session.get_inputs()}
 
     def __call__(self, noisy: Array, sigma: float) -> Array:
-        """Return the denoised picture, shaped as `noisy` (1, c, h, w)."""
-        (denoised,) = self._session.run([DENOISED], feeds(noisy, sigma, takes_sigma=self._takes_sigma))
+        """Return the denoised picture, shaped as `noisy` (1, c, h, w); InputError where the file does not take it."""
+        height, width = noisy.shape[2:]
+        what = f"{self._path}: ONNX Runtime cannot run it on a picture of {width}x{height}"
+        with runtime_errors(what, "give a picture whose sides it takes, or export it for any"):
+            (denoised,) = self._session.run([DENOISED], feeds(noisy, sigma, takes_sigma=self._takes_sigma))
         return np.asarray(denoised, np.float32)
 
 

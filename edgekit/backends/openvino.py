@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgekit.backends import Source, openvino_graph
 from edgekit.backends.weight_bits import NOTES, weight_bits
 from edgekit.bundle import Built
-from edgekit.errors import InputError, IntegrityError, UnsupportedError
+from edgekit.errors import InputError, IntegrityError, UnsupportedError, is_out_of_memory
 from edgekit.graph.checks import DENOISED, SIGMA, read_onnx
 from edgekit.graph.reference import Reference, agreement_db, feeds, probe
 from edgekit.graph.walk import float_convolutions
@@ -46,14 +46,29 @@ class OpenvinoSession:
 
     def __init__(self, path: Path, threads: int) -> None:
         """Read and compile the file; see `open_onnx`."""
-        self.compiled = _compile(_read(path), threads)
+        self._path, self.compiled = path, _compile(_read(path), threads)
         self._request = self.compiled.create_infer_request()
         self._takes_sigma = SIGMA in {name for port in self.compiled.inputs for name in port.get_names()}
 
     def __call__(self, noisy: Array, sigma: float) -> Array:
-        """Return the denoised picture, shaped as `noisy` (1, c, h, w)."""
-        result = self._request.infer(feeds(noisy, sigma, takes_sigma=self._takes_sigma))
+        """Return the denoised picture, shaped as `noisy` (1, c, h, w); InputError where the file does not take it."""
+        try:
+            result = self._request.infer(feeds(noisy, sigma, takes_sigma=self._takes_sigma))
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise self._refused(noisy, _reason(error)) from error
+        # Sums of maps that do not fit are no error there.
+        if result[DENOISED].shape != noisy.shape:
+            raise self._refused(noisy, f"the result has another shape, {result[DENOISED].shape}")
         return np.array(result[DENOISED], np.float32)
+
+    def _refused(self, noisy: Array, why: str) -> InputError:
+        height, width = noisy.shape[2:]
+        return InputError(
+            f"{self._path}: OpenVINO cannot run it on a picture of {width}x{height}: {why}",
+            remedy="give a picture whose sides it takes, or export it for any",
+        )
 
 
 def check(target: Target) -> None:

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from edgekit.errors import InputError, UnsupportedError
+from edgekit.errors import InputError, UnsupportedError, is_out_of_memory
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
 
 Array = NDArray[np.float32]
@@ -37,7 +37,7 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
 
 @contextmanager
 def runtime_errors(what: str, remedy: str) -> Iterator[None]:
-    """Tell ONNX Runtime's errors in edgekit's.
+    """Tell ONNX Runtime's errors in edgekit's, but that memory ran out, which every command tells alike.
 
     Args:
         what: It failed to do, a sentence to which the reason is added.
@@ -60,6 +60,8 @@ def runtime_errors(what: str, remedy: str) -> Iterator[None]:
         state.NoSuchFile,
         state.RuntimeException,
     ) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{what}: {_reason(error)}", remedy=remedy) from error
 
 
