@@ -386,8 +386,7 @@ def baseline(model: str, seconds: float, output: Path | None, as_json: bool) -> 
     from edgekit.pipeline import networks
     from edgekit.pipeline.golden import golden_pictures
 
-    if output is not None:
-        _place(output)
+    _place(output or measuring.FOLDER / f"{Path(model).name}.json")
     network = networks.from_run(Path(model)) if Path(model).is_dir() else networks.shipped(model)
     evaluation = sets.embedded("evaluation", channels=3 if network.net.channels == 3 else 1)
     golden = [golden_pictures(evaluation, target.load(t)) for t in target.names()]
@@ -474,8 +473,8 @@ def bench(
     if len(paths) > 1:
         names = ", ".join(str(path) for path in paths)
         raise InputError(f"{bundle}: has {len(paths)} bundles", remedy=f"name one: {names}")
-    if output is not None:
-        _place(output, paths[0])
+    # The record is named after the device, which is asked for its name on the way.
+    _place(output or paths[0].resolve().with_name(f"{paths[0].resolve().name}.bench.json"), paths[0])
     settings = benching.Settings(
         runs=runs,
         seconds=seconds,
@@ -685,8 +684,7 @@ def sensitivity(
     from edgekit.compress.sensitivity import markdown, write
     from edgekit.pipeline import sensitivity as measuring
 
-    if output is not None:
-        _place(output / "sensitivity.json")
+    _place((output or Path("sensitivity") / "table") / "sensitivity.json")
     name, found = measuring.of_model(model, engine, weights=weights, overrides=overrides)
     files = write(found, output or Path("sensitivity") / f"{name}-{engine}", name)
     _emit(

@@ -181,6 +181,8 @@ def open_run(root: Path, identity: Mapping[str, object] | None, *, overwrite: bo
         if (root / _RECORD).exists():
             recorded, stages = _read(root)
             if identity is None or recorded == json.loads(json.dumps(identity)):
+                # So that the newest run is the one that was used last, also where all of it was there already.
+                os.utime(root / _RECORD)
                 yield Run(root, recorded, stages)
                 return
             if not overwrite and _is_worth_keeping(root, stages):
@@ -239,7 +241,7 @@ def exists() -> bool:
 
 
 def newest() -> Path:
-    """Return the run folder below `runs/` that was written to last.
+    """Return the run folder below `runs/` that a command worked in last.
 
     Raises:
         InputError: There is none.

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ import torch
 from edgekit import models, zoo
 from edgekit.data import sets
 from edgekit.data.sets import Channels, PictureSet
-from edgekit.files import sha256, write_json
+from edgekit.files import atomic_file, sha256, write_json
 from edgekit.measure import quality
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
@@ -49,18 +51,19 @@ def main() -> None:
         parser.error(f"{given.trained}: does not say {', '.join(missing)}")
     net = models.create(given.model or given.name, given.options)
     weights.load_into(net, given.weights)
+    evaluation = evaluation_sets(given.research_data, 3 if net.channels == 3 else 1)
     folder = Path(zoo.__file__).parent
     path = folder / f"{given.name}.safetensors"
     kind = torch.float16 if given.half else torch.float32
-    weights.save({name: t.to(kind) for name, t in net.state_dict().items()}, path)
-    weights.load_into(net, path)
-    measured = [
-        measure(net.eval(), pictures, sigma, given.seeds)
-        for pictures in evaluation_sets(given.research_data, 3 if net.channels == 3 else 1)
-        for sigma in SIGMAS
-    ]
-    for entry in measured:
-        print(entry)  # noqa: T201 (a script for a person)
+    with tempfile.TemporaryDirectory() as scratch:
+        weights.save({name: t.to(kind) for name, t in net.state_dict().items()}, file := Path(scratch, path.name))
+        weights.load_into(net, file)
+        measured = [measure(net.eval(), pictures, sigma, given.seeds) for pictures in evaluation for sigma in SIGMAS]
+        for entry in measured:
+            print(entry)  # noqa: T201 (a script for a person)
+        # Not before they are measured: weights beside the card of others would be refused.
+        with atomic_file(path) as temporary:
+            shutil.copyfile(file, temporary)
     write_json(
         folder / f"{given.name}.json",
         {

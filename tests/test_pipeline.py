@@ -444,6 +444,21 @@ def test_a_tile_that_the_student_does_not_take_is_refused_before_any_training(re
     assert not (tmp_path / "run").exists()
 
 
+def test_int8_looks_at_the_middle_of_large_pictures(recipe, tmp_path):
+    """All maps of a picture are held in memory at once, about a GiB for each megapixel of nano."""
+    rows = np.arange(8 * 600).reshape(8, 600, 1) % 251
+    for index, plane in enumerate(np.broadcast_to(rows, (8, 600, 700)).astype(np.uint8)):
+        Image.fromarray(plane if index else plane[:40, :90]).save(tmp_path / f"{index}.png")
+    data = dataclasses.replace(recipe.data, calibration=str(tmp_path))
+    shown = int8.calibration(dataclasses.replace(recipe, data=data), 8)
+    assert {noisy.shape for noisy, _ in shown} == {(1, 1, 40, 96), (1, 1, 512, 512)}
+    whole = pictures.held_out(data)
+    large = whole.pictures[1].pixels
+    (middle,) = sets.middles(sets.PictureSet(name="one", pictures=whole.pictures[1:2]))
+    assert large.shape == (1, 600, 700)
+    assert np.array_equal(middle.pixels, large[:, 44:556, 94:606])
+
+
 V3 = Model(model="nano", weights="random", options={"activation": "hardswish"})
 
 

@@ -298,7 +298,7 @@ def test_a_damaged_table_of_measurements_is_named(cwd):
             opened.measure("training", {})
 
 
-def test_the_newest_run_is_the_one_that_was_written_to_last(cwd):
+def test_the_newest_run_is_the_one_that_was_used_last(cwd):
     with pytest.raises(InputError, match="there is no run in 'runs/'"):
         run.newest()
     for name in ("b", "a"):
@@ -306,6 +306,10 @@ def test_the_newest_run_is_the_one_that_was_written_to_last(cwd):
             pass
     os.utime(run.RUNS / "b/run.json", (1, 1))
     assert run.newest() == run.RUNS / "a"
+    os.utime(run.RUNS / "a/run.json", (2, 2))
+    with run.open_run(run.RUNS / "b", IDENTITY):
+        pass
+    assert run.newest() == run.RUNS / "b", "the one that was used last, though nothing was made"
 
 
 def test_a_hidden_folder_is_no_run(cwd):

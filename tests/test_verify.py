@@ -25,7 +25,7 @@ from edgekit import backends, bundle, report, target, zoo
 from edgekit.compress.export import export_onnx
 from edgekit.data.sets import Picture, PictureSet
 from edgekit.data.synthetic import dead_leaves
-from edgekit.errors import IncompleteError, InputError, IntegrityError
+from edgekit.errors import IncompleteError, InputError, IntegrityError, ToolMissingError
 from edgekit.measure import host, quality
 from edgekit.measure.latency import Paired
 from edgekit.pipeline import baseline, bench, denoise, distill, measurement, networks, verify
@@ -570,6 +570,20 @@ def test_a_record_is_of_the_noise_that_its_bundle_has(made, copied, tmp_path, ti
             verify.verify(folder, settings=QUICK, records=[kept(tmp_path, measured)])
 
 
+def test_a_device_decides_where_the_artifact_cannot_be_run_here(copied, tmp_path, timed, monkeypatch):
+    def open_session(*given: object, **how: object) -> None:
+        raise ToolMissingError("no QEMU here")
+
+    monkeypatch.setattr(backends.load("onnxruntime"), "open_session", open_session)
+    alone = judged(copied)
+    assert {only(alone, name).verdict for name in ("int8_drop_db", "golden_outputs")} == {"incomplete"}
+    assert "no QEMU here" in only(alone, "golden_outputs").reason
+    kept(tmp_path, timed, "bundle.bench.phone.json")
+    found = judged(copied)
+    for name in ("int8_drop_db", "golden_outputs"):
+        assert (only(found, name).verdict, only(found, name).reason) == ("pass", found.devices[0].how())
+
+
 def test_a_record_from_before_hidden_features_were_told_is_read(tmp_path, timed):
     file = kept(tmp_path, timed)
     raw = json.loads(file.read_text())
@@ -720,7 +734,7 @@ def test_no_verdict_is_left_beside_a_bundle_that_changed(made, tmp_path, named, 
     (folder / "README.md").write_text("")
     found = call("verify", str(folder if named == "bundle" else run))
     assert found.code == IntegrityError.exit_code
-    assert f"{report}: removed, for the bundle is not what it was" in found.err
+    assert f"{report}: removed, for the bundle cannot be verified any more" in found.err
     assert f"{folder / 'README.md'}: changed" in found.err
     assert not report.exists()
 

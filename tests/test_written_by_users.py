@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from edgekit import backends, target
 from edgekit.backends import Source, openvino_graph
+from edgekit.backends.tvm.transposed import without_transposed
 from edgekit.compress import quantize
 from edgekit.compress.placement import PLACEMENTS, place, release
 from edgekit.compress.quantize import Prepared
@@ -463,6 +464,39 @@ def test_a_bias_of_zeros_is_replaced_and_another_kept(tmp_path):
     assert (first > 0).all()
     assert (first < 1e-19).all()
     assert np.array_equal(last, net.body[2].bias.detach().numpy())
+
+
+def named_alike(model: onnx.ModelProto, kind: str, suffixes: tuple[str, ...]) -> onnx.ModelProto:
+    """Return the graph with what each node of a kind reads named behind its result, as MXNet exports it."""
+    model = walk.copied(model)
+    stored, renamed = walk.initializers(model), {}
+    for node in (n for n in model.graph.node if n.op_type == kind):
+        for name, suffix in zip(node.input[1:], suffixes, strict=False):
+            if name in stored:
+                renamed[name] = f"{node.output[0]}_{suffix}"
+    assert renamed
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    for tensor in model.graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
+    return model
+
+
+def test_what_is_added_to_a_graph_has_a_name_that_nothing_else_has(tmp_path):
+    noisy = probe(72, 56, 1, seed=9)
+    net = Body(conv(1, 16), nn.ReLU(), nn.Conv2d(16, 16, 2, 2), nn.ConvTranspose2d(16, 1, 2, 2))
+    seeded(net)
+    nn.init.zeros_(net.body[0].bias)
+    fp32 = simplify(as_others_export(net, tmp_path / "net.onnx"), tmp_path / "simple.onnx")
+    spread = named_alike(onnx.load(fp32), "ConvTranspose", ("weights", "bias"))
+    biased = named_alike(placed(prepared(fp32, "openvino"), "openvino"), "Conv", ("weights", "bias"))
+    for graph, change in ((spread, without_transposed), (biased, openvino_graph.with_biases)):
+        changed = change(graph)
+        onnx.checker.check_model(changed)
+        stored = [tensor.name for tensor in changed.graph.initializer]
+        assert len(set(stored)) == len(stored) > len(graph.graph.initializer)
+        alike = agreement_db(Reference(changed, exact=True)(noisy, LEVEL), Reference(graph, exact=True)(noisy, LEVEL))
+        assert alike > 100
 
 
 def test_a_clip_at_the_end_loses_nothing(tmp_path):

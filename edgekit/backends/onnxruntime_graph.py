@@ -18,7 +18,17 @@ import onnx
 from onnx import helper, numpy_helper
 
 from edgekit.graph.shuffle import channels_by_plane, way_up
-from edgekit.graph.walk import PAIR, attribute, consumers, copied, initializers, producers, stored_behind
+from edgekit.graph.walk import (
+    PAIR,
+    attribute,
+    consumers,
+    copied,
+    free_name,
+    initializers,
+    names,
+    producers,
+    stored_behind,
+)
 
 
 class _Moves(NamedTuple):
@@ -40,7 +50,7 @@ def shuffles_with_channels_last(model: onnx.ModelProto) -> onnx.ModelProto:
     made_by, readers, stored = producers(changed), consumers(changed), initializers(changed)
     nodes: list[onnx.NodeProto] = []
     rounded_again: set[str] = set()
-    taken = {node.name for node in changed.graph.node} | {name for node in changed.graph.node for name in node.output}
+    taken = names(changed)
     for node in changed.graph.node:
         channels = _channels_between_pairs(node, made_by, readers, stored)
         if channels is None:
@@ -95,8 +105,8 @@ def _moves(node: onnx.NodeProto, source: str, result: str, channels: int, taken:
     ]
     nodes, shapes = [], []
     for index, (kind, numbers) in enumerate(steps):
-        name = _free(f"{node.name}_{index}", taken)
-        made = result if index == len(steps) - 1 else _free(f"{result}_{index}", taken)
+        name = free_name(f"{node.name}_{index}", taken)
+        made = result if index == len(steps) - 1 else free_name(f"{result}_{index}", taken)
         if kind == "Transpose":
             nodes.append(helper.make_node(kind, [source], [made], name, perm=numbers))
         else:
@@ -104,11 +114,3 @@ def _moves(node: onnx.NodeProto, source: str, result: str, channels: int, taken:
             nodes.append(helper.make_node(kind, [source, shapes[-1].name], [made], name))
         source = made
     return _Moves(nodes, shapes)
-
-
-def _free(name: str, taken: set[str]) -> str:
-    """Return the name, longer where it is taken, and take it."""
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name

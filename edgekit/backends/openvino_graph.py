@@ -27,7 +27,9 @@ from edgekit.graph.walk import (
     constants_stored,
     consumers,
     copied,
+    free_name,
     initializers,
+    names,
     producers,
     stored_behind,
 )
@@ -47,7 +49,7 @@ def with_biases(model: onnx.ModelProto) -> onnx.ModelProto:
     multiplies by the scales twice: 11 to 37 dB from the float graph instead of 48 to 53. A bias of zeros it drops.
     """
     changed = copied(model)
-    made_by, stored = producers(changed), initializers(changed)
+    made_by, stored, taken = producers(changed), initializers(changed), names(changed)
     for node in changed.graph.node:
         if node.op_type != "Conv" or node.input[1] in stored:
             continue
@@ -56,7 +58,7 @@ def with_biases(model: onnx.ModelProto) -> onnx.ModelProto:
         if not weights or (len(node.input) > 2 and node.input[2] and given is None):
             continue
         if given is None or not numpy_helper.to_array(given).any():
-            name = f"{node.output[0]}_bias"
+            name = free_name(f"{node.output[0]}_bias", taken)
             bias = np.full(stored[weights[0]].dims[0], _NEXT_TO_NOTHING, np.float32)
             changed.graph.initializer.append(numpy_helper.from_array(bias, name))
             node.input[:] = [*node.input[:2], name]
@@ -120,6 +122,7 @@ class _Moves:
     def __init__(self, model: onnx.ModelProto) -> None:
         self._model = model
         self._made_by, self._readers, self._stored = producers(model), consumers(model), initializers(model)
+        self._taken, self._moved = names(model), dict[str, str]()
 
     def possible(self) -> dict[str, float]:
         """Return map -> how far up it goes: the largest choice in which every node can absorb what it is given."""
@@ -165,7 +168,7 @@ class _Moves:
     def clear_zero_point(self, tensor: str) -> None:
         """Give a map's pair a zero point of zero."""
         (quantize,) = self._readers[tensor]
-        name = f"{tensor}_no_zero_point"
+        name = free_name(f"{tensor}_no_zero_point", self._taken)
         self._model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.uint8), name))
         for node in (quantize, *self._readers[quantize.output[0]]):
             node.input[2] = name
@@ -205,7 +208,10 @@ class _Moves:
         if not np.any(more):
             return
         bias = numpy_helper.to_array(self._stored[node.input[2]]).astype(np.float64) + more
-        name = f"{node.output[0]}_moved_bias"
+        # One that was moved already is of this node alone; what was given may be another's too.
+        if node.output[0] not in self._moved:
+            self._moved[node.output[0]] = free_name(f"{node.output[0]}_moved_bias", self._taken)
+        name = self._moved[node.output[0]]
         moved = numpy_helper.from_array(bias.astype(np.float32), name)
         if name in self._stored:
             self._stored[name].CopyFrom(moved)

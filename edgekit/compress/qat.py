@@ -112,19 +112,9 @@ def finetune(
     student, teacher = TorchGraph(integer), TorchGraph(floating).requires_grad_(False)
     take_float_weights(student, teacher)
     _fit_ranges(student, bank, sigma, settings)
-    identity = json_sha256(
-        [
-            sha256(qdq),
-            sha256(fp32),
-            [hashlib.sha256(p.tobytes()).hexdigest() for p in pictures],
-            list(sigma),
-            asdict(settings),
-            run.code_sha256(("compress", "training", "recipe", "data")),
-            torch.__version__,
-        ]
-    )
+    known_by = identity(qdq, fp32, pictures, sigma, settings)
     lesson = _Lesson(teacher, settings, lowest(floating, set(student.made()) & set(teacher.made())))
-    average = _train(student, lesson, bank, sigma, settings, folder / "checkpoint.safetensors", identity, report)
+    average = _train(student, lesson, bank, sigma, settings, folder / "checkpoint.safetensors", known_by, report)
     student.load_state_dict(average, strict=False)
     written = student.written()
     _check_same(student, written, judge, out)
@@ -136,6 +126,22 @@ def finetune(
         with atomic_file(out) as temporary:
             temporary.write_bytes(qdq.read_bytes())
     return QatReport(onnx=out, kept="trained" if better else "start", steps=settings.steps, before=before, after=after)
+
+
+def identity(qdq: Path, fp32: Path, pictures: Pictures, sigma: tuple[float, float], settings: Qat) -> str:
+    """Return the hash of all that decides what `finetune`, whose arguments these are, comes to."""
+    return json_sha256(
+        [
+            sha256(qdq),
+            sha256(fp32),
+            [hashlib.sha256(p.tobytes()).hexdigest() for p in pictures],
+            list(sigma),
+            asdict(settings),
+            run.code_sha256(("compress", "training", "recipe", "data")),
+            torch.__version__,
+            torch.get_num_threads(),
+        ]
+    )
 
 
 @torch.no_grad()

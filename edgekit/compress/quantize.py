@@ -31,10 +31,12 @@ from edgekit.graph.walk import (
     copied,
     first_convolutions,
     float_convolutions,
+    free_name,
     initializers,
     integer_convolutions,
     is_noise_level,
     last_convolutions,
+    names,
 )
 from edgekit.measure import host
 from edgekit.recipe import Quantization
@@ -173,17 +175,14 @@ def _with_own_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     changed = copied(model)
     stored, readers = initializers(changed), consumers(changed)
-    taken = {*stored, *(name for node in changed.graph.node for name in node.output)}
+    taken = names(changed)
     for name, nodes in readers.items():
         if name not in stored:
             continue
         owners = [n for n in nodes if n.op_type in CONVOLUTIONS or is_noise_level(n, stored)]
         # One of them keeps the tensor where nothing else reads it.
         for number, node in enumerate(owners[1:] if len(owners) == len(nodes) else owners, 1):
-            own = f"{name}_{number}"
-            while own in taken:
-                own += "_"
-            taken.add(own)
+            own = free_name(f"{name}_{number}", taken)
             changed.graph.initializer.add().CopyFrom(stored[name])
             changed.graph.initializer[-1].name = own
             node.input[list(node.input).index(name)] = own

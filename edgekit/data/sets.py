@@ -19,6 +19,8 @@ from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, ToolMissingError
 
 Split: TypeAlias = Literal["train", "calibration", "evaluation"]
+# A side of what ranges and weights are chosen on, in pixels.
+MOST_CHOSEN_ON = 512
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -200,6 +202,16 @@ def centred(pictures: PictureSet, height: int, width: int) -> PictureSet:
         name=f"{pictures.name}-{height}x{width}",
         pictures=tuple(_middle(picture, height, width) for picture in pictures),
     )
+
+
+def middles(pictures: PictureSet, most: int = MOST_CHOSEN_ON) -> PictureSet:
+    """Return the pictures as they are, but of those that are larger the middle, at most `most` pixels a side."""
+
+    def middle(picture: Picture) -> Picture:
+        height, width = (min(side, most) for side in picture.pixels.shape[1:])
+        return picture if (height, width) == picture.pixels.shape[1:] else _middle(picture, height, width)
+
+    return PictureSet(name=pictures.name, pictures=tuple(middle(picture) for picture in pictures))
 
 
 def check_disjoint(*sets: PictureSet) -> None:

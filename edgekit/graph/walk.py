@@ -22,6 +22,21 @@ def copied(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def names(model: onnx.ModelProto) -> set[str]:
+    """Return the names of all nodes and tensors of a graph, which those of new ones must not be."""
+    graph = model.graph
+    given = {value.name for value in (*graph.input, *graph.initializer)}
+    return given | {name for node in graph.node for name in (node.name, *node.output)}
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """Return the name, longer where it is taken, and take it."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
 def attribute(node: onnx.NodeProto, name: str) -> Any:
     """Return an attribute's value, None if it is not given."""
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)

@@ -453,7 +453,7 @@ def _latency(ran: _Ran) -> Latency:
 
 def _side(opened: _Opened, settings: Settings) -> int:
     """Return the side of the picture to be timed; 0 where the library takes none that is larger than a tile."""
-    return 0 if opened.manifest.model.global_ops or not opened.shape.delivered_pixels else settings.side
+    return settings.side if opened.shape.delivered_pixels else 0
 
 
 def _microseconds(times_ns: Sequence[int]) -> tuple[int, ...]:

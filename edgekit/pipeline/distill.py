@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from edgekit import models, run
+from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import InputError
 from edgekit.files import json_sha256, write_json
@@ -182,13 +183,13 @@ def _train(
     made = recipe.student
     options = made.options_for(recipe.data.channels)
     net = start.net if start else models.create(made.model, options)
-    judge = _Judge(sigma255=recipe.noise.evaluate)
-    job = _job(recipe, net, chosen, inputs, judge)
+    judge, held_out = _Judge(sigma255=recipe.noise.evaluate), sets.middles(chosen.held_out)
+    job = _job(recipe, net, chosen.train, inputs, lambda network: judge.psnr_mdb(network, held_out) / 1000)
     loop.check(recipe.training, [net, teacher.net] if teacher else [net], job.pictures, job.names)
     start_mdb = judge.psnr_mdb(start.net, chosen.evaluation) if start else None
     teacher_mdb = judge.psnr_mdb(teacher.net, chosen.evaluation) if teacher else None
-    before = judge.report(start.net, chosen.held_out) if start else None
-    refused = _refusal(teacher, start, before, judge, chosen.held_out) if teacher else ""
+    before = judge.report(start.net, held_out) if start else None
+    refused = _refusal(teacher, start, before, judge, held_out) if teacher else ""
     if refused:
         log.warning("%s", refused)
     elif teacher:
@@ -198,7 +199,7 @@ def _train(
     kept, harmed = outcome.kept, ""
     if before and kept == "trained" and recipe.training.keep_better:
         _put(values, net)
-        if harmed := _harm(before, judge.report(net, chosen.held_out)):
+        if harmed := _harm(before, judge.report(net, held_out)):
             values, kept = starting, "start"
             log.warning("%s", harmed)
     loop.save_weights(values, out / networks.WEIGHTS)
@@ -224,17 +225,23 @@ def _train(
     }
 
 
-def _job(recipe: Recipe, net: Denoiser, chosen: Pictures, inputs: Mapping[str, str], judge: _Judge) -> loop.Job:
+def _job(
+    recipe: Recipe,
+    net: Denoiser,
+    train: PictureSet,
+    inputs: Mapping[str, str],
+    validate: Callable[[Denoiser], float],
+) -> loop.Job:
     """Return the training of a network without a teacher; its identity has the teacher in `inputs`, if there is one."""
     return loop.Job(
         net=net,
         teacher=None,
-        pictures=[p.pixels for p in chosen.train],
-        names=[f"{chosen.train.name}/{p.name}" for p in chosen.train],
+        pictures=[p.pixels for p in train],
+        names=[f"{train.name}/{p.name}" for p in train],
         sigma=recipe.noise.train,
         training=recipe.training,
         distillation=recipe.distillation,
-        validate=lambda network: judge.psnr_mdb(network, chosen.held_out) / 1000,
+        validate=validate,
         identity=json_sha256(
             [
                 asdict(recipe),

@@ -22,7 +22,7 @@ from edgekit.compress.ranges import Calibration
 from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import UnsupportedError
-from edgekit.files import json_sha256, sha256
+from edgekit.files import sha256
 from edgekit.graph import checks, walk
 from edgekit.graph.reference import probe
 from edgekit.pipeline import pictures
@@ -159,8 +159,11 @@ def levels(noise: Noise) -> tuple[float, ...]:
 
 
 def judge_of(recipe: Recipe, fp32: Path, stride: int, *, exact: bool) -> Judge:
-    """Return what measures the loss of INT8 graphs: up to 16 held-out pictures at the noise levels of `levels`."""
-    found = pictures.held_out(recipe.data)
+    """Return what measures the loss of INT8 graphs: up to 16 held-out pictures at the noise levels of `levels`.
+
+    Of large pictures it is the middle: every map of a graph, and more, is held in memory for a picture.
+    """
+    found = sets.middles(pictures.held_out(recipe.data))
     chosen = found.pictures[:: -(-len(found) // _MOST_PICTURES)]
     return Judge(checks.load_onnx(fp32), [p.pixels for p in chosen], levels(recipe.noise), stride, exact=exact)
 
@@ -168,7 +171,10 @@ def judge_of(recipe: Recipe, fp32: Path, stride: int, *, exact: bool) -> Judge:
 def calibration(recipe: Recipe, stride: int) -> Calibration:
     """Return the noisy pictures that ranges are taken from, their noise levels spread over the recipe's."""
     return pictures.noisy_samples(
-        pictures.held_out(recipe.data), recipe.noise, count=recipe.quantization.calibration_pictures, stride=stride
+        sets.middles(pictures.held_out(recipe.data)),
+        recipe.noise,
+        count=recipe.quantization.calibration_pictures,
+        stride=stride,
     )
 
 
@@ -313,19 +319,20 @@ def _trained(
     untrained, trained = out / "untrained.int8.onnx", out / "trained.int8.onnx"
     told = recipe.quantization.qat
     slower = replace(told, rate=told.rate / _SLOWER, scale_rate=told.scale_rate / _SLOWER)
-    folders = list[Path]()
+    folders, learned_from = list[Path](), _pixels(shown.train)
     try:
         for settings in (told, slower):
             if settings is slower:
                 log.info("INT8 still loses too much: training it once more, at a tenth of the rates")
             export.write(graph, untrained)
-            identity = json_sha256([sha256(untrained), asdict(settings)])
-            folders.append(checkpoints / f"qat-{identity[:12]}")
+            # By all that decides it: the checkpoint of another training, as by another edgekit, is in no one's way.
+            known_by = qat.identity(untrained, out / EQUALIZED, learned_from, recipe.noise.train, settings)
+            folders.append(checkpoints / f"qat-{known_by[:12]}")
             folders[-1].mkdir(exist_ok=True)
             report = qat.finetune(
                 qdq=untrained,
                 fp32=out / EQUALIZED,
-                pictures=_pixels(shown.train),
+                pictures=learned_from,
                 judge=judge,
                 limit=limit,
                 sigma=recipe.noise.train,

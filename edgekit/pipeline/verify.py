@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,7 @@ from edgekit.backends import Session
 from edgekit.bundle import Built, Manifest
 from edgekit.data import sets
 from edgekit.data.sets import PictureSet
-from edgekit.errors import IncompleteError, InputError, IntegrityError, ToolMissingError
+from edgekit.errors import EdgekitError, IncompleteError, InputError, IntegrityError, ToolMissingError
 from edgekit.files import write_json
 from edgekit.graph import checks, cost
 from edgekit.measure import host, latency, quality
@@ -79,7 +80,9 @@ def bundles_of(path: Path) -> list[Path]:
         )
     if student := _student_of(path):
         for folder in found:
-            made_from = next((link.sha256 for link in _read(folder).chain if link.kind == "student"), student)
+            with _no_report_left(folder):
+                chain = bundle.read(folder).chain
+            made_from = next((link.sha256 for link in chain if link.kind == "student"), student)
             if made_from != student:
                 raise InputError(
                     f"{folder}: was compiled from another student than the run has by now",
@@ -120,13 +123,22 @@ def verify(
     """
     settings, path = settings or Settings(), Path(path)
     named = None if records is None else [Path(record) for record in records]
-    manifest = _read(path)
+    with _no_report_left(path):
+        manifest = bundle.read(path)
+        golden = read_golden(path, manifest.protocol.pictures, manifest.protocol.files)
+        artifact_sha256 = bundle.combined_sha256(bundle.artifact_files(path, manifest.built.files))
+    # A record that the user named wrongly says nothing of the bundle.
+    measured = _measured(path, named, artifact_sha256, golden, manifest)
+    with _no_report_left(path):
+        return _judged(path, manifest, golden, measured, settings, say)
+
+
+def _judged(
+    path: Path, manifest: Manifest, golden: PictureSet, measured: _Measured, settings: Settings, say: Say
+) -> Report:
     target, built = manifest.target, manifest.built
-    golden = read_golden(path, manifest.protocol.pictures, manifest.protocol.files)
     judge = _Judge(path, manifest, golden)
     shipped = bundle.artifact_files(path, built.files)
-    measured = _measured(path, named, bundle.combined_sha256(shipped), golden, manifest)
-
     noisy = judge.row("noisy input", judge.measured_on(), quality.noisy_input, None, ())
     teacher = judge.reference("teacher FP32", "teacher.fp32.onnx", say)
     student = judge.reference("student FP32", "student.fp32.onnx", say)
@@ -168,15 +180,16 @@ def verify(
     )
 
 
-def _read(path: Path) -> Manifest:
-    """Return a bundle's manifest; the report beside a bundle that changed is of another one, and is removed."""
+@contextmanager
+def _no_report_left(path: Path) -> Iterator[None]:
+    """Remove the report that lies beside a bundle where it cannot be verified any more."""
     try:
-        return bundle.read(path)
-    except IntegrityError:
+        yield
+    except EdgekitError:
         report = bundle.report_path(path)
         if report.is_file():
             report.unlink()
-            log.warning("%s: removed, for the bundle is not what it was", report)
+            log.warning("%s: removed, for the bundle cannot be verified any more", report)
         raise
 
 
@@ -502,12 +515,12 @@ def _drop_limits(
     """Return the limit for each artifact; none where the budgets ask for nothing.
 
     drops: How each was run, and what it loses in thousandths of a dB; None where a device saw one seed of several.
-    missing: Why none was run.
+    missing: Why none was run here; a device's figure is as good.
     """
     if most_db is None:
         return []
     limit = f"at most {most_db:.3f} dB"
-    found = [_not_run(name, limit, missing)] if missing or not drops else []
+    found = [] if drops else [_not_run(name, limit, missing)]
     for how, drop_mdb in drops:
         if drop_mdb is None:
             found.append(_not_run(name, limit, f"{how}: its pictures are of one seed of several"))
@@ -519,7 +532,7 @@ def _drop_limits(
 
 def _golden_limits(agreements: Sequence[tuple[str, float | None]], missing: str) -> list[Limit]:
     name, limit = "golden_outputs", f"at least {GOLDEN_DB:g} dB alike"
-    found = [_not_run(name, limit, missing)] if missing or not agreements else []
+    found = [] if agreements else [_not_run(name, limit, missing)]
     for how, agreement in agreements:
         if agreement is None:
             found.append(_not_run(name, limit, "the bundle records no outputs; compile it where it can be run"))

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from edgekit.graph.walk import attribute, copied, group_count, initializers
+from edgekit.graph.walk import attribute, copied, free_name, group_count, initializers, names
 
 _Number = TypeVar("_Number", bound=np.generic)
 
@@ -79,7 +79,7 @@ def _taps(window: int, stride: int, padding: int) -> list[tuple[int, int, int]]:
 
 def without_transposed(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a float graph whose transposed convolutions are shuffled ones; those that cannot be stay."""
-    changed, stored = copied(model), initializers(model)
+    changed, stored, taken = copied(model), initializers(model), names(model)
     del changed.graph.node[:]
     for node in model.graph.node:
         weights = stored.get(node.input[1]) if node.op_type == "ConvTranspose" else None
@@ -89,11 +89,15 @@ def without_transposed(model: onnx.ModelProto) -> onnx.ModelProto:
             changed.graph.node.add().CopyFrom(node)
             continue
         result = node.output[0]
-        constants = {f"{result}_weights": found.weights}
-        constants |= {f"{result}_bias": np.tile(numpy_helper.to_array(stored[name]), found.factor**2) for name in bias}
+        constants = {free_name(f"{result}_weights", taken): found.weights}
+        for name in bias:
+            tiled = np.tile(numpy_helper.to_array(stored[name]), found.factor**2)
+            constants[free_name(f"{result}_bias", taken)] = tiled
         changed.graph.initializer.extend(numpy_helper.from_array(values, name) for name, values in constants.items())
         pads = [*found.before, *found.after]
-        squares = helper.make_node("Conv", [node.input[0], *constants], [f"{result}_squares"], node.name, pads=pads)
-        spread = helper.make_node("DepthToSpace", squares.output, [result], f"{result}_spread", blocksize=found.factor)
+        made = free_name(f"{result}_squares", taken)
+        squares = helper.make_node("Conv", [node.input[0], *constants], [made], node.name, pads=pads)
+        name = free_name(f"{result}_spread", taken)
+        spread = helper.make_node("DepthToSpace", [made], [result], name, blocksize=found.factor)
         changed.graph.node.extend([squares, spread])
     return changed
