@@ -17,7 +17,7 @@ from edgekit.target import STRICT, Bound, Check, Precision, Target
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-_STRIDES = (1, 2, 4, 8, 16, 32)
+STRIDES = (1, 2, 4, 8, 16, 32)
 _AGAIN = "restore the bundle, or compile it again"
 
 
@@ -42,7 +42,7 @@ class Model:
     name: str
     channels: Annotated[int, Check(lambda channels: channels in (1, 3), "edgekit compiles for 1 channel or 3")]
     takes_sigma: bool
-    stride: Annotated[int, Check(lambda stride: stride in _STRIDES, f"a stride is one of {_STRIDES}")]
+    stride: Annotated[int, Check(lambda stride: stride in STRIDES, f"a stride is one of {STRIDES}")]
     parameters: int
     macs_256: int
     halo_px: Annotated[int, Bound(least=0)] | None

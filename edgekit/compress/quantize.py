@@ -39,9 +39,8 @@ from edgekit.graph.walk import (
     names,
 )
 from edgekit.measure import host
-from edgekit.recipe import Quantization
+from edgekit.recipe import LEAST_CALIBRATION_PICTURES, Quantization
 
-LEAST_PICTURES = 8
 # A sound INT8 denoiser stays above 40 dB; below this the ranges or the placement are wrong.
 LEAST_AGREEMENT_DB = 25.0
 _FULL, _REDUCED = 127, 63
@@ -274,10 +273,11 @@ def kept_float(model: onnx.ModelProto, parts: frozenset[str]) -> tuple[str, ...]
 
 def _check_calibration(calibration: Calibration, wanted: int, face: Interface) -> Calibration:
     """Return the pictures to calibrate on, the first `wanted`."""
-    if len(calibration) < max(LEAST_PICTURES, wanted):
+    if len(calibration) < max(LEAST_CALIBRATION_PICTURES, wanted):
+        least = LEAST_CALIBRATION_PICTURES
         raise InputError(
-            f"{len(calibration)} calibration pictures, expected {max(LEAST_PICTURES, wanted)}",
-            remedy=f"give more pictures, or lower quantization.calibration_pictures (at least {LEAST_PICTURES})",
+            f"{len(calibration)} calibration pictures, expected {max(least, wanted)}",
+            remedy=f"give more pictures, or lower quantization.calibration_pictures (at least {least})",
         )
     for index, (noisy, sigma) in enumerate(calibration[:wanted]):
         if noisy.dtype != np.float32 or noisy.ndim != 4 or noisy.shape[:2] != (1, face.channels):

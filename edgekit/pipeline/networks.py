@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgekit import models, recipe, run, zoo
+from edgekit import bundle, models, recipe, run, zoo
 from edgekit.compress import fuse
 from edgekit.errors import EdgekitError, InputError, nearest
 from edgekit.files import sha256, write_json
@@ -26,7 +26,6 @@ from edgekit.models.denoiser import Denoiser
 Array = NDArray[np.float32]
 WEIGHTS = "student.safetensors"
 _DESCRIPTION = "network.json"
-_STRIDES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,8 +250,8 @@ def _behind_interface(name: str, made: nn.Module) -> Denoiser:
     with _users_code(f"'{name}' denoises no picture", remedy), torch.no_grad():
         net = (made if isinstance(made, Denoiser) else _adapt(made)).eval()
         fuse.settle_weights(net)
-        if net.stride not in _STRIDES:
-            raise InputError(f"'{name}' has a stride of {net.stride}", remedy=f"set it to one of {_STRIDES}")
+        if net.stride not in bundle.STRIDES:
+            raise InputError(f"'{name}' has a stride of {net.stride}", remedy=f"set it to one of {bundle.STRIDES}")
         given = [value for value in example(net) if value is not None]
         denoised = net(*given)
         if not isinstance(denoised, Tensor) or denoised.shape != given[0].shape:
