@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import re
@@ -7,11 +8,18 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from conftest import LIMITS, command, tree, write_target
+from PIL import Image
 
 from edgekit import __version__, models, recipe, target, zoo
 from edgekit.cli import cli
+from edgekit.data import sets
+from edgekit.data.noise import add_gaussian, clipped_uint8
+from edgekit.measure import quality
+from edgekit.pipeline import baseline, networks
+from edgekit.pipeline.golden import golden_pictures
 
 COMMANDS = list(cli.commands)
 HEAVY = ("torch", "numpy", "onnx", "onnxruntime", "openvino", "tvm", "coremltools", "pydantic", "ruamel", "rich", "PIL")
@@ -73,7 +81,9 @@ def test_a_command_that_takes_a_recipe_says_that_it_may_be_a_file(name, call):
 def test_the_examples_of_a_commands_help_can_be_parsed(name):
     found = cli.commands[name]
     assert found.help is not None
-    for example in re.findall(rf"^edgekit {name}\b(.*)$", found.help, re.MULTILINE):
+    examples = re.findall(rf"^edgekit {name}\b(.*)$", inspect.cleandoc(found.help), re.MULTILINE)
+    assert examples
+    for example in examples:
         arguments = example.split(">")[0].split()
         found.make_context(name, arguments, resilient_parsing=False).close()
 
@@ -385,7 +395,8 @@ def test_compiling_prints_where_the_bundles_are(call, cwd, finished):
 def test_a_model_is_compiled_with_the_settings_that_it_is_told(call, cwd, leaves):
     """Its own pictures and budget: what the bundle records is what was told, and a looser budget trains nothing."""
     told = ["data.calibration=" + str(leaves), "budgets.int8_drop_db=9.5", "quantization.keep_float=[head]"]
-    settings = [part for setting in [*told, "quantization.calibration_pictures=8"] for part in ("--set", setting)]
+    told += ["quantization.calibration_pictures=8", "quantization.change_basis=false"]
+    settings = [part for setting in told for part in ("--set", setting)]
     done = call("compile", "nano", "-t", "onnx", "-o", "mine", *settings)
     assert done.code == 0, done.err
     assert "training it with its rounding" not in done.err
@@ -400,7 +411,7 @@ def test_a_file_that_is_called_like_a_shipped_model_does_not_get_its_int8_budget
     shutil.copyfile(finished / "05-simplify/student.fp32.onnx", f"{name}.onnx")
     kept = write_target(cwd / "kept.yaml", "kept", LIMITS["kept"])
     kept.write_text(kept.read_text(encoding="utf-8").replace("int8", "float32"), encoding="utf-8")
-    assert call("-q", "compile", f"{name}.onnx", "-t", "kept.yaml").code == 0
+    assert call("-q", "compile", f"{name}.onnx", "-t", "kept.yaml", "--set", "teacher=null").code == 0
     limits = answer(call("-q", "verify", "--seconds", "1", "--json").out)["items"][0]["limits"]
     assert [x["limit"] for x in limits if x["name"].startswith("int8_")] == ["at most 0.050 dB"]
 
@@ -414,7 +425,7 @@ def quantization(folder: Path) -> dict[str, object]:
 def test_int8_is_trained_from_half_of_its_budget_on(call, cwd, leaves):
     """What just holds on the held-out pictures is missed on others."""
     told = ["data.calibration=" + str(leaves), "quantization.calibration_pictures=8", "quantization.qat.steps=2"]
-    settings = [part for setting in told for part in ("--set", setting)]
+    settings = [part for setting in [*told, "quantization.change_basis=false"] for part in ("--set", setting)]
     assert call("compile", "nano", "-t", "onnx", "-o", "loose", *settings, "--set", "budgets.int8_drop_db=9").code == 0
     loss_mdb = quantization(Path("loose"))["loss_before_mdb"]
     assert loss_mdb > 10
@@ -466,12 +477,54 @@ def test_a_picture_is_denoised_by_whatever_model_is_named(call, cwd, finished, l
         "onnx": finished / "05-simplify/student.fp32.onnx",
         "shipped": "nano",
     }[model]
-    picture = next(leaves.glob("*.png"))
-    shown = call("-q", "denoise", picture, "-m", what, "--add-noise", "-o", cwd / "out.png")
-    assert (shown.code, shown.out, shown.err) == (0, f"{cwd}/out.png\n", "")
-    assert (cwd / "out.png").stat().st_size > 100
+    picture = leaves / "leaves-1.png"
+    pixels = np.asarray(Image.open(picture))[None]
+    net = (networks.shipped("nano") if model == "shipped" else networks.from_run(finished)).net
+    for flags, sigma in ((["--sigma", "15", "--add-noise"], 15.0), ([], 25.0)):
+        shown = call("-q", "denoise", picture, "-m", what, *flags, "-o", cwd / "out.png")
+        assert (shown.code, shown.out, shown.err) == (0, f"{cwd}/out.png\n", "")
+        noisy = add_gaussian(pixels, sigma, index=0) if flags else pixels / np.float32(255)
+        padded = quality.pad_to_multiple(noisy[None], net.stride)
+        wanted = clipped_uint8(quality.crop(networks.as_function(net)(padded, sigma / 255), *pixels.shape[1:])[0])
+        written = np.asarray(Image.open(cwd / "out.png")).astype(int)
+        # Of the bundle it is INT8.
+        assert np.abs(written - wanted[0]).mean() < (2.0 if model == "bundle" else 0.01)
+        assert np.abs(wanted[0].astype(int) - noisy[0] * 255).mean() > 2.5
     told = answer(call("denoise", picture, "-m", what, "-o", cwd / "out.png", "--json").out)
-    assert told == {"schema_version": 1, "output": f"{cwd}/out.png", "how": told["how"]}
+    how = {"bundle": "onnxruntime (native)", "run": "torch", "onnx": "onnxruntime", "shipped": "torch"}[model]
+    assert told == {"schema_version": 1, "output": f"{cwd}/out.png", "how": how}
+
+
+def test_a_picture_in_colour_keeps_its_planes_in_their_order(call, cwd):
+    pixels = np.stack([np.full((40, 48), value, np.uint8) for value in (200, 120, 40)], axis=-1)
+    pixels[::2, ::3] += 9
+    Image.fromarray(pixels).save(cwd / "colour.png")
+    assert call("-q", "denoise", "colour.png", "-m", "base-color", "-o", "out.png").code == 0
+    written = np.asarray(Image.open(cwd / "out.png")).astype(int)
+    assert np.abs(written - pixels).mean(axis=(0, 1)).max() < 5
+
+
+def test_train_learns_from_the_clean_pictures_alone(call, cwd, tiny):
+    taught = {}
+    for command_name in ("distill", "train"):
+        done = call("-q", command_name, tiny, "--set", "teacher.model=nano", "-o", command_name)
+        assert done.code == 0, done.err
+        stages = json.loads(Path(command_name, "run.json").read_text(encoding="utf-8"))["stages"]
+        taught[command_name] = next("teacher" in stage["inputs"] for stage in stages if stage["name"] == "student")
+    assert taught == {"distill": True, "train": False}
+
+
+def test_a_baseline_is_recorded_on_the_pictures_that_verdicts_are_on(call, cwd):
+    done = call("-q", "baseline", "nano", "--seconds", "0.1", "--json")
+    assert done.code == 0, done.err
+    [path] = (cwd / "results/baselines").glob("nano-*.json")
+    record = baseline.read(path)
+    card = next(m for m in zoo.card("nano").measured if (m.pictures, m.sigma) == ("embedded-evaluation", 25))
+    evaluation = sets.embedded("evaluation", channels=1)
+    assert record.psnr_mdb(evaluation, 25.0) == pytest.approx(card.psnr_mdb, abs=30)
+    for name in target.names():
+        assert record.psnr_mdb(golden_pictures(evaluation, target.load(name)), 25.0) is not None
+    assert {(x.height, x.width) for x in record.latencies} >= {(256, 256), (512, 512)}
 
 
 def test_what_nobody_reads_ends_the_command_quietly_and_not_with_0():

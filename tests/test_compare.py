@@ -440,7 +440,24 @@ def test_a_noise_level_outside_0_to_255_is_refused(call, cwd, option):
     assert call("compare", "--sigma", option).code == 2
 
 
+def test_a_figure_is_the_mean_over_the_draws_that_were_asked_for(pictures, tmp_path):
+    settings = Settings(sigmas=(25.0,), seeds=2, without=("nlm", "bm3d"))
+    planned = compare.plan(["nano"], pictures=pictures, settings=settings, folder=tmp_path)
+    entry = next(entry for entry in planned.entries if entry.name == "noisy")
+    found = compare._figure(entry, entry.open(), 25.0, settings)
+    one, two = (
+        quality.evaluate(quality.noisy_input, entry.pictures, sigma255=25.0, seeds=seeds) for seeds in ((0,), (0, 1))
+    )
+    assert found.psnr_mdb == two.psnr_mdb != one.psnr_mdb
+
+
 def test_settings_are_checked_without_the_command_line_too(pictures, tmp_path):
-    for settings in (Settings(sigmas=()), Settings(seeds=0), Settings(sigmas=(0.0,)), Settings(without=("dct",))):
-        with pytest.raises(InputError):
+    wrong = {
+        "with 0 noise levels": Settings(sigmas=()),
+        "and 0 seeds": Settings(seeds=0),
+        "noise level 0 is not between": Settings(sigmas=(0.0,)),
+        "no method 'dct'": Settings(without=("dct",)),
+    }
+    for told, settings in wrong.items():
+        with pytest.raises(InputError, match=told):
             compare.plan(["nano"], pictures=pictures, settings=settings, folder=tmp_path)

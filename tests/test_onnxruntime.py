@@ -19,7 +19,7 @@ from edgekit.recipe import Quantization
 
 SIGMA = 25 / 255
 ONNX = target.load("onnx")
-SETTINGS = Quantization(calibration_pictures=8, keep_float=("head", "tail"))
+SETTINGS = Quantization(calibration_pictures=8, keep_float=("head", "tail"), change_basis=False)
 FLOAT = dataclasses.replace(ONNX, precision="float32")
 
 

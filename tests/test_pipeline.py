@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +20,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from edgekit import backends, bundle, files, report, run, target, zoo
+from edgekit.compress import budget
 from edgekit.compress.export import export_onnx
 from edgekit.data import sets
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, IntegrityError, LimitError, ToolMissingError, UnsupportedError
 from edgekit.graph.checks import is_quantized
 from edgekit.graph.reference import agreement_db
+from edgekit.measure.quality import PictureQuality, Protocol, QualityReport
 from edgekit.models import weights
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import denoise as denoising
@@ -442,6 +445,61 @@ def test_a_tile_that_the_student_does_not_take_is_refused_before_any_training(re
     with pytest.raises(UnsupportedError, match=told):
         whole.run_recipe(recipe, [tile], tmp_path / "run", say=lambda text: None)
     assert not (tmp_path / "run").exists()
+
+
+BUDGETS = {"nano": (0.08, None), "base": (0.05, 0.15)}
+
+
+@pytest.mark.parametrize(("name", "wanted"), BUDGETS.items(), ids=BUDGETS)
+def test_a_shipped_model_has_the_budgets_of_its_own(tmp_path, name, wanted):
+    made = compiling.compile_model(name, [FLOAT], overrides=["teacher=null"], folder=tmp_path / "run")
+    budgets = bundle.read(made.bundles[FLOAT.name]).budgets
+    assert (budgets.int8_drop_db, budgets.int8_worst_db) == wanted
+
+
+@pytest.mark.parametrize(("name", "wanted"), BUDGETS.items(), ids=BUDGETS)
+def test_a_shipped_model_is_quantized_within_the_budgets_of_its_own(photos, tmp_path, monkeypatch, name, wanted):
+    def keep(*given: object, **how: object) -> None:
+        limits = [value for value in given if isinstance(value, budget.Budget)]
+        raise LimitError(f"within {limits}")
+
+    monkeypatch.setattr(budget, "keep", keep)
+    told = ["teacher=null", "quantization.change_basis=false", "quantization.qat.steps=0"]
+    told.append(f"data.calibration={photos / 'held_out'}")
+    allowed = budget.Budget(mean_db=wanted[0], worst_db=wanted[1])
+    with pytest.raises(LimitError, match=re.escape(f"within [{allowed}]")):
+        compiling.compile_model(name, [ONNX], overrides=told, folder=tmp_path / "run")
+
+
+def test_a_network_of_two_planes_is_refused(tmp_path):
+    net = torch.nn.Conv2d(2, 2, 3, padding=1).eval()
+    path = export_onnx(net, channels=2, takes_sigma=False, stride=8, out=tmp_path / "two.onnx")
+    with pytest.raises(InputError, match="'two' takes 2 channels; edgekit compiles networks for 1 or 3"):
+        compiling.compile_model(str(path), [FLOAT], folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def report_of(*psnr_mdb: int) -> QualityReport:
+    """Return figures of pictures that are called by their place."""
+    found = tuple(PictureQuality(name=str(i), psnr_mdb=x, ssim_e5=0) for i, x in enumerate(psnr_mdb))
+    protocol = Protocol(
+        pictures="x",
+        pictures_sha256="0" * 64,
+        noise="gaussian",
+        sigma255=25.0,
+        seeds=(0,),
+        stride=8,
+        output="float32",
+    )
+    mean = sum(psnr_mdb) // len(psnr_mdb)
+    return QualityReport(protocol=protocol, pictures=found, psnr_mdb=mean, ssim_e5=0, nonfinite_pixels=0)
+
+
+def test_weights_that_harm_one_picture_more_than_little_are_told_though_the_mean_rose():
+    before = report_of(30_000, 31_000, 32_000)
+    assert distill._harm(before, report_of(30_500, 31_000 - distill.HARM_MDB, 33_000)) == ""
+    harm = distill._harm(before, report_of(30_500, 31_000 - distill.HARM_MDB - 1, 33_000))
+    assert harm.startswith("training made the held-out picture '1' worse by 0.021 dB (the mean went from 31.000 to 31.")
 
 
 def test_int8_looks_at_the_middle_of_large_pictures(recipe, tmp_path):

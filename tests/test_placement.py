@@ -59,12 +59,12 @@ def unet(tmp_path_factory):
 def base(tmp_path_factory):
     """Return a student that loses more by its additions than `nano`, whose other parts lose as much."""
     net = networks.shipped("base").net
-    return quantize.prepare(exported(net, tmp_path_factory.mktemp("base")), PICTURES, SETTINGS, WIDE_SUMS)
+    return quantize.prepare(exported(net, tmp_path_factory.mktemp("base")), PICTURES, ONE_BASIS, WIDE_SUMS)
 
 
 @pytest.fixture(scope="module")
 def prepared(nano):
-    return quantize.prepare(nano, PICTURES, SETTINGS, WIDE_SUMS)
+    return quantize.prepare(nano, PICTURES, ONE_BASIS, WIDE_SUMS)
 
 
 def placed(prepared, name: str) -> onnx.ModelProto:
@@ -261,7 +261,7 @@ def test_float_additions_lose_less(base, name):
 
 def test_channel_attention_and_the_noise_level_stay_in_float(tmp_path):
     fp32 = exported(models.create("nano", {"activation": "hardswish", "se": True}), tmp_path)
-    made = quantize.prepare(fp32, PICTURES, SETTINGS)
+    made = quantize.prepare(fp32, PICTURES, ONE_BASIS)
     model = place(made.model, made.ranges, PLACEMENTS["openvino"])
     gates = {n.name for n in made.model.graph.node if n.op_type == "Conv" and "attention" in n.name}
     assert gates
@@ -545,7 +545,7 @@ def test_equalizing_brings_int8_of_uneven_channels_closer_to_the_float_graph(tmp
     uneven = exported(net, tmp_path)
     agreements = [
         quantize.quantize_static(
-            uneven, PICTURES, tmp_path / "int8.onnx", dataclasses.replace(SETTINGS, equalize=equal)
+            uneven, PICTURES, tmp_path / "int8.onnx", dataclasses.replace(ONE_BASIS, equalize=equal)
         ).agreement_millidb
         for equal in (False, True)
     ]

@@ -162,9 +162,13 @@ def test_a_program_that_hangs_is_stopped_on_the_device_too(place: Place) -> None
 
 @everywhere
 def test_a_program_is_stopped_on_the_device_too_when_the_user_stops_the_command(place: Place) -> None:
-    threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        place.runner.run([place.program, "hang"], timeout_s=60)
+    timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            place.runner.run([place.program, "hang"], timeout_s=60)
+    finally:
+        timer.cancel()
     assert not left_running(place)
 
 
@@ -195,9 +199,15 @@ def test_a_file_that_was_not_written_is_missed_and_nothing_is_made_of_it(place: 
 
 @afar
 def test_a_device_that_goes_away_in_mid_run_is_named(place: Place) -> None:
-    threading.Timer(2, place.unplug).start()
-    with pytest.raises(IncompleteError, match=rf"{place.runner.label}: the device went away while it ran .*program"):
-        place.runner.run([place.program, "hang"], timeout_s=60)
+    timer = threading.Timer(2, place.unplug)
+    timer.start()
+    try:
+        with pytest.raises(
+            IncompleteError, match=rf"{place.runner.label}: the device went away while it ran .*program"
+        ):
+            place.runner.run([place.program, "hang"], timeout_s=60)
+    finally:
+        timer.cancel()
 
 
 @afar

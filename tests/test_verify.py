@@ -25,7 +25,7 @@ from edgekit import backends, bundle, report, target, zoo
 from edgekit.compress.export import export_onnx
 from edgekit.data.sets import Picture, PictureSet
 from edgekit.data.synthetic import dead_leaves
-from edgekit.errors import IncompleteError, InputError, IntegrityError, ToolMissingError
+from edgekit.errors import IncompleteError, InputError, IntegrityError, ToolMissingError, UnsupportedError
 from edgekit.measure import host, quality
 from edgekit.measure.latency import Paired
 from edgekit.pipeline import baseline, bench, denoise, distill, measurement, networks, verify
@@ -471,7 +471,14 @@ def test_a_core_ml_package_is_evaluated_off_a_mac_and_its_engine_undecided(made,
     pytest.importorskip("coremltools")
     run = shutil.copytree(made.parents[1], tmp_path / "run")
     small = dataclasses.replace(target.load("ios-arm64"), input=InputShape(height=64, width=64))
-    found = judged(compiling.compile_model(str(run), [small]).bundles["ios-arm64"])
+    folder = compiling.compile_model(str(run), [small]).bundles["ios-arm64"]
+    found = judged(folder)
+    artifact = next(row for row in found.rows if row.name == "artifact")
+    package = folder / bundle.read(folder).built.files["artifact"]
+    assert package.is_dir()
+    assert artifact.size_bytes == sum(p.stat().st_size for p in package.rglob("*") if p.is_file()) > 50_000
+    with pytest.raises(UnsupportedError, match=r"'ios-arm64' is only evaluated here \(reference\), not run"):
+        bench.bench(folder, "local", settings=bench.Settings(warm_up=0, runs=1, seconds=0))
     assert {x.name for x in found.limits if x.verdict == "incomplete"} == {"runs_on_target"}
     assert only(found, "runs_on_target").reason == ("evaluated without its engine here; the engine itself was not run")
     assert only(found, "int8_drop_db").verdict == "pass"
@@ -530,6 +537,43 @@ def test_one_seed_of_several_says_nothing_of_their_mean(copied, tmp_path, timed)
     here, there = (x for x in found.limits if x.name == "int8_drop_db")
     assert (here.verdict, there.verdict) == ("pass", "incomplete")
     assert there.reason.endswith("its pictures are of one seed of several")
+    assert [x.measured for x in found.limits if x.name == "golden_outputs"] == ["equal", "equal"]
+
+
+def test_a_device_that_timed_no_larger_picture_says_nothing_of_a_megapixel(copied, tmp_path, timed):
+    changed(copied, manifest=limits(megapixel_ms=1e6))
+    alone = dataclasses.replace(timed.latency, megapixel=None)
+    limit = only(verify.verify(copied, settings=QUICK, records=[kept(tmp_path, timed, latency=alone)]), "megapixel_ms")
+    assert (limit.verdict, limit.measured) == ("incomplete", "not run")
+    assert limit.reason.endswith("no picture larger than a tile was timed")
+
+
+def test_pictures_with_other_noise_are_not_timed(copied):
+    noisy = copied / "golden" / "0.png.noisy.f32"
+    (np.fromfile(noisy, "<f4") + np.float32(0.01)).tofile(noisy)
+    with pytest.raises(IntegrityError, match="golden: a noisy picture is not what the protocol makes"):
+        bench.bench(changed(copied), "local", settings=bench.Settings(warm_up=0, runs=1, seconds=0))
+
+
+def test_the_teacher_and_the_artifact_are_timed_with_the_threads_that_were_asked_for(copied, monkeypatch):
+    door, seen = backends.load("onnxruntime"), []
+
+    def spied(name):
+        real = getattr(door, name)
+
+        def spy(*given, **how):
+            seen.append((name, how.get("threads", given[-1])))
+            return real(*given, **how)
+
+        return spy
+
+    for name in ("open_session", "open_onnx"):
+        monkeypatch.setattr(door, name, spied(name))
+    found = verify.verify(copied, settings=dataclasses.replace(QUICK, threads=3))
+    assert seen.count(("open_session", 3)) == 1
+    # The artifact (by its session), the teacher and the FP32 self; the rows of quality are no figures of time.
+    assert seen.count(("open_onnx", 3)) == 3
+    assert only(found, "speedup_vs_fp32").reason.endswith("3 threads")
 
 
 EMULATED = {"qemu": {"device": "qemu"}, "emulated": {"level": "emulated"}, "no latency": {"latency": None}}
@@ -579,7 +623,9 @@ def test_a_device_decides_where_the_artifact_cannot_be_run_here(copied, tmp_path
     assert {only(alone, name).verdict for name in ("int8_drop_db", "golden_outputs")} == {"incomplete"}
     assert "no QEMU here" in only(alone, "golden_outputs").reason
     kept(tmp_path, timed, "bundle.bench.phone.json")
-    found = judged(copied)
+    found = judged(changed(copied, manifest={"budgets": {"int8_worst_db": 0.5}}))
+    worst = only(found, "int8_worst_db")
+    assert (worst.verdict, worst.reason) == ("incomplete", "no QEMU here")
     for name in ("int8_drop_db", "golden_outputs"):
         assert (only(found, name).verdict, only(found, name).reason) == ("pass", found.devices[0].how())
 
