@@ -569,11 +569,10 @@ def test_the_teacher_and_the_artifact_are_timed_with_the_threads_that_were_asked
 
     for name in ("open_session", "open_onnx"):
         monkeypatch.setattr(door, name, spied(name))
-    found = verify.verify(copied, settings=dataclasses.replace(QUICK, threads=3))
+    verify.verify(copied, settings=dataclasses.replace(QUICK, threads=3))
     assert seen.count(("open_session", 3)) == 1
     # The artifact (by its session), the teacher and the FP32 self; the rows of quality are no figures of time.
     assert seen.count(("open_onnx", 3)) == 3
-    assert only(found, "speedup_vs_fp32").reason.endswith("3 threads")
 
 
 EMULATED = {"qemu": {"device": "qemu"}, "emulated": {"level": "emulated"}, "no latency": {"latency": None}}
