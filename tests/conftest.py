@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from board import Board
+from devices import adb_server, board, connected
+from phone import Phone
 from PIL import Image
 
 from edgekit import cli, recipe, target
@@ -164,3 +167,38 @@ def finished(leaves: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tree(folder: Path) -> dict[str, bytes]:
     """Return path -> bytes of every file of a folder."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread, so that its sums are the same on every machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# Devices
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run an adb server of the tests' own."""
+    with adb_server(tmp_path_factory.mktemp("adb")):
+        yield
+
+
+@pytest.fixture
+def phone(server: None, tmp_path: Path) -> Iterator[Phone]:
+    """Return a phone that adb is connected to."""
+    with connected(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def sshed(tmp_path: Path) -> Iterator[Board]:
+    """Return a board that ssh can reach."""
+    with board(tmp_path) as opened:
+        yield opened

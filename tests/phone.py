@@ -7,6 +7,7 @@ programs are arm64 programs that run under QEMU, its shell is this machine's.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -55,7 +56,10 @@ class Phone:
 
     root: The folder that is the phone. serial: As `adb devices` lists it, once it is connected.
     locked: It asks for keys, and takes none: its owner allows nobody in.
+    full: It has no room for files. cuts: So many bytes are missing at the end of each file that is fetched.
     """
+
+    full, cuts = False, 0
 
     def __init__(self, root: Path, cpu: str, properties: dict[str, str] | None = None, *, locked: bool = False) -> None:
         self.root, self.locked, self._cpu = root, locked, cpu
@@ -291,6 +295,8 @@ def _receive(phone: Phone, stream: _Stream, path_and_mode: str) -> None:
             break
         content += stream.read(size)
     try:
+        if phone.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         phone.put(path, content, int(mode))
     except OSError as error:
         stream.write(_failure(error))
@@ -301,6 +307,7 @@ def _receive(phone: Phone, stream: _Stream, path_and_mode: str) -> None:
 def _send(phone: Phone, stream: _Stream, path: str) -> None:
     try:
         content = (phone.root / path.lstrip("/")).read_bytes()
+        content = content[: len(content) - phone.cuts]
     except OSError as error:
         stream.write(_failure(error))
         return

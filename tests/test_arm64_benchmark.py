@@ -7,9 +7,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny
 
 from edgekit.measure import host
-from tests import tiny
 
 pytest.importorskip("tvm")
 ROOT = Path(__file__).parent.parent

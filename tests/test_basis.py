@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import onnx
 import pytest
+import tiny
 import torch
 from onnx import numpy_helper
 
@@ -20,7 +21,6 @@ from edgekit.graph import checks, walk
 from edgekit.graph.reference import Reference, probe, relative_change
 from edgekit.pipeline import networks
 from edgekit.recipe import Quantization
-from tests import tiny
 
 SIGMA = 25 / 255
 PICTURES = [(probe(48, 64, 1, seed=i), SIGMA) for i in range(8)]

@@ -7,14 +7,13 @@ import json
 import platform
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from board import Board
 from conftest import Call, tree
-from devices import adb_server, board, connected
+from devices import connected
 from phone import CPUINFO, Phone
 
 from edgekit import bundle, target
@@ -43,24 +42,6 @@ def android(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target.load("android-arm64"), precision="float32", input=InputShape(height=SIDE, width=SIDE)
     )
     return compiling.compile_model("nano", [wanted], folder=tmp_path_factory.mktemp("run")).bundles["android-arm64"]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with adb_server(tmp_path_factory.mktemp("adb")):
-        yield
-
-
-@pytest.fixture
-def phone(server: None, tmp_path: Path) -> Iterator[Phone]:
-    with connected(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-def sshed(tmp_path: Path) -> Iterator[Board]:
-    with board(tmp_path) as opened:
-        yield opened
 
 
 def changed(bundle_folder: Path, to: Path, file: str, content: bytes) -> Path:

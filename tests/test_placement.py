@@ -5,6 +5,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import tiny
 import torch
 from onnx import numpy_helper
 
@@ -24,7 +25,6 @@ from edgekit.measure import host
 from edgekit.models.blocks import InvertedResidual
 from edgekit.pipeline import networks
 from edgekit.recipe import Quantization
-from tests import tiny
 
 SIGMA = 25 / 255
 PICTURES = [(probe(48, 64, 1, seed=i), SIGMA) for i in range(8)]

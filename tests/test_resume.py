@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,8 @@ from edgekit.recipe import Distillation, Model
 from edgekit.training import loop
 from edgekit.training.loop import Moment
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STUDENT = "02-student/student.safetensors"
 COMMAND = [sys.executable, "-c", "from edgekit.cli import main; main()", "-q", "distill"]
 
@@ -38,14 +40,6 @@ class StopError(Exception):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     return tiny.write_pictures(tmp_path_factory.mktemp("resume") / "pictures")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # In one process: every way to train

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from board import Board
-from devices import adb, adb_server, board, connected
+from devices import adb, connected
 from phone import Phone
 
 from edgekit.errors import EdgekitError, IncompleteError, InputError, ToolMissingError, UnsupportedError
@@ -93,24 +93,6 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found["local"].write_text(SCRIPT)
     found["local"].chmod(0o755)
     return found
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with adb_server(tmp_path_factory.mktemp("adb")):
-        yield
-
-
-@pytest.fixture
-def phone(server: None, tmp_path: Path) -> Iterator[Phone]:
-    with connected(tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-def sshed(tmp_path: Path) -> Iterator[Board]:
-    with board(tmp_path) as opened:
-        yield opened
 
 
 @pytest.fixture
@@ -220,6 +202,29 @@ def test_a_device_that_went_away_gives_no_half_a_file(place: Place, tmp_path: Pa
     with pytest.raises(IncompleteError, match=f"{place.runner.label}: the device went away"):
         place.runner.push(tmp_path / "file")
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_file_of_which_a_part_arrived_is_not_kept(phone: Phone, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(1 << 17))
+    with devices.find("adb") as runner:
+        runner.push(tmp_path / "file")
+        phone.cuts = 1000
+        with pytest.raises(IncompleteError, match="the device went away while file was copied from it"):
+            runner.pull("file", tmp_path / "out" / "file")
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_phone_that_takes_no_files_is_told_with_its_reason(phone: Phone, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    with devices.find("adb") as runner:
+        phone.full = True
+        with pytest.raises(IncompleteError, match=rf"adb {phone.serial}: adb push failed: .*No space left on device"):
+            runner.push(tmp_path / "file")
+    phone.full = False
+    (phone.root / "data/local/tmp").rmdir()
+    (phone.root / "data/local/tmp").write_text("no folder", encoding="utf-8")
+    with pytest.raises(InputError, match=rf"adb {phone.serial}: /data/local/tmp/edgekit-\w+ cannot be made there: "):
+        devices.find("adb").__enter__()
 
 
 def test_the_folder_on_a_phone_goes_when_the_runner_goes(phone: Phone, tmp_path: Path) -> None:

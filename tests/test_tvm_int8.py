@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import tiny
 import torch
 from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -37,7 +38,6 @@ from edgekit.pipeline import compile as compiling
 from edgekit.recipe import Quantization
 from edgekit.runners import qemu
 from edgekit.target import InputShape, Isa, Runner, Target
-from tests import tiny
 
 pytest.importorskip("tvm")
 tvm = backends.load("tvm")
