@@ -286,10 +286,21 @@ def test_a_phone_that_goes_away_in_mid_run_leaves_no_record(
     android: Path, phone: Phone, call: Call, tmp_path: Path
 ) -> None:
     out = tmp_path / "record.json"
-    timer = threading.Timer(6, phone.unplug)
-    timer.start()
-    ended = call("-q", "bench", android, "--device", "adb", "--seconds", "120", "-o", out)
-    timer.cancel()
+    ended_early = threading.Event()
+
+    def unplug_when_it_runs() -> None:
+        while not any(file.name == "pid" for file in phone.files):
+            if ended_early.wait(0.05):
+                return
+        phone.unplug()
+
+    watcher = threading.Thread(target=unplug_when_it_runs)
+    watcher.start()
+    try:
+        ended = call("-q", "bench", android, "--device", "adb", "--seconds", "120", "-o", out)
+    finally:
+        ended_early.set()
+        watcher.join()
     ended.refused(7, f"adb {phone.serial}", "the device went away", "nothing of this run is kept")
     assert not out.exists()
 
