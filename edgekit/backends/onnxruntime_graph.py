@@ -17,18 +17,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from edgekit.graph import walk
 from edgekit.graph.shuffle import channels_by_plane, way_up
-from edgekit.graph.walk import (
-    PAIR,
-    attribute,
-    consumers,
-    copied,
-    free_name,
-    initializers,
-    names,
-    producers,
-    stored_behind,
-)
+from edgekit.graph.walk import PAIR, attribute, consumers, copied, initializers, producers, stored_behind
 
 
 class _Moves(NamedTuple):
@@ -50,7 +41,7 @@ def shuffles_with_channels_last(model: onnx.ModelProto) -> onnx.ModelProto:
     made_by, readers, stored = producers(changed), consumers(changed), initializers(changed)
     nodes: list[onnx.NodeProto] = []
     rounded_again: set[str] = set()
-    taken = names(changed)
+    taken = walk.names(changed)
     for node in changed.graph.node:
         channels = _channels_between_pairs(node, made_by, readers, stored)
         if channels is None:
@@ -105,8 +96,8 @@ def _moves(node: onnx.NodeProto, source: str, result: str, channels: int, taken:
     ]
     nodes, shapes = [], []
     for index, (kind, numbers) in enumerate(steps):
-        name = free_name(f"{node.name}_{index}", taken)
-        made = result if index == len(steps) - 1 else free_name(f"{result}_{index}", taken)
+        name = walk.free_name(f"{node.name}_{index}", taken)
+        made = result if index == len(steps) - 1 else walk.free_name(f"{result}_{index}", taken)
         if kind == "Transpose":
             nodes.append(helper.make_node(kind, [source], [made], name, perm=numbers))
         else:
