@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import LIMITS, command, tree, write_target
 from PIL import Image
+from tiny import write_pictures
 
 from edgekit import __version__, models, recipe, target, zoo
 from edgekit.cli import cli
@@ -424,8 +425,10 @@ def quantization(folder: Path) -> dict[str, object]:
 
 def test_int8_is_trained_from_half_of_its_budget_on(call, cwd, leaves):
     """What just holds on the held-out pictures is missed on others."""
+    photos = write_pictures(cwd / "photos") / "train"
     told = ["data.calibration=" + str(leaves), "quantization.calibration_pictures=8", "quantization.qat.steps=2"]
-    settings = [part for setting in [*told, "quantization.change_basis=false"] for part in ("--set", setting)]
+    told += ["quantization.change_basis=false", f"data.train=[{photos}]"]
+    settings = [part for setting in told for part in ("--set", setting)]
     assert call("compile", "nano", "-t", "onnx", "-o", "loose", *settings, "--set", "budgets.int8_drop_db=9").code == 0
     loss_mdb = quantization(Path("loose"))["loss_before_mdb"]
     assert loss_mdb > 10
@@ -435,6 +438,7 @@ def test_int8_is_trained_from_half_of_its_budget_on(call, cwd, leaves):
     assert done.code == 0, done.err
     assert f"INT8 loses {loss_mdb / 1000:.3f} dB before any training: training it with its rounding" in done.err
     assert "once more" not in done.err
+    assert "it learns from patches of 64 pixels, not 96: a training picture has a side of 64" in done.err
     assert quantization(Path("tight"))["trained"] is True
     assert not list(Path("tight").glob("qat-*")), "checkpoints of a training that is done"
 

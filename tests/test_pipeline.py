@@ -33,7 +33,7 @@ from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import denoise as denoising
 from edgekit.pipeline import distill, int8, networks, pictures, plan, verify, whole
 from edgekit.pipeline.golden import golden_pictures
-from edgekit.recipe import Data, Distillation, Model, Noise, Qat, Quantization, Recipe
+from edgekit.recipe import Data, Distillation, Model, Noise, Quantization, Recipe
 from edgekit.target import InputShape, Limits
 
 ONNX = dataclasses.replace(target.load("onnx"), limits=Limits(size_mib=8.0, min_integer_macs=0.5))
@@ -538,19 +538,6 @@ def test_what_cannot_be_compiled_is_refused_before_any_training(recipe, tmp_path
     with pytest.raises(UnsupportedError, match=told):
         plan.plan(changed, wanted, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_pictures_that_int8_cannot_be_trained_on_are_refused_before_any_training(recipe, tmp_path):
-    settings = dataclasses.replace(recipe.quantization, qat=Qat(steps=10, patch=96))
-    changed = dataclasses.replace(recipe, quantization=settings)
-    told = (
-        r"quantization.qat.patch is 96, and the smallest training picture \('\d.png'\) has a side of 64; set it lower"
-    )
-    with pytest.raises(InputError, match=told):
-        whole.run_recipe(changed, [ONNX], tmp_path / "run", say=lambda text: None)
-    assert not list((tmp_path / "run").glob("*student*"))
-    # Nothing is trained in INT8 for a float target.
-    whole.run_recipe(changed, [FLOAT], tmp_path / "float", say=lambda text: None, settings=verify.Settings(seconds=0.2))
 
 
 # A user's own networks

@@ -14,7 +14,6 @@ from torch import Tensor
 from edgekit import models, run
 from edgekit.data import sets
 from edgekit.data.sets import PictureSet
-from edgekit.errors import InputError
 from edgekit.files import json_sha256, write_json
 from edgekit.measure import quality
 from edgekit.measure.quality import Denoise, QualityReport
@@ -87,20 +86,14 @@ def distill(
         return train_student(opened, recipe, progress=progress, alone=alone)
 
 
-def train_student(
-    opened: Run, recipe: Recipe, *, progress: Progress, alone: bool = False, int8_patch: int = 0
-) -> Distilled:
-    """Make the stages `pictures` and `student` of an open run; raises as `distill`.
-
-    int8_patch: Side in pixels of the patches that INT8 will be trained on; a smaller picture is refused now.
-    """
+def train_student(opened: Run, recipe: Recipe, *, progress: Progress, alone: bool = False) -> Distilled:
+    """Make the stages `pictures` and `student` of an open run; raises as `distill`."""
     taught_by = None if alone else recipe.teacher
     for wanted in filter(None, (recipe.student, taught_by)):
         networks.architecture(wanted, recipe.data.channels)
     start = networks.from_recipe(recipe.student, recipe.data.channels)
     teacher = networks.from_recipe(taught_by, recipe.data.channels) if taught_by else None
     chosen = pictures.load(recipe.data)
-    _refuse_small(chosen, int8_patch)
     listed = _list_pictures(opened, chosen)
     inputs = {"pictures": opened.sha256(listed, pictures.LISTING)} | {
         role: n.sha256 for role, n in (("start", start), ("teacher", teacher)) if n is not None
@@ -121,16 +114,6 @@ def train_student(
     )
     shutil.rmtree(opened.root / _STATE, ignore_errors=True)
     return _distilled(opened, stage)
-
-
-def _refuse_small(chosen: Pictures, int8_patch: int) -> None:
-    smallest = min(chosen.train, key=lambda picture: min(picture.pixels.shape[1:]))
-    if int8_patch > (side := min(smallest.pixels.shape[1:])):
-        raise InputError(
-            f"quantization.qat.patch is {int8_patch}, and the smallest training picture ('{smallest.name}') has a side "
-            f"of {side}",
-            remedy="set it lower, or remove the picture",
-        )
 
 
 def _list_pictures(opened: Run, chosen: Pictures) -> Stage:

@@ -27,7 +27,7 @@ from edgekit.graph import checks, walk
 from edgekit.graph.reference import probe
 from edgekit.pipeline import pictures
 from edgekit.pipeline.pictures import Pictures
-from edgekit.recipe import Noise, Quantization, Recipe, int8_drop_db, int8_worst_db
+from edgekit.recipe import Noise, Qat, Quantization, Recipe, int8_drop_db, int8_worst_db
 from edgekit.run import Run
 from edgekit.target import Engine
 from edgekit.training.loop import Moment
@@ -258,7 +258,8 @@ def within_budget(
         log.info("INT8 loses %.3f dB before any training: training it with its rounding", before.mean_mdb / 1000)
         try:
             begun = ends_in_float(graph, prepared, where)
-            graph = _trained(begun, recipe, shown, judge, limit, out, checkpoints)
+            settings = _fitting(recipe.quantization.qat, shown.train, student.stride)
+            graph = _trained(begun, recipe, settings, shown, judge, limit, out, checkpoints)
         except UnsupportedError as error:
             log.warning("it is not trained, and layers go back to float where it loses too much: %s", error)
             trained = False
@@ -303,6 +304,7 @@ def _added_for(model: onnx.ModelProto, convolutions: Collection[str]) -> tuple[s
 def _trained(
     graph: onnx.ModelProto,
     recipe: Recipe,
+    told: Qat,
     shown: Pictures,
     judge: Judge,
     limit: Budget,
@@ -317,7 +319,6 @@ def _trained(
         UnsupportedError: An operator that training does not follow.
     """
     untrained, trained = out / "untrained.int8.onnx", out / "trained.int8.onnx"
-    told = recipe.quantization.qat
     slower = replace(told, rate=told.rate / _SLOWER, scale_rate=told.scale_rate / _SLOWER)
     folders, learned_from = list[Path](), _pixels(shown.train)
     try:
@@ -349,6 +350,18 @@ def _trained(
         raise
     _remove(folders)
     return graph
+
+
+def _fitting(told: Qat, train: PictureSet, stride: int) -> Qat:
+    """Return the settings with patches that the smallest picture holds; it was found good enough to learn from."""
+    smallest, step = min(min(picture.pixels.shape[1:]) for picture in train), max(qat.STRIDE, stride)
+    fits = smallest // step * step
+    if not 0 < fits < told.patch:
+        return told
+    log.info(
+        "it learns from patches of %d pixels, not %d: a training picture has a side of %d", fits, told.patch, smallest
+    )
+    return replace(told, patch=fits)
 
 
 def _remove(folders: Sequence[Path]) -> None:

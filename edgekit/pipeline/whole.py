@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgekit import bundle, run
 from edgekit.pipeline import compile as compiling
-from edgekit.pipeline import distill, int8, networks, verify
+from edgekit.pipeline import distill, networks, verify
 from edgekit.pipeline.compile import Compiled
 from edgekit.pipeline.distill import Distilled, Progress
 from edgekit.recipe import Recipe
@@ -54,11 +54,9 @@ def run_recipe(
     """
     compiling.check_targets(targets)
     compiling.check_recipe(recipe, targets)
-    trained_in_int8 = any(t.precision == "int8" for t in targets) and int8.trains(recipe.quantization)
     root = run.folder_of(recipe.name, folder)
     with run.open_run(root, {"recipe": asdict(recipe)}, overwrite=overwrite) as opened:
-        patch = recipe.quantization.qat.patch if trained_in_int8 else 0
-        distilled = distill.train_student(opened, recipe, progress=progress, int8_patch=patch)
+        distilled = distill.train_student(opened, recipe, progress=progress)
         compiled = compiling.compile_student(opened, recipe, networks.from_run(root), targets)
         reports = []
         for path in compiled.bundles.values():
