@@ -181,8 +181,6 @@ def open_run(root: Path, identity: Mapping[str, object] | None, *, overwrite: bo
         if (root / _RECORD).exists():
             recorded, stages = _read(root)
             if identity is None or recorded == json.loads(json.dumps(identity)):
-                # So that the newest run is the one that was used last, also where all of it was there already.
-                os.utime(root / _RECORD)
                 yield Run(root, recorded, stages)
                 return
             if not overwrite and _is_worth_keeping(root, stages):
@@ -246,10 +244,16 @@ def newest() -> Path:
     Raises:
         InputError: There is none.
     """
-    records = sorted(RUNS.glob(f"[!.]*/{_RECORD}"), key=lambda p: p.stat().st_mtime)
+    # Whoever works in a run writes its lock, also where all was there already.
+    records = sorted(RUNS.glob(f"[!.]*/{_RECORD}"), key=lambda p: max(f.stat().st_mtime_ns for f in _kept(p)))
     if not records:
         raise InputError(f"there is no run in '{RUNS}/'", remedy="start one: edgekit distill")
     return records[-1].parent
+
+
+def _kept(record: Path) -> list[Path]:
+    """Return a run's record and, where there is one, its lock."""
+    return [path for path in (record, record.with_name(_LOCK)) if path.exists()]
 
 
 @cache

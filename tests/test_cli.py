@@ -423,11 +423,11 @@ def quantization(folder: Path) -> dict[str, object]:
     return next(stage["facts"] for stage in stages if stage["name"] == "quantize/onnxruntime")
 
 
-def test_int8_is_trained_from_half_of_its_budget_on(call, cwd, leaves):
+def test_int8_is_trained_from_half_of_its_budget_on(call, cwd):
     """What just holds on the held-out pictures is missed on others."""
-    photos = write_pictures(cwd / "photos") / "train"
-    told = ["data.calibration=" + str(leaves), "quantization.calibration_pictures=8", "quantization.qat.steps=2"]
-    told += ["quantization.change_basis=false", f"data.train=[{photos}]"]
+    photos = write_pictures(cwd / "photos")
+    told = [f"data.train=[{photos / 'train'}]", f"data.calibration={photos / 'held_out'}"]
+    told += ["quantization.calibration_pictures=8", "quantization.change_basis=false", "quantization.qat.steps=2"]
     settings = [part for setting in told for part in ("--set", setting)]
     assert call("compile", "nano", "-t", "onnx", "-o", "loose", *settings, "--set", "budgets.int8_drop_db=9").code == 0
     loss_mdb = quantization(Path("loose"))["loss_before_mdb"]
