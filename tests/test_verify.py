@@ -19,7 +19,6 @@ import onnx
 import pytest
 import tiny
 from onnx import numpy_helper
-from PIL import Image
 
 from edgekit import backends, bundle, report, target, zoo
 from edgekit.compress.export import export_onnx
@@ -298,18 +297,6 @@ def test_a_picture_that_an_engine_does_not_take_is_told_by_its_size(tmp_path, en
     told = r"deep\.onnx: .* cannot run it on a picture of 40x24: .*; give a picture whose sides it takes"
     with pytest.raises(InputError, match=told):
         session(np.zeros((1, 1, 24, 40), np.float32), 0.1)
-
-
-def test_a_teacher_of_a_larger_stride_is_given_pictures_that_it_takes(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    for seed in range(2):
-        Image.fromarray(dead_leaves(seed, 60, 68)[0]).save(tmp_path / "pictures" / f"{seed}.png")
-    floats = dataclasses.replace(ONNX, precision="float32")
-    told = [f"data.evaluation={tmp_path / 'pictures'}"]
-    made = compiling.compile_model("control", [floats], overrides=told, folder=tmp_path / "run").bundles["onnx"]
-    assert bundle.read(made).model.stride == 4
-    rows = {row.name: row for row in judged(made).rows}
-    assert rows["teacher FP32"].psnr_mdb > rows["noisy input"].psnr_mdb + 5000
 
 
 @pytest.mark.parametrize(

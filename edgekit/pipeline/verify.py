@@ -20,7 +20,6 @@ from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import EdgekitError, IncompleteError, InputError, IntegrityError, ToolMissingError
 from edgekit.files import write_json
-from edgekit.graph import checks, cost
 from edgekit.measure import host, latency, quality
 from edgekit.measure.latency import Paired, Ratio
 from edgekit.measure.quality import Array, QualityReport
@@ -213,17 +212,10 @@ class _Judge:
         return f"{len(self._golden)} golden pictures, noise level {self._manifest.protocol.sigma255:g}{draws}"
 
     def row(
-        self,
-        name: str,
-        how: str,
-        denoise: Callable[[Array, float], Array],
-        before: Row | None,
-        files: Sequence[Path],
-        *,
-        stride: int | None = None,
+        self, name: str, how: str, denoise: Callable[[Array, float], Array], before: Row | None, files: Sequence[Path]
     ) -> Row:
-        """Return the quality of one denoiser; its stride is the student's unless told."""
-        found = self._quality(denoise, stride or self._manifest.model.stride)
+        """Return the quality of one denoiser."""
+        found = self._quality(denoise)
         reference = None if before is None else self._found[before]
         row = Row(
             name=name,
@@ -259,9 +251,7 @@ class _Judge:
             return None
         say(self.told(name))
         session = backends.load_onnx(_REFERENCE_ENGINE).open_onnx(path, threads=2)
-        # The teacher's may be another one than the student's.
-        step = cost.stride(checks.read_onnx(path), path)
-        return self.row(name, f"{_REFERENCE_ENGINE} (native)", session, None, (path,), stride=step)
+        return self.row(name, f"{_REFERENCE_ENGINE} (native)", session, None, (path,))
 
     def told(self, what: str) -> str:
         """Return the line that says what is being run."""
@@ -276,13 +266,13 @@ class _Judge:
         # The golden outputs are of the first seed.
         return golden_agreement_db(self._path, self._golden, outputs[:: len(self._seeds)])
 
-    def _quality(self, denoise: Callable[[Array, float], Array], stride: int) -> QualityReport:
+    def _quality(self, denoise: Callable[[Array, float], Array]) -> QualityReport:
         return quality.evaluate(
             denoise,
             self._golden,
             sigma255=self._manifest.protocol.sigma255,
             seeds=self._seeds,
-            stride=stride,
+            stride=self._manifest.model.stride,
         )
 
 
