@@ -197,6 +197,10 @@ def test_a_plan_says_which_target_is_blocked_by_a_missing_engine_and_what_instal
     steps = answer(call("plan", tiny, "-t", "android-arm64", "-t", "mine.yaml", "-t", "onnx", "--json").out)["items"]
     states = {s["name"]: s["state"] for s in steps if s["name"].startswith("bundles/")}
     assert states == {"bundles/android-arm64": "blocked", "bundles/mine": "blocked", "bundles/onnx": "to do"}
+    Path("mine.yaml").write_text(
+        Path("mine.yaml").read_text(encoding="utf-8").replace("width: 352", "width: 350"), encoding="utf-8"
+    )
+    call("plan", tiny, "-t", "mine.yaml").refused(4, "input 350x352 is not a tile that 'nano' can be compiled for")
     told = [s["name"] for s in steps if s["what"].endswith("; first: pip install 'edgekit[tvm]'")]
     assert told == ["quantize/arm", "bundles/android-arm64", "bundles/mine"]
 

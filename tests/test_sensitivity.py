@@ -9,7 +9,7 @@ from edgekit.compress import budget, placement, quantize, sensitivity
 from edgekit.compress.export import export_onnx
 from edgekit.compress.simplify import simplify
 from edgekit.data.noise import add_gaussian
-from edgekit.errors import EdgekitError, LimitError
+from edgekit.errors import EdgekitError, InputError, LimitError
 from edgekit.graph import checks, walk
 from edgekit.graph.reference import Reference, probe
 from edgekit.measure.quality import psnr
@@ -145,6 +145,11 @@ def test_a_loss_is_better_that_misses_its_budget_by_less_then_in_the_mean(better
     allowed = budget.Budget(mean_db=0.05, worst_db=0.15)
     one, other = (budget.Loss(mean_mdb=mean, worst_mdb=worst) for mean, worst in (better, worse))
     assert allowed.rank(one) < allowed.rank(other)
+
+
+def test_no_loss_is_measured_without_pictures(prepared):
+    with pytest.raises(InputError, match="there are no held-out pictures to measure the loss on"):
+        budget.Judge(prepared.model, [], (25.0,), 8)
 
 
 def test_the_loss_is_that_of_the_pictures(prepared, judge):

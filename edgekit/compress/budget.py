@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgekit.compress.placement import FloatCosts, Placement, release
 from edgekit.data.noise import add_gaussian
-from edgekit.errors import LimitError
+from edgekit.errors import InputError, LimitError
 from edgekit.graph.cost import infer_shapes, integer_permille, macs_by_node
 from edgekit.graph.reference import Reference
 from edgekit.graph.walk import integer_convolutions
@@ -117,6 +117,9 @@ class Judge:
         sigmas255: Noise levels on the scale of 0 to 255.
         stride: Sides are padded to multiples of it.
         exact: As `Reference` has it.
+
+    Raises:
+        InputError: There are no pictures.
     """
 
     def __init__(
@@ -128,6 +131,8 @@ class Judge:
         *,
         exact: bool = False,
     ) -> None:
+        if not pictures:
+            raise InputError("there are no held-out pictures to measure the loss on")
         self._cases = [
             [(add_gaussian(p, sigma, index=i, seed=_SEED), p.astype(np.float32) / 255) for i, p in enumerate(pictures)]
             for sigma in sigmas255
@@ -157,7 +162,7 @@ class Judge:
 
     def apart_db(self, model: onnx.ModelProto, denoise: Denoise, pictures: int) -> float:
         """Return by how many dB the PSNR of a graph and of a function differ at most, over some pictures."""
-        ours, theirs = (self._psnr(self._run(run, pictures)) for run in (self._reference(model), denoise))
+        ours, theirs = (self._psnr(self._run(run, pictures), pictures) for run in (self._reference(model), denoise))
         return float(np.abs(ours - theirs).max())
 
     def _reference(self, model: onnx.ModelProto) -> Reference:
@@ -172,10 +177,10 @@ class Judge:
             for sigma, cases in zip(self._sigmas, self._cases, strict=True)
         ]
 
-    def _psnr(self, outputs: Sequence[Sequence[Array]]) -> NDArray[np.float64]:
+    def _psnr(self, outputs: Sequence[Sequence[Array]], pictures: int | None = None) -> NDArray[np.float64]:
         return np.array(
             [
-                [psnr(got, clean) for got, (_, clean) in zip(found, cases, strict=False)]
+                [psnr(got, clean) for got, (_, clean) in zip(found, cases[:pictures], strict=True)]
                 for found, cases in zip(outputs, self._cases, strict=True)
             ]
         )

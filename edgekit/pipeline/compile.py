@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -346,8 +346,13 @@ def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence
     return Compiled(folder=opened.root, bundles=bundles, audits=audits, reused=tuple(opened.reused))
 
 
-def check_recipe(recipe: Recipe, targets: Sequence[Target]) -> None:
+def check_recipe(recipe: Recipe, targets: Sequence[Target], *, missing: Collection[str] = ()) -> None:
     """Refuse what a recipe's student cannot be compiled for, before it is trained; the weights make no difference.
+
+    Args:
+        recipe: The recipe.
+        targets: What it is to be compiled for.
+        missing: Engines that are not installed, whose kernels cannot be asked.
 
     Raises:
         InputError: Unknown model or option.
@@ -358,7 +363,7 @@ def check_recipe(recipe: Recipe, targets: Sequence[Target]) -> None:
     engines = {target.engine for target in targets if target.precision == "int8"}
     for engine in sorted(engines):
         int8.refuse(engine, recipe.quantization)
-    if "tvm" in engines:
+    if "tvm" in engines - {*missing}:
         with tempfile.TemporaryDirectory() as folder:
             fp32 = float_graph(net.eval(), Path(folder))
             student = int8.Student(name=recipe.student.model, model=recipe.student.model, fp32=fp32, stride=net.stride)

@@ -34,10 +34,10 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: str | Path | None = 
         IntegrityError: The folder's record is damaged.
     """
     missing = {finding.name: finding.fix for finding in doctor.examine() if not finding.found}
-    here = [target for target in targets if target.engine not in missing]
-    for target in here:
-        backends.load(target.engine).check(target)
-    compiling.check_recipe(recipe, here)
+    for target in targets:
+        if target.engine not in missing:
+            backends.load(target.engine).check(target)
+    compiling.check_recipe(recipe, targets, missing=missing)
     made = _made(run.folder_of(recipe.name, folder))
     steps = plan_training(recipe, folder)
     steps += [Step(name=n, what=w, state=_state(n, made)) for n, w in _COMPRESSION]
