@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from edgekit import config
 from edgekit.errors import InputError, IntegrityError
 from edgekit.files import json_sha256, sha256, write_json
 from edgekit.recipe import Budgets
@@ -148,6 +147,8 @@ def read(bundle: Path) -> Manifest:
         InputError: The folder is no bundle.
         IntegrityError: The manifest is damaged, or a file changed, is missing or was added.
     """
+    from edgekit import config  # reads with pydantic, which a borrowed machine that records a baseline does not have
+
     path = bundle / MANIFEST
     if not path.is_file():
         raise InputError(

@@ -25,6 +25,7 @@ from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError
 from edgekit.files import sha256
 from edgekit.models import weights
+from edgekit.pipeline import baseline
 from edgekit.recipe import Model
 from edgekit.run import lock
 from edgekit.training import checkpoint, job_file
@@ -163,6 +164,28 @@ def test_the_weights_come_home_from_a_machine_that_cannot_record_a_baseline(pict
     assert "teacher: time, 1 steps, {'toy 15': " in script("collect", str(out), "-o", str(home))
     assert sha256(home / "teacher.safetensors") == outcome["sha256"]
     assert not (home / "baseline.json").exists()
+
+
+def test_a_machine_with_scikit_image_beside_the_least_records_a_baseline(tmp_path):
+    missing = [name for name in MISSING_THERE if name != "skimage"]
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({missing}))
+from pathlib import Path
+from edgekit.data import sets
+from edgekit.pipeline import baseline, networks
+record = baseline.measure(networks.shipped("nano"), [sets.embedded("evaluation")], shapes=((64, 64),), seconds=0.01)
+baseline.write(record, Path(sys.argv[1]))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "baseline.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert baseline.read(tmp_path / "baseline.json").teacher == "nano"
 
 
 def test_a_training_that_fails_is_told_of_and_the_others_go_on(pictures, piece, monkeypatch):

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgekit import bundle, models, recipe, run, zoo
-from edgekit.compress import fuse
 from edgekit.errors import EdgekitError, InputError, nearest
 from edgekit.files import sha256, write_json
 from edgekit.models import weights
@@ -246,6 +245,8 @@ def _users_code(told: str, remedy: str) -> Iterator[None]:
 
 def _behind_interface(name: str, made: nn.Module) -> Denoiser:
     """Return a user's network in eval mode, after it has denoised a picture."""
+    from edgekit.compress import fuse  # imports onnx, which a borrowed machine that records a baseline does not have
+
     remedy = "forward(noisy), or forward(noisy, sigma), takes (n, channels, h, w); set the class's channels and stride"
     with _users_code(f"'{name}' denoises no picture", remedy), torch.no_grad():
         net = (made if isinstance(made, Denoiser) else _adapt(made)).eval()
