@@ -43,15 +43,18 @@ from edgekit import models, run, zoo
 from edgekit.data import overlap, sets
 from edgekit.data.photos import list_pictures
 from edgekit.data.sets import PictureSet
-from edgekit.errors import EdgekitError, InputError
+from edgekit.errors import EdgekitError, InputError, is_out_of_memory
 from edgekit.files import atomic_file, sha256, write_json
 from edgekit.models import weights
 from edgekit.recipe import Model, Recipe
 from edgekit.training import __main__ as training
-from edgekit.training import checkpoint, job_file
+from edgekit.training import checkpoint, job_file, loop
+from edgekit.training.job_file import JobFile
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE_MIB = 14
+# Beside the checkpoint of a training that nobody teaches.
+ALONE = "alone"
 SIGMAS, SEEDS = (15, 25, 50), 3
 # What the end of a piece takes: the trainings' last words, the files, and the latencies of the teacher.
 ENDING_S, PACKING_S, BASELINE_S = 25, 15, 75
@@ -153,9 +156,13 @@ def prepare(
     for name, folder in folders.items():
         _copy([folder], output / "pictures" / name)
     learned = sets.folder(output / "pictures/train", channels=1)
-    kept_back = [sets.folder(output / "pictures" / name, channels=1) for name in ("held_out", *folders)]
-    sets.check_disjoint(learned, *kept_back)
-    overlap.refuse_overlaps(learned, *kept_back)
+    held_out_there = sets.folder(output / "pictures/held_out", channels=1)
+    # The embedded ones stand on every card.
+    judged = [sets.embedded("evaluation"), *(sets.folder(output / "pictures" / name, channels=1) for name in folders)]
+    for other in judged:
+        sets.check_disjoint(learned, held_out_there, other)
+    overlap.refuse_overlaps(learned, held_out_there, *judged)
+    overlap.refuse_overlaps(held_out_there, *judged)
     click.echo(f"{train} pictures to learn from ({small} under {least} pixels left out), {others} held out")
     for entry in kept:
         # The teacher's weights are made there; here only its architecture is known.
@@ -163,17 +170,18 @@ def prepare(
         job_file.write(replace(made[entry.name], teacher=teacher), output / "jobs" / entry.name / "job.json")
     if "teacher" not in made and (alone := [e.name for e in kept if e.taught]):
         click.echo(f"UNTAUGHT, since the teacher is left out: {', '.join(alone)}")
-    plan = [
-        asdict(
-            replace(
-                e,
-                minutes=minutes.get(e.name, e.minutes * scale),
-                steps=round(e.steps * scale),
-                from_shipped=from_shipped and not e.steps,
-            )
+    planned = [
+        replace(
+            e,
+            minutes=minutes.get(e.name, e.minutes * scale),
+            steps=round(e.steps * scale),
+            from_shipped=from_shipped and not e.steps,
         )
         for e in kept
     ]
+    for entry in planned:
+        _check_settings(output, entry, learned)
+    plan = [asdict(e) for e in planned]
     about = f"{train} photographs ({', '.join(folder.resolve().name for folder in pictures)})"
     record = {"schema_version": 1, "plan": plan, "evaluate": sorted(folders), "pictures": about}
     write_json(output / PLAN_FILE, record)
@@ -227,11 +235,14 @@ def train(folder: Path, state: Path, out: Path, minutes: float, least_seconds: f
 def one(folder: Path, name: str, state: Path, until: float) -> None:
     """Go on with one training up to a moment; `train` starts it in a process of its own."""
     (entry,) = [e for e in _read_plan(folder) if e.name == name]
-    job = job_file.read(folder / "jobs" / name / "job.json")
-    if entry.steps:
-        job = replace(job, training=replace(job.training, steps=entry.steps, max_minutes=0.0))
-    else:
-        job = training.timed(job, entry.minutes)
+    job = _read_job(folder, entry)
+    alone = state / name / ALONE
+    if not (state / name / "checkpoint.safetensors").exists():
+        # What began without the teacher ends without it, also where that is tried again in between.
+        alone.unlink(missing_ok=True)
+        if not _taught(state, entry):
+            alone.parent.mkdir(parents=True, exist_ok=True)
+            alone.touch()
     teacher = None
     if job.teacher is not None and _taught(state, entry):
         teacher = replace(job.teacher, weights=str(_shipped(state, "teacher")))
@@ -425,6 +436,24 @@ def _read_plan(folder: Path) -> list[Entry]:
         raise InputError(f"{path}: is no plan: {error}", remedy="name the folder that `prepare` made") from error
 
 
+def _read_job(folder: Path, entry: Entry) -> JobFile:
+    """Return a training's job with the end that the plan gives it."""
+    job = job_file.read(folder / "jobs" / entry.name / "job.json")
+    if entry.steps:
+        return replace(job, training=replace(job.training, steps=entry.steps, max_minutes=0.0))
+    return training.timed(job, entry.minutes)
+
+
+def _check_settings(folder: Path, entry: Entry, learned: PictureSet) -> None:
+    """Refuse here what a training would be refused for there, in the minutes that are lent."""
+    job = _read_job(folder, entry)
+    nets = [models.create(m.model, m.options) for m in (job.student, job.teacher) if m]
+    try:
+        loop.check(job.training, nets, [p.pixels for p in learned], [p.name for p in learned])
+    except InputError as error:
+        raise InputError(f"{entry.name}: {error}") from error
+
+
 def _read(path: Path) -> dict[str, Any]:
     """Return what a JSON file holds; nothing where it is missing, or was cut short when its process died."""
     try:
@@ -448,7 +477,7 @@ def _shipped(state: Path, name: str) -> Path:
 
 
 def _taught(state: Path, entry: Entry) -> bool:
-    return entry.taught and (state / "teacher/done").is_file()
+    return entry.taught and (state / "teacher/done").is_file() and not (state / entry.name / ALONE).exists()
 
 
 def _lacks_baseline(state: Path, plan: Sequence[Entry]) -> bool:
@@ -646,6 +675,12 @@ def _log(folder: Path) -> Mapping[str, object]:
     return {"curve": moments, "said": said[-5:]}
 
 
+def _ran_out_of_memory(error: EdgekitError) -> bool:
+    cause = error.__cause__
+    # Where several share a GPU, the driver, cuDNN and cuBLAS run out as well, and have words of their own.
+    return isinstance(cause, torch.OutOfMemoryError) or (isinstance(cause, Exception) and is_out_of_memory(cause))
+
+
 @cache
 def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -656,5 +691,4 @@ if __name__ == "__main__":
         main()
     except EdgekitError as error:
         click.echo(f"error: {error}", err=True)
-        out_of_memory = isinstance(error.__cause__, torch.OutOfMemoryError | MemoryError)
-        sys.exit(TRY_AGAIN if out_of_memory else error.exit_code)
+        sys.exit(TRY_AGAIN if _ran_out_of_memory(error) else error.exit_code)

@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from edgekit import recipe, zoo
+from edgekit.data import sets
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError
 from edgekit.files import sha256
@@ -199,13 +200,16 @@ def test_a_training_that_fails_is_told_of_and_the_others_go_on(pictures, piece, 
     assert results["trained"]["base-color"]["ended_by"] == "time"
 
 
-def test_a_training_that_runs_out_of_memory_asks_for_another_try(pictures, monkeypatch):
+@pytest.mark.parametrize(
+    "error", ["torch.OutOfMemoryError('CUDA out of memory')", "RuntimeError('CUDA error: out of memory')"]
+)
+def test_a_training_that_runs_out_of_memory_asks_for_another_try(pictures, error):
     prepare(pictures, "--only", "nano")
     bare = pictures / "bare"
     bare.mkdir()
     (bare / "sitecustomize.py").write_text(
         "import torch\nfrom edgekit.training import loop\n"
-        "def step(self, step, seconds):\n    raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        f"def step(self, step, seconds):\n    raise {error}\n"
         "loop._Run.step = step\n"
     )
     command = [sys.executable, str(SCRIPT), "one", str(pictures / "plan"), "nano", "--state", str(pictures / "state")]
@@ -213,6 +217,57 @@ def test_a_training_that_runs_out_of_memory_asks_for_another_try(pictures, monke
     ran = subprocess.run([*command, "--until", "1e9"], capture_output=True, text=True, env=environment, check=False)
     assert "out of memory" in ran.stderr
     assert ran.returncode == borrowed.TRY_AGAIN
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("training.patch=20", "nano: training.patch is 20, no multiple of the networks' stride 8"),
+        ("training.rounding_from=0.5", "teacher: training.rounding: UnetB has no INT8 form to be trained for"),
+    ],
+)
+def test_settings_that_a_training_would_be_refused_for_there_are_refused_here(pictures, setting, said):
+    only = ("teacher", "nano") if "rounding" in setting else ("nano",)
+    with pytest.raises(InputError, match=said):
+        prepare(pictures, *(a for name in only for a in ("--only", name)), "--set", setting)
+
+
+def test_the_number_of_steps_is_the_plans(pictures):
+    assert "UNTAUGHT" in prepare(pictures, "--only", "nano", "--set", "training.steps=0")
+
+
+def test_no_picture_that_a_card_tells_of_is_learned_from_or_chosen_by(pictures):
+    camera = next(p for p in sets.embedded("evaluation") if p.name == "skimage/camera").pixels[0]
+    Image.fromarray(camera[:300, 100:400]).save(pictures / "photos" / "part.png")
+    with pytest.raises(InputError, match=r"photos-part.png' of train .* as 'skimage/camera' of embedded-evaluation"):
+        prepare(pictures, "--only", "nano")
+    (pictures / "photos" / "part.png").unlink()
+    Image.fromarray(camera[:300, 100:400]).save(pictures / "others" / "0.png")
+    with pytest.raises(InputError, match=r"others-0.png' of held_out .* as 'skimage/camera' of embedded-evaluation"):
+        prepare(pictures, "--only", "nano")
+
+
+def test_a_training_that_began_without_its_teacher_ends_without_it(pictures):
+    prepare(pictures, "--only", "teacher", "--only", "nano", "--max-minutes", "nano=0.05")
+    state = pictures / "state"
+    (state / "teacher").mkdir(parents=True)
+    (state / "teacher" / "failed").touch()
+
+    def go_on(until: float) -> bool:
+        ran = invoke("one", str(pictures / "plan"), "nano", "--state", str(state), "--until", str(until))
+        assert ran.exception is None, ran.exception
+        return bool(json.loads((state / "nano" / "outcome.json").read_text())["taught"])
+
+    assert not go_on(time.monotonic())
+    assert not (state / "nano" / "done").exists()
+    # As where its `failed` was deleted, and it was tried again.
+    (state / "teacher" / "failed").unlink()
+    tiny.write_weights("teacher", state / "teacher" / "teacher.shipped.safetensors")
+    (state / "teacher" / "done").touch()
+    assert not go_on(time.monotonic() + 60)
+    assert (state / "nano" / "done").exists()
+    shutil.rmtree(state / "nano")
+    assert go_on(time.monotonic())
 
 
 def test_only_pictures_that_every_recipe_can_cut_its_patches_from_are_taken(pictures):

@@ -1220,6 +1220,23 @@ def test_one_folder_gives_both_pictures_to_learn_from_and_held_out_ones(written,
     assert result.is_file()
 
 
+def test_of_large_held_out_pictures_the_middle_is_looked_at(written, photos, tmp_path, monkeypatch):
+    from PIL import Image
+
+    large = tmp_path / "large"
+    large.mkdir()
+    Image.fromarray(dead_leaves(7, 520, 600)[0]).save(large / "0.png")
+    seen: list[tuple[int, ...]] = []
+
+    def look(net: Denoiser, pictures: sets.PictureSet, sigma255: float) -> float:
+        seen.extend(p.pixels.shape for p in pictures)
+        return 0.0
+
+    monkeypatch.setattr(command, "psnr_db", look)
+    command.train(job_file.read(written), [photos / "train"], large, tmp_path / "out")
+    assert set(seen) == {(1, 512, 512)}
+
+
 def test_a_noise_range_survives_the_job_file(tmp_path, photos):
     recipe = tiny.recipe(photos, noise=Noise(train=(1.5, 20.0), evaluate=15.0, seed=3))
     assert job_file.read(job_file.write(recipe, tmp_path / "job.json")).noise == recipe.noise

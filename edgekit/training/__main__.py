@@ -126,7 +126,7 @@ def train(
 def _train(
     job: JobFile, learned: Sequence[PictureSet], kept_back: PictureSet, out: Path, *, pause_at: float, checked: bool
 ) -> tuple[Path, loop.Outcome]:
-    main_process = _is_main_process()
+    main_process, judged = _is_main_process(), sets.middles(kept_back)
     if not checked and not (out / "checkpoint.safetensors").exists() and main_process:
         for chosen in learned:
             overlap.refuse_overlaps(chosen, kept_back)
@@ -157,7 +157,7 @@ def _train(
             sigma=job.noise.train,
             training=job.training,
             distillation=job.distillation,
-            validate=lambda net: psnr_db(net, kept_back, job.noise.evaluate),
+            validate=lambda net: psnr_db(net, judged, job.noise.evaluate),
             identity=json_sha256(
                 [
                     asdict(_by_bytes(job)),

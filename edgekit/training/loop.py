@@ -26,7 +26,7 @@ from edgekit.errors import EdgekitError, InputError, is_out_of_memory
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
 from edgekit.recipe import Distillation, Training
-from edgekit.training import checkpoint, losses, schedule
+from edgekit.training import checkpoint, losses, rounding, schedule
 from edgekit.training.distill import Learner, Lesson
 from edgekit.training.optimizer import Muon
 from edgekit.training.patches import SEEDS, PatchBank
@@ -372,6 +372,8 @@ def check(
     """
     if not settings.steps and not settings.max_minutes:
         raise InputError("training.steps and training.max_minutes are both 0", remedy="set one of them")
+    if settings.rounding_from < 1:
+        rounding.places(nets[0])
     stride = max(net.stride for net in nets)
     sides = [min(picture.shape[1:]) for picture in pictures]
     smallest = min(sides)

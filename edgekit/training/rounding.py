@@ -44,7 +44,7 @@ class Rounding(nn.ModuleList):
     def __init__(self, net: Denoiser, bits: int) -> None:
         super().__init__()
         self.rounds, self._bits = False, bits
-        reads, gives = _places(net)
+        reads, gives = places(net)
         for module in reads:
             module.register_forward_pre_hook(self._before())
         for module in gives:
@@ -152,8 +152,8 @@ def _of_weights(weight: Tensor) -> tuple[Tensor, Tensor, int]:
     return scale, scale.new_tensor(_MOST_WEIGHT), 2 * _MOST_WEIGHT
 
 
-def _places(net: Denoiser) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Return the modules whose first input is rounded, and those whose result is."""
+def places(net: Denoiser) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Return the modules whose first input is rounded, and those whose result is; raises as `Rounding`."""
     if not isinstance(net, MobileUnet | PlainUnet):
         raise InputError(
             f"training.rounding: {type(net).__name__} has no INT8 form to be trained for",
