@@ -41,7 +41,7 @@ from safetensors.torch import save
 
 from edgekit import models, run, zoo
 from edgekit.data import overlap, sets
-from edgekit.data.photos import list_pictures
+from edgekit.data.photos import UNREADABLE, list_pictures
 from edgekit.data.sets import PictureSet
 from edgekit.errors import EdgekitError, InputError, is_out_of_memory
 from edgekit.files import atomic_file, sha256, write_json
@@ -418,10 +418,14 @@ def _copy(folders: Sequence[Path], out: Path, *, every: int = 1, least: int = 1)
     copied = small = 0
     for number, folder in enumerate(folders):
         for path in list_pictures(folder)[::every]:
-            with Image.open(path) as picture:
-                if min(picture.size) < least:
-                    small += 1
-                    continue
+            try:
+                with Image.open(path) as picture:
+                    too_small = min(picture.size) < least
+            except UNREADABLE as error:
+                raise InputError(f"{path}: not a readable picture: {error}", remedy="take it out of there") from error
+            if too_small:
+                small += 1
+                continue
             # Two folders may have one name, and pictures of one name.
             shutil.copyfile(path, out / f"{number}-{folder.name}-{path.name}")
             copied += 1

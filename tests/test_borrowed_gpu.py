@@ -232,6 +232,12 @@ def test_settings_that_a_training_would_be_refused_for_there_are_refused_here(pi
         prepare(pictures, *(a for name in only for a in ("--only", name)), "--set", setting)
 
 
+def test_a_picture_that_cannot_be_read_is_named(pictures):
+    (pictures / "photos" / "broken.jpg").write_text("no picture")
+    with pytest.raises(InputError, match=r"photos/broken.jpg: not a readable picture: .*; take it out of there"):
+        prepare(pictures, "--only", "nano")
+
+
 def test_the_number_of_steps_is_the_plans(pictures):
     assert "UNTAUGHT" in prepare(pictures, "--only", "nano", "--set", "training.steps=0")
 
