@@ -438,6 +438,28 @@ LEVELS: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 
+class _LevelAdded(nn.Module):
+    """A network that is told the noise level by what is added to the maps that enlarging gives, perhaps twice."""
+
+    takes_sigma, stride = True, 4
+
+    def __init__(self, enlarged: nn.Module, twice: bool = False) -> None:
+        super().__init__()
+        self.down, self.enlarged, self.last = nn.Conv2d(1, 24, 2, stride=2), enlarged, nn.Conv2d(16, 1, 1)
+        self.gains = nn.ParameterList(2 * torch.randn(1, 16, 1, 1) for _ in range(2 if twice else 1))
+
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        maps = self.enlarged(torch.relu(self.down(noisy)))
+        for gain in self.gains:
+            maps = maps + sigma * gain
+        return noisy - self.last(torch.relu(maps))
+
+
+ADDED_LEVELS: dict[str, Callable[[], nn.Module]] = {
+    "level behind a shuffle": lambda: _LevelAdded(nn.Sequential(nn.Conv2d(24, 64, 1), nn.PixelShuffle(2))),
+    "level behind a transposed": lambda: _LevelAdded(nn.ConvTranspose2d(24, 16, 2, stride=2), twice=True),
+}
+
 NETS["students"] = _Students
 # Of 16 channels, x86 finishes 32 together: here one pair and one that is alone.
 NETS["students of 48"] = partial(_Students, 48)
@@ -459,8 +481,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
         folder = tmp_path_factory.mktemp("net")
         if name == "colour":
             return _source(_colour(), folder, channels=3, stride=8)
-        if name in LEVELS:
-            return _placed(LEVELS[name](), folder)
+        if name in LEVELS or name in ADDED_LEVELS:
+            return _placed((LEVELS | ADDED_LEVELS)[name](), folder)
         if name.startswith("trunk "):
             return _placed(NETS[name.removeprefix("trunk ")](), folder)
         return _source(NETS[name](), folder)
@@ -497,7 +519,7 @@ def _size(name: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("where", MACHINES)
-@pytest.mark.parametrize("name", [*NETS, "colour", *(f"trunk {name}" for name in TRUNKS), *LEVELS])
+@pytest.mark.parametrize("name", [*NETS, "colour", *(f"trunk {name}" for name in TRUNKS), *LEVELS, *ADDED_LEVELS])
 def test_every_kernel_is_exact_on_every_instruction_set(
     sources: Sources, denoisers: Denoise, name: str, where: str
 ) -> None:
@@ -532,6 +554,16 @@ def test_a_map_of_the_noise_level_beside_the_picture_is_read_with_it(sources: So
     assert [type(operator) for operator in network.operators] == [
         *(integer.Quantize, integer.Convolution, integer.Convolution)
     ]
+
+
+@pytest.mark.parametrize("name", ADDED_LEVELS)
+def test_a_level_of_the_noise_is_added_to_every_pixel_of_an_enlarged_map_and_to_what_was_added(
+    sources: Sources, name: str
+) -> None:
+    source, noisy = sources(name), _photograph(1, SIDE, SIDE + 4)
+    assert source.int8_onnx is not None
+    wanted = _by_onnx_runtime(source.int8_onnx, noisy, takes_sigma=True)
+    assert _psnr(reference.run(_network(source, SIDE, SIDE + 4), noisy, SIGMA), wanted) > 50
 
 
 @pytest.mark.parametrize("name", ["trunk dense 3x3", "trunk strided 3x3"])
