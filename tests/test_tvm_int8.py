@@ -457,6 +457,7 @@ LEVELS: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 
+
 class _LevelAdded(nn.Module):
     """A network that is told the noise level by what is added to the maps that enlarging gives, perhaps twice."""
 
