@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
+import tiny
 import torch
 
 from edgekit import backends, models, target
@@ -19,6 +20,7 @@ from edgekit.errors import InputError, IntegrityError, UnsupportedError
 from edgekit.graph import walk
 from edgekit.graph.reference import agreement_db, probe
 from edgekit.measure import host
+from edgekit.pipeline import pages
 from edgekit.recipe import Quantization
 
 pytestmark = pytest.mark.backend
@@ -64,6 +66,18 @@ def precision(name: str) -> target.Target:
 def torch_output(source: Source, noisy: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return source.module()(torch.from_numpy(noisy), torch.full((1, 1, 1, 1), SIGMA)).numpy()
+
+
+def test_the_readmes_lines_compute_what_is_verified(built, tmp_path, monkeypatch):
+    folder, made = built
+    ((_, session),) = openvino.open_session(folder, made, INT8)
+    noisy = probe(64, 96, 1, seed=1)
+    pages.write(tmp_path, tiny.manifest(INT8, made), None)
+    given = {"noisy": noisy}
+    monkeypatch.chdir(folder)
+    exec((tmp_path / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0], given)
+    # On a processor with AMX, OpenVINO's own default is bfloat16, which is about 50 dB from this.
+    assert agreement_db(given["denoised"], session(noisy, SIGMA)) > 80
 
 
 def test_the_int8_artifact_denoises_like_the_network(source, built):

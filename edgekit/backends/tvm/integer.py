@@ -48,7 +48,8 @@ QUAD = 4
 INT8_MIN, INT8_MAX = -128, 127
 # The lowest that two planes hold: a rest of -1 to the lowest q.
 UNBOUNDED = INT8_MIN - 1
-_MOST_INT16 = 32767
+# What reaches an int16 reaches half of it at least once it was multiplied by the least multiplier, 2^14.
+_MOST_PRODUCT = 2**14
 # Of the picture.
 PICTURE_REST_BITS = 7
 _MOST_FRACTION = 7
@@ -236,7 +237,7 @@ def rescale(factors: Floats, reach: float) -> Rescale:
         factors: Per channel, more than 0.
         reach: The largest magnitude of a result that must not saturate.
     """
-    fraction = min(_MOST_FRACTION, int(np.floor(np.log2(_MOST_INT16 / reach))))
+    fraction = min(_MOST_FRACTION, int(np.floor(np.log2(_MOST_PRODUCT / reach))))
     mantissa, exponent = np.frexp(factors * 2.0**fraction)
     multiplier = np.rint(mantissa * 2.0**15).astype(np.int64)
     full = multiplier == 2**15

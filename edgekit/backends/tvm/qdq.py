@@ -403,8 +403,10 @@ class _Reader:
         first, second = (self._value(self._real(name)) for name in node.input)
         for one, other in ((first, second), (second, first)):
             if isinstance(one, _Sum) and isinstance(other, _Noise):
-                gain = np.broadcast_to(other.gain, one.unit.shape)
-                return replace(self._open(one, node), noise=gain)
+                # Shuffled channels are in the order (row, column, channel), so each pixel of a square has them all.
+                squares = one.shuffle**2
+                gain = np.tile(np.broadcast_to(other.gain, len(one.unit) // squares), squares)
+                return replace(self._open(one, node), noise=gain if one.noise is None else one.noise + gain)
         names = [self._real(name) for name in node.input]
         pending = [
             name for name in names if isinstance(self._values[name], _Sum) and self._is_open(self._values[name], name)
