@@ -48,7 +48,7 @@ from edgekit.files import atomic_file, sha256, write_json
 from edgekit.models import weights
 from edgekit.recipe import Model, Recipe
 from edgekit.training import __main__ as training
-from edgekit.training import checkpoint, job_file, loop
+from edgekit.training import checkpoint, job_file, loop, rounding
 from edgekit.training.job_file import JobFile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,7 +167,7 @@ def prepare(
     for entry in kept:
         # The teacher's weights are made there; here only its architecture is known.
         teacher = Model(model="teacher", weights=job_file.RANDOM) if entry.taught else None
-        job_file.write(replace(made[entry.name], teacher=teacher), output / "jobs" / entry.name / "job.json")
+        job_file.write(replace(_in_float(made[entry.name]), teacher=teacher), output / "jobs" / entry.name / "job.json")
     if "teacher" not in made and (alone := [e.name for e in kept if e.taught]):
         click.echo(f"UNTAUGHT, since the teacher is left out: {', '.join(alone)}")
     planned = [
@@ -432,6 +432,14 @@ def _copy(folders: Sequence[Path], out: Path, *, every: int = 1, least: int = 1)
     return copied, small
 
 
+def _in_float(made: Recipe) -> Recipe:
+    """Return the recipe without the rounding of INT8 where its network, as the teacher, has no such form."""
+    if made.training.rounding_from == 1 or rounding.has_form(models.create(made.student.model, made.student.options)):
+        return made
+    click.echo(f"{made.name}: trained without training.rounding_from, as its network has no INT8 form")
+    return replace(made, training=replace(made.training, rounding_from=1.0))
+
+
 def _read_plan(folder: Path) -> list[Entry]:
     path = folder / PLAN_FILE
     try:
@@ -679,12 +687,6 @@ def _log(folder: Path) -> Mapping[str, object]:
     return {"curve": moments, "said": said[-5:]}
 
 
-def _ran_out_of_memory(error: EdgekitError) -> bool:
-    cause = error.__cause__
-    # Where several share a GPU, the driver, cuDNN and cuBLAS run out as well, and have words of their own.
-    return isinstance(cause, torch.OutOfMemoryError) or (isinstance(cause, Exception) and is_out_of_memory(cause))
-
-
 @cache
 def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -695,4 +697,5 @@ if __name__ == "__main__":
         main()
     except EdgekitError as error:
         click.echo(f"error: {error}", err=True)
-        sys.exit(TRY_AGAIN if _ran_out_of_memory(error) else error.exit_code)
+        out_of_memory = isinstance(error.__cause__, Exception) and is_out_of_memory(error.__cause__)
+        sys.exit(TRY_AGAIN if out_of_memory else error.exit_code)

@@ -219,17 +219,16 @@ def test_a_training_that_runs_out_of_memory_asks_for_another_try(pictures, error
     assert ran.returncode == borrowed.TRY_AGAIN
 
 
-@pytest.mark.parametrize(
-    ("setting", "said"),
-    [
-        ("training.patch=20", "nano: training.patch is 20, no multiple of the networks' stride 8"),
-        ("training.rounding_from=0.5", "teacher: training.rounding: UnetB has no INT8 form to be trained for"),
-    ],
-)
-def test_settings_that_a_training_would_be_refused_for_there_are_refused_here(pictures, setting, said):
-    only = ("teacher", "nano") if "rounding" in setting else ("nano",)
-    with pytest.raises(InputError, match=said):
-        prepare(pictures, *(a for name in only for a in ("--only", name)), "--set", setting)
+def test_settings_that_a_training_would_be_refused_for_there_are_refused_here(pictures):
+    with pytest.raises(InputError, match=r"nano: training\.patch is 20, no multiple of the networks' stride 8"):
+        prepare(pictures, "--only", "nano", "--set", "training.patch=20")
+
+
+def test_a_network_without_an_int8_form_is_trained_in_float_where_the_others_are_rounded(pictures):
+    said = prepare(pictures, "--only", "teacher", "--only", "nano", "--set", "training.rounding_from=0.5")
+    assert "teacher-unet: trained without training.rounding_from, as its network has no INT8 form\n" in said
+    jobs = {name: job_file.read(pictures / "plan" / "jobs" / name / "job.json") for name in ("teacher", "nano")}
+    assert {name: job.training.rounding_from for name, job in jobs.items()} == {"teacher": 1.0, "nano": 0.5}
 
 
 def test_a_picture_that_cannot_be_read_is_named(pictures):

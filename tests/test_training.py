@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from edgekit import models, zoo
@@ -641,6 +643,19 @@ def test_training_that_fell_apart_is_told(tmp_path, caplog, validated, start, en
     assert [told in line for line in caplog.messages] == ([True] if told else [])
 
 
+def test_training_that_fell_apart_in_another_sitting_is_told(tmp_path, caplog):
+    settings = tiny.training(steps=20, validate_every=10)
+    found = iter((30.1, 28.0, 30.1))
+    _, outcome = loop.train(
+        job(training=settings, validate=lambda net: next(found)), tmp_path, silent, pause_after_seconds=1e-9
+    )
+    assert (outcome.steps, outcome.ended_by) == (10, "pause")
+    found = iter((29.0, 28.0, 29.9))
+    with caplog.at_level(logging.WARNING, logger="edgekit"):
+        loop.train(job(training=settings, validate=lambda net: next(found)), tmp_path, silent)
+    assert any("29.90 dB on the held-out pictures, 0.20 less than at step 10; lower" in m for m in caplog.messages)
+
+
 def test_looking_at_the_held_out_pictures_does_not_change_a_run(tmp_path):
     found = []
     for every in (10, 1000):
@@ -904,6 +919,33 @@ def test_the_held_out_figure_is_that_of_the_protocol():
     weights.load_into(net, networks.shipped("nano").weights)
     want = quality.evaluate(networks.as_function(net), pictures, sigma255=25.0).psnr_mdb / 1000
     assert command.psnr_db(net, pictures, 25.0) == pytest.approx(want, abs=2e-3)
+
+
+@pytest.mark.parametrize("role", ["train", "held_out"])
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (160, "'shown.png' of {role} and 'whole.png' of kept-out are the same picture"),
+        (120, r"'shown.png' of {role} .* shows what is kept back as 'whole.png' of kept-out"),
+    ],
+)
+def test_no_picture_that_a_figure_will_be_taken_on_is_learned_or_chosen_from(written, tmp_path, role, part, said):
+    folders = tiny.write_pictures(tmp_path / "pictures")
+    picture = Image.fromarray(dead_leaves(99, 160, 160)[0])
+    picture.crop((0, 0, part, part)).save(folders / role / "shown.png")
+    kept_out = tmp_path / "kept-out"
+    kept_out.mkdir()
+    picture.save(kept_out / "whole.png")
+    with pytest.raises(InputError, match=said.format(role=role)):
+        command.train(
+            job_file.read(written), [folders / "train"], folders / "held_out", tmp_path / "out", kept_out=[kept_out]
+        )
+
+
+def test_two_folders_to_learn_from_may_share_a_picture(written, photos, tmp_path):
+    twice = [photos / "train", shutil.copytree(photos / "train", tmp_path / "again")]
+    path, outcome = command.train(job_file.read(written), twice, photos / "held_out", tmp_path / "out")
+    assert (path.name, outcome.ended_by) == ("nano.safetensors", "steps")
 
 
 @pytest.mark.slow

@@ -45,6 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("job", type=Path, help="JSON that edgekit.training.job_file.write made")
     parser.add_argument("--pictures", type=Path, nargs="+", required=True, help="folders to learn from")
     parser.add_argument("--held-out", type=Path, help="folder to choose weights on [default: 15 %% of the first]")
+    parser.add_argument(
+        "--kept-out",
+        type=Path,
+        nargs="+",
+        default=(),
+        help="folders for figures; pictures that show theirs are refused",
+    )
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder of the result")
     parser.add_argument("--max-minutes", type=float, help="train so long; the learning rate then follows time")
     parser.add_argument("--pause-after", type=float, default=math.inf, help="minutes of this sitting")
@@ -57,7 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
         if given.max_minutes is not None:
             job = timed(job, given.max_minutes)
         path, outcome = train(
-            job, given.pictures, given.held_out, given.out, pause_at=time.monotonic() + 60 * given.pause_after
+            job,
+            given.pictures,
+            given.held_out,
+            given.out,
+            kept_out=given.kept_out,
+            pause_at=time.monotonic() + 60 * given.pause_after,
         )
     except EdgekitError as error:
         log.error("error: %s", error)
@@ -86,6 +98,7 @@ def train(
     held_out: Path | None,
     out: Path,
     *,
+    kept_out: Sequence[Path] = (),
     pause_at: float = math.inf,
     checked: bool = False,
 ) -> tuple[Path, loop.Outcome]:
@@ -96,7 +109,8 @@ def train(
         folders: Pictures to learn from; without `held_out`, 15 % of the first are held out.
         held_out: Pictures whose PSNR is followed, and decides when the job says `keep_better`.
         out: Where the weights, `log.jsonl` and the checkpoint go.
-        checked: Whether the pictures were looked through for leaks already.
+        kept_out: Pictures that figures will be taken on: nothing that is learned or chosen from may show a part of one.
+        checked: Whether the pictures were looked through for leaks already; `kept_out` is not looked at then.
         pause_at: Moment of the monotonic clock; the weights are the average of then, and the same call goes on.
 
     Raises:
@@ -115,21 +129,30 @@ def train(
         if held_out
         else sets.folder(folders[0], channels=channels, split="calibration", shares=_WITHOUT_HELD_OUT)
     )
-    sets.check_disjoint(*learned, kept_back)
+    for chosen in learned:
+        sets.check_disjoint(chosen, kept_back)
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         # The main process alone writes there, and the others may see the same folder.
         with run.lock(out) if _is_main_process() else nullcontext():
-            return _train(job, learned, kept_back, out, pause_at=pause_at, checked=checked)
+            if not checked and not (out / "checkpoint.safetensors").exists() and _is_main_process():
+                _refuse_leaks(learned, kept_back, [sets.folder(folder, channels=channels) for folder in kept_out])
+            return _train(job, learned, kept_back, out, pause_at=pause_at)
+
+
+def _refuse_leaks(learned: Sequence[PictureSet], kept_back: PictureSet, kept_out: Sequence[PictureSet]) -> None:
+    for chosen in (*learned, kept_back):
+        for other in kept_out:
+            sets.check_disjoint(chosen, other)  # small pictures that are equal are not found by what they show
+    for chosen in learned:
+        overlap.refuse_overlaps(chosen, kept_back, *kept_out)
+    overlap.refuse_overlaps(kept_back, *kept_out)
 
 
 def _train(
-    job: JobFile, learned: Sequence[PictureSet], kept_back: PictureSet, out: Path, *, pause_at: float, checked: bool
+    job: JobFile, learned: Sequence[PictureSet], kept_back: PictureSet, out: Path, *, pause_at: float
 ) -> tuple[Path, loop.Outcome]:
     main_process, judged = _is_main_process(), sets.middles(kept_back)
-    if not checked and not (out / "checkpoint.safetensors").exists() and main_process:
-        for chosen in learned:
-            overlap.refuse_overlaps(chosen, kept_back)
     torch.manual_seed(job.training.seed % SEEDS)
 
     def report(moment: loop.Moment) -> None:

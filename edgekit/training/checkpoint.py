@@ -22,12 +22,15 @@ class Position:
     job: Hash of everything that decides the run; a checkpoint of another job is refused.
     step: Optimizer steps done. seconds: Time spent in training, over all sittings.
     images: Patches learned from, by all processes; 0 where nobody counts them.
+    best_psnr_db, best_step: The best held-out PSNR that was met on the way, and where; None before any was taken.
     """
 
     job: str
     step: int
     seconds: float
     images: int = 0
+    best_psnr_db: float | None = None
+    best_step: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,14 +166,22 @@ def _train(
     # Each process came here at a moment of its own, and none may stop while the others wait for it.
     (pause_after_seconds,) = broadcast_object_list([pause_after_seconds])
     step, seconds, saved_at = position.step, position.seconds, position.seconds
-    psnr_db, best = math.nan, (-math.inf, 0)
+    psnr_db = math.nan
+    best = (-math.inf if position.best_psnr_db is None else position.best_psnr_db, position.best_step)
 
     def images() -> int:
         return position.images + (step - position.step) * images_per_step
 
     def save() -> None:
         if accelerator.is_main_process:
-            now = checkpoint.Position(job=job.identity, step=step, seconds=seconds, images=images())
+            now = checkpoint.Position(
+                job=job.identity,
+                step=step,
+                seconds=seconds,
+                images=images(),
+                best_psnr_db=best[0] if math.isfinite(best[0]) else None,
+                best_step=best[1],
+            )
             checkpoint.save(path, now, learner, ema, optimizer)
 
     paused = False

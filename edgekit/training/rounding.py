@@ -8,6 +8,7 @@ rounds, ONNX Runtime, behind every convolution and every addition.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -152,9 +153,14 @@ def _of_weights(weight: Tensor) -> tuple[Tensor, Tensor, int]:
     return scale, scale.new_tensor(_MOST_WEIGHT), 2 * _MOST_WEIGHT
 
 
+def has_form(net: Denoiser) -> TypeGuard[MobileUnet | PlainUnet]:
+    """Return whether a network is one that can be trained with the rounding of INT8."""
+    return isinstance(net, MobileUnet | PlainUnet)
+
+
 def places(net: Denoiser) -> tuple[list[nn.Module], list[nn.Module]]:
     """Return the modules whose first input is rounded, and those whose result is; raises as `Rounding`."""
-    if not isinstance(net, MobileUnet | PlainUnet):
+    if not has_form(net):
         raise InputError(
             f"training.rounding: {type(net).__name__} has no INT8 form to be trained for",
             remedy="leave it out, or take a student",
