@@ -75,7 +75,7 @@ def export_onnx(net: nn.Module, *, channels: int, takes_sigma: bool, stride: int
             raise IntegrityError(
                 f"{out}: at {height}x{width} the exported graph differs from the network by {change:.2g} of the "
                 f"largest value; at most {MOST_CHANGE:g} is right",
-                remedy="look for Python code in forward() that fixes a shape, the noise level or another value while tracing",
+                remedy="look for Python code in forward() that fixes a shape, the noise level or another value",
             )
     write(model, out)
     return out
