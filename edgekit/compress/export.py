@@ -197,7 +197,7 @@ def restore_channel_order(
         if colours == 1:
             continue
         order = np.arange(block * colours).reshape(block, colours).T.ravel()
-        behind = readers[node.output[0]]
+        behind = readers.get(node.output[0], [])
         own = [n.input[1] for n in behind if n.op_type == "Conv" and n.input[1] in weights and group_count(n) == 1]
         if len(own) == len(behind) and all(len(readers[name]) == 1 for name in own):
             for name in own:
