@@ -139,6 +139,25 @@ def test_a_graph_whose_operators_are_followed_with_other_settings_only_stays_as_
     assert "residual trunks keep their basis: node" in caplog.text
 
 
+def test_a_trunk_that_an_embedding_of_the_noise_level_is_added_to_gets_another_basis(tmp_path, monkeypatch):
+    class Embedded(torch.nn.Module):
+        channels, takes_sigma, stride = 1, True, 8
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.level = torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.Conv2d(1, 8, 1)
+            self.tail = torch.nn.Conv2d(8, 1, 3, padding=1)
+
+        def forward(self, noisy, sigma):
+            return noisy - self.tail(self.head(noisy) + self.level(sigma))
+
+    monkeypatch.setattr(basis, "DESCENTS", descents(5))
+    torch.manual_seed(0)
+    model = checks.load_onnx(exported(Embedded(), tmp_path))
+    (changed, _) = other_bases(model, PICTURES)
+    assert moved(model, changed) < 1e-4
+
+
 def test_a_graph_with_constants_among_its_nodes_gets_another_basis(nano, monkeypatch):
     monkeypatch.setattr(basis, "DESCENTS", descents(1))
     model = checks.load_onnx(nano)

@@ -241,6 +241,15 @@ class Frozen(Net):
         return noisy * float(noisy.std())
 
 
+class FrozenLevel(Net):
+    """Computes with the noise level in Python."""
+
+    takes_sigma = True
+
+    def forward(self, noisy, sigma):
+        return noisy * float(sigma)
+
+
 class Spectrum(Net):
     """Uses an operator that ONNX has no form for."""
 
@@ -253,6 +262,7 @@ class Spectrum(Net):
     [
         pytest.param(Net(nn.BatchNorm2d(1)), UnsupportedError, "BatchNormalization", id="BatchNorm left"),
         pytest.param(Frozen(), IntegrityError, r"at 40x56 the exported graph differs", id="frozen value"),
+        pytest.param(FrozenLevel(), IntegrityError, r"at 64x96 the exported graph differs", id="frozen noise level"),
         pytest.param(Spectrum(), UnsupportedError, "bessel_j0", id="no such operator"),
     ],
 )

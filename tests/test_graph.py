@@ -416,6 +416,11 @@ def test_the_halo_is_rounded_up_to_the_stride():
             "'frame' (Pad): the file does not say where it begins",
             id="computed padding",
         ),
+        pytest.param(
+            [helper.make_node("Pad", ["noisy", "last"], ["denoised"], "frame", mode="wrap")],
+            "'frame' (Pad): mode wrap",
+            id="the other side",
+        ),
         pytest.param([helper.make_node("Softmax", ["noisy"], ["denoised"], "mix")], "'mix' (Softmax)", id="unknown"),
         pytest.param(
             [

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from edgekit.compress import budget, quantize
 from edgekit.compress.export import export_onnx
 from edgekit.compress.placement import PLACEMENTS, place
 from edgekit.compress.simplify import simplify
+from edgekit.errors import UnsupportedError
 from edgekit.graph import checks, walk
 from edgekit.graph.reference import probe
 from edgekit.pipeline import int8, networks
@@ -47,3 +50,9 @@ def test_ends_that_are_much_of_a_network_stay_integers(tmp_path):
 def test_openvino_rounds_no_results_and_has_the_ends_in_integers(tmp_path):
     graph, found = ends(student("base", tmp_path), "openvino")
     assert found is graph
+
+
+def test_layers_that_dynamic_int8_would_not_leave_in_float_are_refused():
+    int8.refuse("onnxruntime", Quantization(mode="dynamic"))
+    with pytest.raises(UnsupportedError, match=r"keep_float is \[head\], and dynamic INT8 has no float layers"):
+        int8.refuse("onnxruntime", Quantization(mode="dynamic", keep_float=("head",)))

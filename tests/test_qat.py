@@ -120,6 +120,7 @@ def test_a_float_graph_gives_onnx_runtimes_numbers(name, options, tmp_path):
 
 
 W = np.random.RandomState(0).randn
+SHUFFLED = {"parts": (1, 2, 2, 8, 12), "whole": (1, 4, 8, 12)}
 OPERATORS = {
     "strided Conv, uneven pads": ("Conv", [W(2, 2, 3, 3)], {"strides": [2, 2], "pads": [0, 1, 1, 2]}),
     "dilated grouped Conv": ("Conv", [W(4, 1, 3, 3), W(4)], {"group": 2, "dilations": [2, 2], "pads": [2] * 4}),
@@ -144,6 +145,7 @@ OPERATORS = {
     "PRelu": ("PRelu", [W(2, 1, 1)], {}),
     "Softplus": ("Softplus", [], {}),
     "Pow": ("Pow", [np.array(2.0)], {}),
+    "Mod with the sign of what is divided": ("Mod", [np.array(0.3)], {"fmod": 1}),
     "Add": ("Add", [W(1, 2, 1, 1)], {}),
     "Sub": ("Sub", [W(1, 2, 1, 1)], {}),
     "Mul": ("Mul", [W(1, 2, 1, 1)], {}),
@@ -203,12 +205,37 @@ def test_both_orders_of_depth_to_space_are_onnx_runtimes(mode):
         ("Softsign", {}, r"node 'the node' \(Softsign\): an operator"),
         ("ReduceMean", {}, r"\(ReduceMean\): a reduction over all axes"),
         ("MaxPool", {"kernel_shape": [2, 2], "auto_pad": "SAME_UPPER"}, r"\(MaxPool\): auto_pad=SAME_UPPER"),
+        ("ConvTranspose", {"strides": [2, 2], "auto_pad": "SAME_UPPER"}, r"\(ConvTranspose\): auto_pad=SAME_UPPER"),
+        ("Concat", {"axis": 1}, r"\(Concat\): what torch cannot compute so \(Sizes of tensors must match"),
     ],
-    ids=["operator", "all axes", "automatic padding"],
+    ids=["operator", "all axes", "automatic padding", "automatic padding of a transposed one", "one picture alone"],
 )
 def test_what_is_not_followed_is_refused_by_name(operator, attributes, said):
+    constants = {"ConvTranspose": [W(2, 3, 3, 3)], "Concat": [W(1, 3, 8, 8)]}.get(operator, [])
+    two = torch.from_numpy(probe(8, 8, 2, seed=0)).repeat(2, 1, 1, 1)
     with pytest.raises(UnsupportedError, match=said):
-        in_torch(TorchGraph(one_node(operator, [], attributes)), probe(8, 8, 2, seed=0))
+        TorchGraph(one_node(operator, constants, attributes))(two, torch.full((2, 1, 1, 1), SIGMA))
+
+
+def test_channels_that_are_shuffled_by_the_shape_of_one_picture_are_trained_on_several():
+    shapes = [numpy_helper.from_array(np.array(shape, np.int64), name) for name, shape in SHUFFLED.items()]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Reshape", [NOISY, "parts"], ["grouped"], "group"),
+            helper.make_node("Transpose", ["grouped"], ["turned"], "turn", perm=[0, 2, 1, 3, 4]),
+            helper.make_node("Reshape", ["turned", "whole"], ["denoised"], "join"),
+        ],
+        "g",
+        [helper.make_tensor_value_info(NOISY, TensorProto.FLOAT, [1, 4, "h", "w"])],
+        [helper.make_tensor_value_info("denoised", TensorProto.FLOAT, None)],
+        shapes,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    pictures = [probe(8, 12, 4, seed=seed) for seed in range(3)]
+    with torch.no_grad():
+        got = TorchGraph(model)(torch.from_numpy(np.concatenate(pictures)), torch.full((3, 1, 1, 1), SIGMA)).numpy()
+    want = [Reference(model, blocked=False)(noisy, SIGMA) for noisy in pictures]
+    assert np.array_equal(got, np.concatenate(want))
 
 
 def test_a_quantized_layer_gives_onnx_runtimes_integers(nano):

@@ -538,14 +538,64 @@ def test_a_cubic_resize_is_not_called_integer(tmp_path):
     assert found.integer_macs_permille == cost.integer_permille(graph, frozenset(convolutions))
 
 
-def test_an_upsample_of_an_old_opset_stays_what_it_was(tmp_path):
+@pytest.mark.parametrize(("opset", "operator"), [(9, "Upsample"), (10, "Resize")])
+def test_an_upsample_of_an_old_opset_stays_what_it_was(tmp_path, opset, operator):
     up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
     net = seeded(Body(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), up, conv(16, 1)))
-    path = as_others_export(net, tmp_path / "old.onnx", opset=9)
-    assert checks.op_counts(onnx.load(path))["Upsample"] == 1
+    path = as_others_export(net, tmp_path / "old.onnx", opset=opset)
+    assert checks.op_counts(onnx.load(path))[operator] == 1
     model = checks.load_onnx(simplify(path, tmp_path / "simple.onnx"))
     noisy = probe(72, 56, 1, seed=9)
     assert relative_change(Reference(model)(noisy, LEVEL), Reference(onnx.load(path))(noisy, LEVEL)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize("side", [3, 4])
+def test_the_crop_of_a_transposed_convolution_is_written_down(tmp_path, kind, side):
+    up = nn.ConvTranspose2d(16, 16, 2, 2, bias=False)
+    path = as_others_export(seeded(Body(nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(), up, conv(16, 1))), tmp_path / "net.onnx")
+    model = onnx.load(path)
+    (node,) = (n for n in model.graph.node if n.op_type == "ConvTranspose")
+    window = np.random.default_rng(0).standard_normal((16, 16, side, side)).astype(np.float32) / 16
+    walk.initializers(model)[node.input[1]].CopyFrom(numpy_helper.from_array(window, node.input[1]))
+    del node.attribute[:]
+    given = {"auto_pad": kind, "kernel_shape": [side, side], "strides": [2, 2]}
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in given.items())
+    onnx.save(model, path)
+    simple = checks.load_onnx(simplify(path, tmp_path / "simple.onnx"))
+    (made,) = (n for n in simple.graph.node if n.op_type == "ConvTranspose")
+    odd = [0, 0, 1, 1] if kind == "SAME_UPPER" else [1, 1, 0, 0]
+    assert walk.attribute(made, "pads") == (odd if side == 3 else [1] * 4)
+    assert receptive_field(simple).halo_px > 0
+
+
+def test_a_bias_that_is_named_as_none_is_none(tmp_path):
+    path = as_others_export(seeded(Added(conv(1, 16, bias=False), nn.ReLU(), conv(16, 1))), tmp_path / "net.onnx")
+    model = onnx.load(path)
+    next(n for n in model.graph.node if n.op_type == "Conv").input.append("")
+    onnx.save(model, path)
+    simple = simplify(path, tmp_path / "simple.onnx")
+    pictures = [(probe(48, 64, 1, seed=i), LEVEL) for i in range(8)]
+    made = quantize.quantize_static(simple, pictures, tmp_path / "int8.onnx", SETTINGS)
+    assert len(made.integer_nodes) == 2
+
+
+def test_a_shuffle_that_nothing_reads_does_no_harm(tmp_path):
+    class Unread(Body):
+        channels = 3
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, c, h, w = x.shape
+            rows = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, c * 4, h // 2, w // 2)
+            return x - self.body(x) + 0 * F.pixel_shuffle(rows, 2)
+
+    model = onnx.load(as_others_export(seeded(Unread(conv(3, 3))), tmp_path / "net.onnx"))
+    unread = next(n for n in model.graph.node if n.op_type == "DepthToSpace")
+    read = next(n for n in model.graph.node if unread.output[0] in n.input)
+    read.input[list(read.input).index(unread.output[0])] = NOISY
+    model.graph.node.remove(unread)
+    onnx.save(model, tmp_path / "unread.onnx")
+    simplify(tmp_path / "unread.onnx", tmp_path / "simple.onnx")
 
 
 def test_a_network_in_float16_is_refused_by_name(tmp_path):
@@ -630,7 +680,12 @@ def test_the_weights_of_a_norm_are_no_channel_gate_and_a_norm_over_channels_no_g
         def forward(self, x: Tensor) -> Tensor:
             return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
-    for number, norm in enumerate((LayerNorm2d(16), Last())):
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.permute(0, 2, 3, 1)
+            return (y - y.mean(-1, keepdim=True)).permute(0, 3, 1, 2)
+
+    for number, norm in enumerate((LayerNorm2d(16), Last(), Mean())):
         (tmp_path / str(number)).mkdir()
         fp32 = simplified(Body(conv(1, 16), norm, conv(16, 1)), tmp_path / str(number))
         found = {finding.rule for finding in rules.lint(checks.load_onnx(fp32))}

@@ -182,12 +182,10 @@ class _Seen:
     """What was seen of a tensor of c channels.
 
     values: Outlying pixels (c, n).
-    power: Mean square of all its values together, times c.
     harm: How the output's squared error grows with the products of the channels' errors (c, c).
     """
 
     values: Tensor
-    power: float
     harm: Tensor
 
 
@@ -207,12 +205,12 @@ def _learned(
     made_by, readers, stored = producers(model), consumers(model), initializers(model)
     names = {name for trunk in found for name in trunk.planes}
     made = {name: made_by[name] for name in names if made_by[name].op_type == "Conv"}
-    seen = _look(graph, pictures, sorted({*names, *(node.input[0] for node in made.values())}))
+    seen, powers = _look(graph, pictures, sorted(names), sorted({node.input[0] for node in made.values()}))
 
     def maker(result: str) -> _Maker:
         weights = torch.from_numpy(numpy_helper.to_array(stored[made[result].input[1]]).copy())
         taps = weights.shape[2] * weights.shape[3]
-        return _Maker(result=result, weights=weights.flatten(1), power=taps * seen[made[result].input[0]].power)
+        return _Maker(result=result, weights=weights.flatten(1), power=taps * powers[made[result].input[0]])
 
     learned = [dict[str, Tensor]() for _ in DESCENTS]
     for trunk in found:
@@ -250,16 +248,22 @@ def _basis(
     return basis.detach()
 
 
-def _look(graph: TorchGraph, pictures: Calibration, names: Sequence[str]) -> dict[str, _Seen]:
-    """Return what the tensors hold and how the output depends on them.
+def _look(
+    graph: TorchGraph, pictures: Calibration, names: Sequence[str], read: Sequence[str]
+) -> tuple[dict[str, _Seen], dict[str, float]]:
+    """Return what the tensors hold and how the output depends on them; and the power of those that are `read`.
+
+    The power of a tensor is the mean square of all its values together, times its channels. The output need not depend
+    on what is read: that may be the noise level itself.
 
     Random signs at the output's pixels, passed back, have the wanted products of derivatives for their mean products.
     """
     random = torch.Generator().manual_seed(0)
     found: dict[str, list[_Seen]] = {name: [] for name in names}
+    powers = dict.fromkeys(read, 0.0)
     for noisy, sigma in pictures:
         given = torch.from_numpy(noisy).requires_grad_()
-        tensors = graph.tensors(given, torch.full((1, 1, 1, 1), sigma), (*names, DENOISED))
+        tensors = graph.tensors(given, torch.full((1, 1, 1, 1), sigma), {*names, *read, DENOISED})
         denoised = tensors[DENOISED]
         signs = torch.randint(0, 2, denoised.shape, generator=random) * 2.0 - 1.0
         slopes = torch.autograd.grad(denoised, [tensors[name] for name in names], signs)
@@ -267,14 +271,14 @@ def _look(graph: TorchGraph, pictures: Calibration, names: Sequence[str]) -> dic
         weight = 1 / ((sigma + _LEAST_SIGMA) * denoised.numel())
         for name, slope in zip(names, slopes, strict=True):
             found[name].append(_of_picture(tensors[name].detach()[0].flatten(1), slope[0].flatten(1), weight))
-    return {
-        name: _Seen(
-            values=torch.cat([s.values for s in seen], 1),
-            power=sum(s.power for s in seen) / len(seen),
-            harm=torch.stack([s.harm for s in seen]).sum(0),
-        )
+        for name in read:
+            every = tensors[name].detach()[0].flatten(1)[:, ::_STRIDE].square().mean(1, keepdim=True)
+            powers[name] += float(every.sum())
+    joined = {
+        name: _Seen(values=torch.cat([s.values for s in seen], 1), harm=torch.stack([s.harm for s in seen]).sum(0))
         for name, seen in found.items()
     }
+    return joined, {name: power / len(pictures) for name, power in powers.items()}
 
 
 def _of_picture(pixels: Tensor, slope: Tensor, weight: float) -> _Seen:
@@ -282,7 +286,7 @@ def _of_picture(pixels: Tensor, slope: Tensor, weight: float) -> _Seen:
     some = pixels[:, ::_STRIDE]
     squares = some.square().mean(1, keepdim=True)
     outermost = (some / squares.sqrt().clamp(min=_TINY)).norm(dim=0).topk(min(_KEPT, some.shape[1])).indices
-    return _Seen(values=some[:, outermost], power=float(squares.sum()), harm=weight * (slope @ slope.T))
+    return _Seen(values=some[:, outermost], harm=weight * (slope @ slope.T))
 
 
 def _for_planes(basis: Tensor, planes: int) -> Tensor:

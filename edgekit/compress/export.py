@@ -30,7 +30,8 @@ from edgekit.graph.walk import consumers, group_count, initializers
 
 OPSET = 17
 MOST_CHANGE = 1e-4
-_CHECK_SIGMA = 25 / 255
+# Neither is the one that the network is traced with, which it may have taken for a constant.
+_TRACED_SIGMA, _CHECKED_SIGMAS = 25 / 255, (5 / 255, 50 / 255)
 
 
 def export_onnx(net: nn.Module, *, channels: int, takes_sigma: bool, stride: int, out: Path) -> Path:
@@ -54,7 +55,7 @@ def export_onnx(net: nn.Module, *, channels: int, takes_sigma: bool, stride: int
     net = copy.deepcopy(net).cpu().float().eval()
     unit = math.lcm(8, stride)
     sizes = ((8 * unit, 12 * unit), (5 * unit, 7 * unit))
-    model = _traced(net, _example(*sizes[0], channels, takes_sigma, seed=0))
+    model = _traced(net, _example(*sizes[0], channels, _TRACED_SIGMA if takes_sigma else None, seed=0))
     if "BatchNormalization" in op_counts(model):
         raise UnsupportedError(
             f"{type(net).__name__}: the exported graph has a BatchNormalization", remedy="fold it first: compress.fuse"
@@ -65,16 +66,16 @@ def export_onnx(net: nn.Module, *, channels: int, takes_sigma: bool, stride: int
     interface(model, out)
     onnx.checker.check_model(model)
     run = Reference(model)
-    for seed, (height, width) in enumerate(sizes):
-        example = _example(height, width, channels, takes_sigma, seed=seed)
+    for seed, ((height, width), sigma) in enumerate(zip(sizes, _CHECKED_SIGMAS, strict=True)):
+        example = _example(height, width, channels, sigma if takes_sigma else None, seed=seed)
         with torch.inference_mode():
             want = net(*example).numpy()
-        change = relative_change(run(example[0].numpy(), _CHECK_SIGMA), want)
+        change = relative_change(run(example[0].numpy(), sigma), want)
         if not change <= MOST_CHANGE:
             raise IntegrityError(
                 f"{out}: at {height}x{width} the exported graph differs from the network by {change:.2g} of the "
                 f"largest value; at most {MOST_CHANGE:g} is right",
-                remedy="look for Python code in forward() that fixes a shape or a value while tracing",
+                remedy="look for Python code in forward() that fixes a shape, the noise level or another value",
             )
     write(model, out)
     return out
@@ -98,9 +99,9 @@ def write(model: onnx.ModelProto, out: Path) -> None:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _example(height: int, width: int, channels: int, takes_sigma: bool, *, seed: int) -> tuple[Tensor, ...]:
+def _example(height: int, width: int, channels: int, sigma: float | None, *, seed: int) -> tuple[Tensor, ...]:
     noisy = torch.from_numpy(probe(height, width, channels, seed=seed))
-    return (noisy, torch.full((1, 1, 1, 1), _CHECK_SIGMA)) if takes_sigma else (noisy,)
+    return (noisy,) if sigma is None else (noisy, torch.full((1, 1, 1, 1), sigma))
 
 
 def _traced(net: nn.Module, example: tuple[Tensor, ...]) -> onnx.ModelProto:
@@ -196,7 +197,7 @@ def restore_channel_order(
         if colours == 1:
             continue
         order = np.arange(block * colours).reshape(block, colours).T.ravel()
-        behind = readers[node.output[0]]
+        behind = readers.get(node.output[0], [])
         own = [n.input[1] for n in behind if n.op_type == "Conv" and n.input[1] in weights and group_count(n) == 1]
         if len(own) == len(behind) and all(len(readers[name]) == 1 for name in own):
             for name in own:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
@@ -23,6 +23,8 @@ _SIGMAS = (5 / 255, 25 / 255, 50 / 255)
 # Multiples of the largest stride that a network may have.
 _SIZES = ((64, 96), (96, 32), (128, 128))
 _IR_VERSION = 8
+# The first in which a Resize says how it finds its coordinates.
+_LEAST_OPSET_OF_COORDINATES = 11
 _SAME = (b"SAME_UPPER", b"SAME_LOWER")
 
 Simplifier = Callable[[onnx.ModelProto], onnx.ModelProto]
@@ -61,6 +63,7 @@ def simplify(onnx_in: Path, out: Path, *, step: int | None = None, simplifier: S
     given = _with_enough_opset(copied(before), onnx_in)
     after = constants_stored(simplifier(shuffles_named(idle_left_out(given, onnx_in, step))))
     _write_pads(after, onnx_in)
+    _leave_out_omitted(after)
     strip(after)
     _refuse_half(after, onnx_in)
     _name_channels(after)
@@ -88,6 +91,13 @@ def simplify(onnx_in: Path, out: Path, *, step: int | None = None, simplifier: S
     return out
 
 
+def _leave_out_omitted(model: onnx.ModelProto) -> None:
+    """Shorten each node's inputs by those at the end that are omitted: a convolution with an empty bias has none."""
+    for node in model.graph.node:
+        while node.input and not node.input[-1]:
+            node.input.pop()
+
+
 def _write_pads(model: onnx.ModelProto, path: Path) -> None:
     """Say how wide a border is that an operator finds by itself, where it is the same for all pictures; others stay.
 
@@ -95,6 +105,9 @@ def _write_pads(model: onnx.ModelProto, path: Path) -> None:
     Conv(auto_pad=SAME_UPPER, kernel_shape=[4, 4])  ->  Conv(pads=[1, 1, 2, 2], kernel_shape=[4, 4])
     ```
     """
+    for node in model.graph.node:
+        if node.op_type == "ConvTranspose" and attribute(node, "auto_pad") in _SAME:
+            _write_pads_of_transposed(node)
     kinds = ("Conv", "MaxPool", "AveragePool")
     automatic = [n for n in model.graph.node if n.op_type in kinds and attribute(n, "auto_pad") in _SAME]
     if not automatic:
@@ -111,11 +124,32 @@ def _write_pads(model: onnx.ModelProto, path: Path) -> None:
             continue
         axes = zip(sides, window, strides, attribute(node, "dilations") or (1, 1), strict=True)
         # As many results as ceil(side / by); the odd pixel lies where the kind says.
-        widths = [max((-(-n // by) - 1) * by + (size - 1) * apart + 1 - n, 0) for n, size, by, apart in axes]
-        less, more = [width // 2 for width in widths], [-(-width // 2) for width in widths]
-        pads = less + more if attribute(node, "auto_pad") == b"SAME_UPPER" else more + less
-        node.attribute.remove(next(a for a in node.attribute if a.name == "auto_pad"))
-        node.attribute.append(helper.make_attribute("pads", pads))
+        _set_pads(node, [max((-(-n // by) - 1) * by + (size - 1) * apart + 1 - n, 0) for n, size, by, apart in axes])
+
+
+def _write_pads_of_transposed(node: onnx.NodeProto) -> None:
+    """Say by how much a transposed convolution crops so that its result is as large as its strides say."""
+    window, strides = attribute(node, "kernel_shape"), attribute(node, "strides") or (1, 1)
+    if not window or attribute(node, "output_shape"):
+        return
+    axes = zip(
+        window,
+        strides,
+        attribute(node, "dilations") or (1, 1),
+        attribute(node, "output_padding") or (0, 0),
+        strict=True,
+    )
+    widths = [(size - 1) * apart + 1 + more - by for size, by, apart, more in axes]
+    if min(widths) >= 0:
+        _set_pads(node, widths)
+
+
+def _set_pads(node: onnx.NodeProto, widths: Sequence[int]) -> None:
+    """Have a node whose border was automatic pad by these widths, both sides of an axis together."""
+    less, more = [width // 2 for width in widths], [-(-width // 2) for width in widths]
+    pads = less + more if attribute(node, "auto_pad") == b"SAME_UPPER" else more + less
+    node.attribute.remove(next(a for a in node.attribute if a.name == "auto_pad"))
+    node.attribute.append(helper.make_attribute("pads", pads))
 
 
 def _refuse_half(model: onnx.ModelProto, path: Path) -> None:
@@ -150,7 +184,7 @@ def _with_enough_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     inputs = [value for value in model.graph.input if value.name not in stored]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
-    upsamples = any(node.op_type == "Upsample" for node in model.graph.node)
+    upsamples = opset(model) < _LEAST_OPSET_OF_COORDINATES
     try:
         converted = version_converter.convert_version(model, OPSET)
     except (version_converter.ConvertError, RuntimeError) as error:
@@ -160,7 +194,7 @@ def _with_enough_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         ) from error
     for node in converted.graph.node:
         if node.op_type == "Resize" and upsamples:
-            # No opset has both. onnx's converter leaves out what makes a Resize do as an Upsample did.
+            # onnx's converter leaves out what makes a Resize do as it, or an Upsample, did.
             node.attribute.extend(
                 helper.make_attribute(name, value)
                 for name, value in (("coordinate_transformation_mode", "asymmetric"), ("nearest_mode", "floor"))

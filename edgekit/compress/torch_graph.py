@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from edgekit.compress.torch_operators import ARITHMETIC, HALVES, OPERATORS, OPSETS, Node, read
-from edgekit.errors import UnsupportedError
+from edgekit.errors import UnsupportedError, is_out_of_memory
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA, opset
 from edgekit.graph.cost import infer_shapes
 from edgekit.graph.walk import CONVOLUTIONS, copied, initializers
@@ -265,7 +265,14 @@ class TorchGraph(nn.Module):
             return made
         if node.operator == "DequantizeLinear":
             return found[node.inputs[0]]
-        return OPERATORS[node.operator](node, [self._input(name, found) for name in node.inputs])
+        given = [self._input(name, found) for name in node.inputs]
+        try:
+            return OPERATORS[node.operator](node, given)
+        except (RuntimeError, ValueError, IndexError) as error:
+            # Maps of other dimensions than pictures have, or a shape that holds for one picture alone.
+            if is_out_of_memory(error):
+                raise
+            raise node.unsupported(f"what torch cannot compute so ({str(error).splitlines()[0]})") from error
 
     def _input(self, name: str, found: Mapping[str, Tensor]) -> Tensor | None:
         if not name or name in found:

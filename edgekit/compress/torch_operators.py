@@ -133,6 +133,8 @@ def _conv_transpose(node: Node, given: Given) -> Tensor:
     top, left, bottom, right = node.integers("pads", (0, 0, 0, 0))
     if (top, left) != (bottom, right) or "output_shape" in node.attributes:
         raise node.unsupported("uneven pads or an output_shape")
+    if node.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        raise node.unsupported(f"auto_pad={node.text('auto_pad', '')}")
     return functional.conv_transpose2d(
         _tensor(node, given, 0),
         _tensor(node, given, 1),
@@ -219,6 +221,9 @@ def _reshape(node: Node, given: Given) -> Tensor:
     x, shape = _tensor(node, given, 0), [int(v) for v in _tensor(node, given, 1)]
     if node.integer("allowzero", 0):
         raise node.unsupported("allowzero")
+    if x.dim() > 2 and shape[:1] == [1]:
+        # Graphs are written for one picture, and trained on several.
+        shape[0] = x.shape[0]
     return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(shape)])
 
 
@@ -357,7 +362,9 @@ OPERATORS: dict[str, Callable[[Node, Given], Tensor]] = ARITHMETIC | {
     "Identity": _elementwise(lambda x: x),
     "LeakyRelu": lambda node, given: functional.leaky_relu(_tensor(node, given, 0), node.number("alpha", 0.01)),
     "MaxPool": _max_pool,
-    "Mod": _arithmetic(torch.remainder),
+    "Mod": lambda node, given: (torch.fmod if node.integer("fmod", 0) else torch.remainder)(
+        _tensor(node, given, 0), _tensor(node, given, 1)
+    ),
     "Neg": _elementwise(torch.neg),
     "PRelu": _prelu,
     "Pad": _pad,

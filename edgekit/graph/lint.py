@@ -28,7 +28,6 @@ _GLOBAL = frozenset({"GlobalAveragePool", "GlobalMaxPool", "InstanceNormalizatio
 # Over an axis, and for a LayerNormalization over all behind it too.
 _OVER_AXES = frozenset({"LayerNormalization", "Softmax"})
 _REDUCTIONS = frozenset({"ReduceMean", "ReduceMax", "ReduceSum"})
-_SPATIAL = frozenset({2, 3})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +60,10 @@ class _Graph:
         """Return the height of a tensor; 0 where it has none."""
         shape = self.shapes.get(tensor, ())
         return shape[2] if len(shape) == 4 else 0
+
+    def both(self, tensor: str) -> tuple[Shape, Shape]:
+        """Return the shape of a tensor at both sizes; axes in which they differ grow with the picture."""
+        return self.shapes.get(tensor, ()), self.larger.get(tensor, ())
 
 
 def lint(model: onnx.ModelProto) -> list[Finding]:
@@ -142,19 +145,21 @@ def _global(graph: _Graph) -> Iterable[Finding]:
 
 
 def _reduces_space(node: onnx.NodeProto, graph: _Graph) -> bool:
+    """Return whether a reduction is over an axis that grows with the picture."""
     if node.op_type not in _REDUCTIONS:
         return False
     axes = next((set(a.ints) for a in node.attribute if a.name == "axes"), set[int]())
     if not axes and len(node.input) > 1 and node.input[1] in (constants := initializers(graph.model)):
         axes = {int(v) for v in onnx.numpy_helper.to_array(constants[node.input[1]])}
-    return not axes or not _SPATIAL.isdisjoint({a % 4 for a in axes})
+    shape, larger = graph.both(node.input[0])
+    return not axes or not shape or any(shape[axis] != larger[axis] for axis in axes)
 
 
 def _mixes_places(node: onnx.NodeProto, graph: _Graph) -> bool:
     """Return whether an operator over axes mixes what lies along an axis that grows with the picture."""
     if node.op_type not in _OVER_AXES:
         return False
-    shape, larger = (shapes.get(node.input[0], ()) for shapes in (graph.shapes, graph.larger))
+    shape, larger = graph.both(node.input[0])
     axis = attribute(node, "axis")
     first = -1 if axis is None else int(axis)
     axes = slice(first, None) if node.op_type == "LayerNormalization" else slice(first, first + 1 or None)

@@ -16,7 +16,7 @@ from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY
 from edgekit.graph.cost import folded, infer_shapes
 from edgekit.graph.resizing import resizing
-from edgekit.graph.walk import constants_stored, consumers, initializers, producers
+from edgekit.graph.walk import attribute, constants_stored, consumers, initializers, producers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +226,8 @@ def _shift(node: onnx.NodeProto, constants: Mapping[str, NDArray[np.generic]]) -
     """
     if node.op_type not in ("Pad", "Slice"):
         return {}
+    if attribute(node, "mode") == b"wrap":
+        raise UnsupportedError(f"node '{node.name}' (Pad): mode wrap; it looks at the picture's other side")
     named = dict(zip(_INPUTS[node.op_type], node.input[1:], strict=False))
     given = {role: [int(v) for v in np.ravel(constants[n])] for role, n in named.items() if n in constants}
     begins = [-v for v in given["pads"][: len(given["pads"]) // 2]] if "pads" in given else given.get("starts", [])
@@ -244,11 +246,10 @@ def _holds_tensor(node: onnx.NodeProto) -> bool:
 
 
 def _axes(node: onnx.NodeProto, constants: Mapping[str, NDArray[np.generic]]) -> tuple[int, ...]:
-    for attribute in node.attribute:
-        if attribute.name == "axes":
-            return tuple(attribute.ints)
-        if attribute.name == "axis":
-            return (attribute.i,)
+    if (axes := attribute(node, "axes")) is not None:
+        return tuple(axes)
+    if (axis := attribute(node, "axis")) is not None:
+        return (axis,)
     given = constants.get(node.input[1]) if node.op_type.startswith("Reduce") and len(node.input) > 1 else None
     return () if given is None else tuple(int(v) for v in np.ravel(given))
 

@@ -112,7 +112,7 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
             "int8_drop_db": int8_drop_db(recipe.budgets, student.model),
             "int8_worst_db": int8_worst_db(recipe.budgets, student.model),
             "threads": torch.get_num_threads() if settings.qat.steps or settings.change_basis else 0,
-            "saturates": settings.reduce_range == "auto" and quantize.narrowed(where),
+            "saturates": settings.reduce_range != "always" and quantize.narrowed(where),
         },
         code=(
             "compress",
@@ -138,6 +138,11 @@ def refuse(engine: Engine, settings: Quantization) -> None:
         raise UnsupportedError(
             f"dynamic INT8 is ONNX Runtime's alone, not the engine's '{engine}'",
             remedy="set quantization.mode=static",
+        )
+    if settings.keep_float and settings.mode == "dynamic":
+        raise UnsupportedError(
+            f"quantization.keep_float is [{', '.join(settings.keep_float)}], and dynamic INT8 has no float layers",
+            remedy="leave it out, or set quantization.mode=static",
         )
     if settings.keep_float and not placement.PLACEMENTS[PLACEMENTS[engine]].floats:
         raise UnsupportedError(
