@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from onnx import numpy_helper
+from torch import nn
 
 from edgekit import models
 from edgekit.compress import budget, quantize
@@ -19,7 +20,7 @@ from edgekit.compress.simplify import simplify
 from edgekit.compress.torch_graph import TorchGraph
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, UnsupportedError
-from edgekit.graph import checks, walk
+from edgekit.graph import checks, float_layers, walk
 from edgekit.graph.reference import Reference, agreement_db, feeds, probe, relative_change, session_options
 from edgekit.measure import host
 from edgekit.models.blocks import InvertedResidual
@@ -231,6 +232,44 @@ def test_everything_released_is_the_float_graph(prepared, name):
     assert not checks.is_quantized(model)
     noisy = probe(48, 64, 1, seed=20)
     assert relative_change(opened(model)(noisy, SIGMA), opened(prepared.model)(noisy, SIGMA)) < 1e-5
+
+
+def test_onnxruntime_computes_in_float_what_was_released(prepared, tmp_path):
+    quantized = placed(prepared, "onnxruntime")
+    names = walk.integer_convolutions(quantized)
+    assert len(names) > 20
+    for name in names:
+        released = release(quantized, [name], PLACEMENTS["onnxruntime"], prepared.model)
+        counts = Counter(
+            n.op_type for n in optimized(float_layers.kept(released), tmp_path / "optimized.onnx").graph.node
+        )
+        assert (counts["QLinearConv"], counts["Conv"] + counts["FusedConv"]) == (len(names) - 1, 1), name
+    # The last of these lies between two pairs, where ONNX Runtime rounds its weights if nothing is done about it.
+    inner = release(quantized, ["/decoder.1/decoder.1.1/project/project.0/Conv"], PLACEMENTS["onnxruntime"])
+    assert walk.float_convolutions(inner)
+    as_it_is = optimized(inner, tmp_path / "optimized.onnx")
+    assert not any(n.op_type in ("Conv", "FusedConv") for n in as_it_is.graph.node)
+
+
+@pytest.mark.parametrize("convolution", ["conv", "transposed"])
+@pytest.mark.parametrize("behind", [nn.Identity(), nn.ReLU(), nn.ReLU6()], ids=["nothing", "relu", "clip"])
+def test_a_float_layer_between_integers_gives_what_its_float_weights_say(tmp_path, convolution, behind):
+    torch.manual_seed(0)
+    layer = {"conv": nn.Conv2d(8, 8, 3, padding=1), "transposed": nn.ConvTranspose2d(8, 8, 3, padding=1)}[convolution]
+    with torch.no_grad():
+        # One grid for all of them is coarse for the others.
+        (layer.weight[0] if convolution == "conv" else layer.weight[:, 0]).mul_(20)
+    last = [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1)]
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), layer, behind, *last)
+    path = export_onnx(net.eval(), channels=1, takes_sigma=False, stride=8, out=tmp_path / "a.onnx")
+    made = quantize.prepare(simplify(path, tmp_path / "simple.onnx"), PICTURES, ONE_BASIS, WIDE_SUMS)
+    middle = [n.name for n in made.model.graph.node if n.op_type in walk.CONVOLUTIONS][1]
+    model = release(placed(made, "onnxruntime"), [middle], PLACEMENTS["onnxruntime"], made.model)
+    assert walk.float_convolutions(model) == (middle,)
+    noisy = PICTURES[0][0]
+    exact = Reference(model, exact=True)(noisy, SIGMA)
+    peak = np.abs(exact).max()
+    assert agreement_db(opened(model)(noisy, SIGMA) / peak, exact / peak) > 45
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])

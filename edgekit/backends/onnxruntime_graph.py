@@ -1,4 +1,4 @@
-"""Graphs that compute the same in less time: what ONNX Runtime's kernels ask for, and it does not do by itself.
+"""Graphs as ONNX Runtime is to compute them: layers in float stay so, and the others take less time.
 
 ```
 conv - Q - DQ - DepthToSpace - Q - DQ    ->   conv - Q - Transpose, Reshape - DQ      (channels last in between)
@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edgekit.graph import walk
+from edgekit.graph import float_layers, walk
 from edgekit.graph.shuffle import channels_by_plane, way_up
 from edgekit.graph.walk import PAIR, attribute, consumers, copied, initializers, producers, stored_behind
 
@@ -29,7 +29,7 @@ class _Moves(NamedTuple):
 
 def rewritten(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a QDQ graph for one picture at a time that computes the same; what has no such nodes stays as it is."""
-    return shuffles_with_channels_last(channels_by_plane(model))
+    return shuffles_with_channels_last(channels_by_plane(float_layers.kept(model)))
 
 
 def shuffles_with_channels_last(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -202,12 +202,16 @@ def release(
                 node.input[index] = _float_constant(model, source, originals)
     integer = _integer_nodes(model, made_by, placement) - frozenset(names)
 
-    def read_unrounded(node: onnx.NodeProto) -> bool:
+    def read_unrounded(node: onnx.NodeProto, but: str | None = None) -> bool:
         """Return whether that changed what a node reads."""
         before = list(node.input)
         for index, name in enumerate(node.input):
             raw = _before_pair(name, made_by)
-            if raw is not None and not (placement.results and _is_integer(made_by.get(raw), integer, made_by)):
+            if (
+                raw is not None
+                and raw != but
+                and not (placement.results and _is_integer(made_by.get(raw), integer, made_by))
+            ):
                 node.input[index] = raw
         return before != list(node.input)
 
@@ -215,8 +219,8 @@ def release(
     for node in model.graph.node:
         if node.op_type in PAIR or _moves(node) or _is_between(node) or node.name in integer:
             continue
-        if node.output[0] != last or not _reads_picture(node, made_by):
-            read_unrounded(node)
+        # What the picture is subtracted from meets the rounded one as long as a convolution reads that.
+        read_unrounded(node, but=NOISY if node.output[0] == last else None)
     drop_unread(model)
     # One behind the other, the last one first.
     while any(

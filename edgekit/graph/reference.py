@@ -13,6 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from edgekit.errors import InputError, UnsupportedError, is_out_of_memory
+from edgekit.graph import float_layers
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA
 
 Array = NDArray[np.float32]
@@ -84,7 +85,8 @@ class Reference:
     Args:
         model: The graph.
         exact: Compute quantized operators in floats, between the pairs as the graph has them. Else ONNX Runtime makes
-            8-bit kernels of them, whose sums of two products saturate on x86 without VNNI.
+            8-bit kernels of them, whose sums of two products saturate on x86 without VNNI; of those alone whose weights
+            are quantized (`float_layers`).
         blocked: Let ONNX Runtime rewrite convolutions for channels in blocks, as it does by default. Such a one takes
             fewer channels than it has weights for, where the block fills them up (16 with AVX-512), and is not refused.
         name: Of the graph, for the errors.
@@ -104,7 +106,9 @@ class Reference:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         with runtime_errors(f"{name}: ONNX Runtime cannot load it", "export it again"):
             self._session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                (model if exact else float_layers.kept(model)).SerializeToString(),
+                options,
+                providers=["CPUExecutionProvider"],
             )
         self._takes_sigma = SIGMA in {i.name for i in self._session.get_inputs()}
 
