@@ -115,10 +115,15 @@ def record(path: Path, into: type[T], *, kind: str, version: int, called: str, a
         again: The remedy.
 
     Raises:
-        InputError: A file of another kind, or of another version of edgekit. IntegrityError: It is damaged.
+        InputError: It cannot be read, or is of another kind or another version of edgekit.
+        IntegrityError: It is damaged.
     """
     try:
         raw = dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}", remedy="allow access to it, or remove it"
+        ) from error
     except (ValueError, TypeError) as error:
         raise IntegrityError(f"{path}: is not {called}: {error}", remedy=again) from error
     if (given := raw.pop("kind", None)) != kind:
