@@ -314,6 +314,13 @@ def test_the_record_is_the_same_byte_for_byte_in_any_order_and_on_every_rerun(cw
     assert (cwd / "a/run.json").read_bytes() == record
 
 
+def test_a_name_that_is_not_utf_8_survives_the_record(cwd):
+    identity = {"model": os.fsdecode(b"caf\xe9.onnx")}
+    for _ in range(2):
+        with run.open_run(cwd / "r", identity):
+            assert run.read_identity(cwd / "r") == identity
+
+
 def test_dates_and_seconds_lie_beside_the_record(cwd):
     with run.open_run(cwd / "r", IDENTITY) as opened:
         make(opened, [])
