@@ -75,7 +75,7 @@ def list_pictures(folder: Path) -> tuple[Path, ...]:
         try:
             path.name.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"{folder}: the name {ascii(path.name)} is not UTF-8", remedy="rename the file") from error
+            raise InputError(f"{folder}: the name {path.name!a} is not UTF-8", remedy="rename the file") from error
     return tuple(sorted(found, key=lambda path: path.name))
 
 
