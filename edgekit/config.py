@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import typing
@@ -114,10 +115,15 @@ def record(path: Path, into: type[T], *, kind: str, version: int, called: str, a
         again: The remedy.
 
     Raises:
-        InputError: A file of another kind, or of another version of edgekit. IntegrityError: It is damaged.
+        InputError: It cannot be read, or is of another kind or another version of edgekit.
+        IntegrityError: It is damaged.
     """
     try:
         raw = dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}", remedy="allow access to it, or remove it"
+        ) from error
     except (ValueError, TypeError) as error:
         raise IntegrityError(f"{path}: is not {called}: {error}", remedy=again) from error
     if (given := raw.pop("kind", None)) != kind:
@@ -193,8 +199,9 @@ def _override(tree: CommentedMap, text: str, flag: str = "--set") -> None:
     at: CommentedMap = tree
     *parents, last = name.split(".")
     for parent in parents:
-        if not isinstance(at.get(parent), CommentedMap):
-            at[parent] = CommentedMap()
+        known = at.get(parent)
+        # A copy, for YAML's aliases are one object in all their places.
+        at[parent] = copy.copy(known) if isinstance(known, CommentedMap) else CommentedMap()
         at = at[parent]
     try:
         at[last] = YAML(typ="rt").load(StringIO(value))
@@ -207,7 +214,7 @@ def _explain(
 ) -> str:
     """Return one line on the first unknown key or else the first error: place, what is wrong, found and meant."""
     error = next((e for e in errors if e["type"] in _UNKNOWN), errors[0])
-    location = _location(error)
+    location = _location(tree, error)
     dotted = ".".join(str(part) for part in location)
     set_here = [o for o in overrides if _overlap(o.partition("=")[0], dotted)]
     where = f"--set {set_here[-1]}" if set_here else f"{path}:{_line(tree, location)}"
@@ -219,14 +226,20 @@ def _explain(
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{where}: key '{dotted}' is missing; add it"
         case _:
-            told = (e["msg"].removeprefix("Value error, ") for e in errors if _location(e) == location)
+            told = (e["msg"].removeprefix("Value error, ") for e in errors if _location(tree, e) == location)
             same = dict.fromkeys(text.removeprefix("Input should be ") for text in told)
             expected = "expected " if error["msg"].startswith("Input should be") else ""
             return f"{where}: '{dotted}' is {found}; {expected}{' or '.join(same)}"
 
 
-def _location(error: ErrorDetails) -> Location:
-    return tuple(part for part in error["loc"] if not _is_union_tag(part))
+def _location(tree: CommentedMap, error: ErrorDetails) -> Location:
+    """Return where an error is, without pydantic's names of alternatives; a key of the file may be called like one."""
+    location, at = list[str | int](), tree
+    for part in error["loc"]:
+        if (there := isinstance(at, CommentedMap) and part in at) or not _is_union_tag(part):
+            location.append(part)
+        at = at[part] if there else at
+    return tuple(location)
 
 
 def _overlap(one: str, other: str) -> bool:

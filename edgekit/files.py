@@ -129,8 +129,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write a JSON object atomically, with sorted keys, so that equal values give equal bytes."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        # What is no Unicode in the name of a file becomes JSON's own escape of it.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def sha256(path: Path) -> str:

@@ -107,6 +107,9 @@ class Run:
                 for p in sorted(temporary.rglob("*"))
                 if p.is_file()
             }
+            if self._stages.pop(name, None):
+                # Who is killed before the new record is written has a stage to make again, and not one that changed.
+                self._write()
         stage = Stage(
             name=name,
             folder=folder,

@@ -638,6 +638,14 @@ def test_a_tile_that_the_teacher_beside_it_does_not_take_is_refused(call, cwd):
     assert list(cwd.iterdir()) == []
 
 
+def test_a_dry_run_asks_a_runs_own_recipe_which_tiles_it_takes(call, cwd):
+    """Without a teacher a tile need not be one of the teacher's."""
+    file = write_target(cwd / "odd.yaml", "odd", LIMITS["kept"])
+    edit(file, "precision: int8", "precision: float32\ninput: {height: 60, width: 60}")
+    assert call("-q", "compile", "control", "-t", "odd.yaml", "-o", "r", "--set", "teacher=null").code == 0
+    assert call("-q", "compile", "r", "-t", "odd.yaml", "--dry-run").out == "would compile r for odd\n"
+
+
 # Run folders and bundles
 
 

@@ -150,6 +150,25 @@ def test_an_override_changes_one_setting(tiny, override, of):
     assert dataclasses.replace(changed, **{section: getattr(recipe.load(tiny), section)}) == recipe.load(tiny)
 
 
+@pytest.mark.parametrize("key", ["int", "float", "str", "bool", "a[0]"])
+def test_an_unknown_key_that_is_called_like_a_type_is_told_like_any_other(tiny, key):
+    assert f"--set {key}=3: unknown key '{key}'; " in refusal(tiny, f"{key}=3")
+    assert f"unknown key 'training.{key}'; " in refusal(tiny, f"training.{key}=3")
+    with tiny.open("a", encoding="utf-8") as file:
+        file.write(f'"{key}": 3\n')
+    assert f"unknown key '{key}'; " in refusal(tiny)
+
+
+def test_an_override_changes_one_place_of_what_an_alias_puts_in_two(cwd):
+    (cwd / "two.yaml").write_text(
+        "schema_version: 1\nname: two\ndescription: d\n"
+        "teacher: &net\n  model: base\n  options: {width: 8}\nstudent: *net\n"
+    )
+    loaded = recipe.load(cwd / "two.yaml", ("student.model=nano", "student.options.width=16"))
+    assert loaded.teacher == recipe.Model(model="base", options={"width": 8})
+    assert loaded.student == recipe.Model(model="nano", options={"width": 16})
+
+
 def test_the_last_of_several_overrides_wins(tiny):
     assert recipe.load(tiny, ("training.steps=7", "training.steps=8")).training.steps == 8
 

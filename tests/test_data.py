@@ -176,6 +176,13 @@ def test_a_folder_without_pictures_says_what_was_looked_for(tmp_path):
         photos.list_pictures(tmp_path / "file")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a file system that takes any bytes for a name")
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
+    with pytest.raises(InputError, match=r"the name 'caf\\udce9\.png' is not UTF-8; rename the file"):
+        photos.list_pictures(tmp_path)
+
+
 @pytest.mark.parametrize(("channels", "height", "width"), LEAVES_GOLDEN, ids=["gray", "colour"])
 def test_dead_leaves_have_the_recorded_bits(channels, height, width):
     made = dead_leaves(7, height, width, channels)

@@ -125,6 +125,42 @@ def test_a_stage_that_fails_leaves_nothing_and_is_made_the_next_time(cwd):
     assert made == ["first"]
 
 
+@pytest.mark.parametrize("step", ["old one half removed", "old one removed", "new one there"])
+def test_a_stage_that_is_made_again_and_killed_anywhere_is_made_the_next_time(cwd, monkeypatch, step):
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    def half_removed(path: Path, *, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            (path / "drawn.bin").unlink()
+            killed()
+
+    def work(out: Path) -> dict[str, object]:
+        (out / "drawn.bin").write_bytes(os.urandom(8))
+        return {}
+
+    def draw(opened: Run, *, again: bool = False) -> Stage:
+        return opened.stage(
+            "drawn", number=1, inputs={}, settings={}, code=(), packages=(), work=work, again=lambda known: again
+        )
+
+    write = Run._write
+    with run.open_run(cwd / "r", IDENTITY) as opened:
+        first = draw(opened)
+    with run.open_run(cwd / "r", IDENTITY) as opened, monkeypatch.context() as patched:
+        if step == "new one there":
+            patched.setattr(Run, "_write", lambda self: killed() if self.stages() else write(self))
+        elif step == "old one removed":
+            patched.setattr(Path, "rename", killed)
+        else:
+            patched.setattr(shutil, "rmtree", half_removed)
+        with pytest.raises(KeyboardInterrupt):
+            draw(opened, again=True)
+    with run.open_run(cwd / "r", IDENTITY) as opened:
+        assert draw(opened).files != first.files
+    assert [stage.name for stage in run.read_stages(cwd / "r")] == ["drawn"]
+
+
 def test_a_stage_whose_folder_was_deleted_is_made_again(cwd):
     made: list[str] = []
     with run.open_run(cwd / "r", IDENTITY) as opened:
@@ -276,6 +312,13 @@ def test_the_record_is_the_same_byte_for_byte_in_any_order_and_on_every_rerun(cw
     with run.open_run(cwd / "a", IDENTITY) as opened:
         make(opened, [])
     assert (cwd / "a/run.json").read_bytes() == record
+
+
+def test_a_name_that_is_not_utf_8_survives_the_record(cwd):
+    identity = {"model": os.fsdecode(b"caf\xe9.onnx")}
+    for _ in range(2):
+        with run.open_run(cwd / "r", identity):
+            assert run.read_identity(cwd / "r") == identity
 
 
 def test_dates_and_seconds_lie_beside_the_record(cwd):

@@ -1,7 +1,10 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from edgekit.errors import InputError
+from edgekit.measure import statistics
 from edgekit.measure.statistics import Interval, median_interval, paired_difference, sign_test_interval
 
 
@@ -19,6 +22,23 @@ def values() -> list[float]:
 def test_the_same_seed_gives_the_same_interval_and_another_seed_another(values, interval):
     assert interval(values, seed=3) == interval(values, seed=3)
     assert interval(values, seed=3) != interval(values, seed=4)
+
+
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("at_once", [1, 1000, 10**9])
+def test_an_interval_is_the_same_however_much_is_drawn_at_once(values, monkeypatch, at_once, block):
+    whole = median_interval(values, block=block)
+    monkeypatch.setattr(statistics, "_AT_ONCE", at_once)
+    assert median_interval(values, block=block) == whole
+
+
+def test_many_values_take_no_more_memory_than_few():
+    tracemalloc.start()
+    try:
+        median_interval(np.arange(20_000.0).tolist(), block=27)
+        assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_estimates_are_the_mean_and_the_median(values):

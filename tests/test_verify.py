@@ -771,6 +771,54 @@ def test_no_verdict_is_left_beside_a_bundle_that_changed(made, tmp_path, named, 
     assert not report.exists()
 
 
+def test_no_verdict_is_given_on_a_bundle_that_was_compiled_anew_meanwhile(copied, monkeypatch):
+    measured = verify._time
+
+    def meanwhile(*arguments):
+        found = measured(*arguments)
+        changed(copied, manifest={"protocol": {"sigma255": 15.0}})
+        return found
+
+    monkeypatch.setattr(verify, "_time", meanwhile)
+    with pytest.raises(InputError, match="bundle: was compiled anew while it was verified; verify it again"):
+        judged(copied)
+
+
+def test_a_device_is_timed_with_what_was_there_when_it_began(copied, monkeypatch):
+    manifest = bundle.read(copied)
+    ran = bench._run_session
+
+    def meanwhile(*arguments):
+        found = ran(*arguments)
+        _offset_artifact(copied, 1e-4)
+        changed(copied)
+        return found
+
+    monkeypatch.setattr(bench, "_run_session", meanwhile)
+    found = bench.bench(copied, "local", settings=bench.Settings(warm_up=0, runs=1, seconds=0))
+    assert found.artifact_sha256 == manifest.chain[-1].sha256
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file that not even root can read")
+def test_what_cannot_be_read_decides_nothing_and_leaves_no_verdict(copied):
+    baselines = Path("results/baselines")
+    baselines.mkdir(parents=True)
+    for unreadable in (Path("bundle.bench.old.json"), baselines / "stray.json"):
+        unreadable.symlink_to("/proc/self/mem")
+    found = judged(copied)
+    assert found.verdict == "pass"
+    assert [why.partition(": ")[0] for why in found.refused] == [
+        "bundle.bench.old.json",
+        "results/baselines/stray.json",
+    ]
+    written = verify.write(found, bundle.report_path(copied))
+    (copied / "README.md").unlink()
+    (copied / "README.md").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error"):
+        judged(copied)
+    assert not written.exists()
+
+
 def test_a_limit_of_the_wrong_type_is_refused_by_name(copied):
     with pytest.raises(IntegrityError, match="size_mib"):
         judged(changed(copied, manifest={"target": {"limits": {"size_mib": "small"}}}))

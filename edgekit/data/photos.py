@@ -62,7 +62,8 @@ def list_pictures(folder: Path) -> tuple[Path, ...]:
     The order is that of the names' code points, on every machine: the noise of a picture hangs on its place.
 
     Raises:
-        InputError: The folder is missing, is no folder, or holds no file with one of `EXTENSIONS`.
+        InputError: The folder is missing, is no folder, or holds no file with one of `EXTENSIONS`, or one whose name
+            is not UTF-8: names stand in records and on pages.
     """
     if not folder.is_dir():
         state = "is not a folder" if folder.exists() else "no such folder"
@@ -70,6 +71,11 @@ def list_pictures(folder: Path) -> tuple[Path, ...]:
     found = [path for path in folder.iterdir() if _looks_like_picture(path)]
     if not found:
         raise InputError(f"{folder}: holds no pictures", remedy=f"looked for {', '.join(EXTENSIONS)}")
+    for path in found:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{folder}: the name {path.name!a} is not UTF-8", remedy="rename the file") from error
     return tuple(sorted(found, key=lambda path: path.name))
 
 

@@ -7,7 +7,7 @@ chapter 13).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from edgekit.errors import InputError
 
 RESAMPLES = 2000
+# Values that are drawn at once, so that memory does not grow with theirs.
+_AT_ONCE = 1_000_000
 
 Values = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -92,7 +94,7 @@ def _interval(
     _require_confidence(confidence)
     if not 1 <= block <= len(values):
         raise InputError(f"blocks of {block} cannot be drawn from {len(values)} values")
-    resampled = statistic(values[_draws(len(values), block, seed)])
+    resampled = np.concatenate([statistic(values[drawn]) for drawn in _draws(len(values), block, seed)])
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(estimate=float(statistic(values[None])[0]), low=float(low), high=float(high), confidence=confidence)
 
@@ -113,12 +115,15 @@ def _values_outside(count: int, confidence: float) -> int:
         outside += 1
 
 
-def _draws(count: int, block: int, seed: int) -> Indices:
-    """Return which values each resample takes, (RESAMPLES, count): runs of `block` that wrap around the end."""
+def _draws(count: int, block: int, seed: int) -> Iterator[Indices]:
+    """Give which values the `RESAMPLES` take, some at a time, (n, count): runs of `block` that wrap around the end."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    starts = rng.integers(count, size=(RESAMPLES, math.ceil(count / block), 1))
-    runs: Indices = (starts + np.arange(block)) % count
-    return runs.reshape(RESAMPLES, -1)[:, :count]
+    step = max(1, _AT_ONCE // count)
+    for first in range(0, RESAMPLES, step):
+        resamples = min(step, RESAMPLES - first)
+        starts = rng.integers(count, size=(resamples, math.ceil(count / block), 1))
+        runs: Indices = (starts + np.arange(block)) % count
+        yield runs.reshape(resamples, -1)[:, :count]
 
 
 def _row_means(rows: Values) -> Values:

@@ -141,6 +141,9 @@ def bench(path: Path, device: str, *, settings: Settings | None = None, say: Say
     """
     settings = settings or Settings()
     opened = _open(path)
+    shipped = artifact_files(path, opened.built.files)
+    # Of what is about to run; another may lie there when it has run.
+    artifact_sha256 = combined_sha256(shipped)
     with devices.find(device) as runner:
         before = runner.facts()
         say(f"{opened.target.name}: measuring on {runner.label}")
@@ -148,12 +151,11 @@ def bench(path: Path, device: str, *, settings: Settings | None = None, say: Say
         after = runner.facts()
         counted, reason = _counted(opened, runner, settings, say)
         kind, level = runner.kind, _level(runner, before)
-    shipped = artifact_files(path, opened.built.files)
     return Measurement(
         target=opened.target.name,
         model=opened.manifest.model.name,
         precision=opened.built.precision,
-        artifact_sha256=combined_sha256(shipped),
+        artifact_sha256=artifact_sha256,
         device=kind,
         level=level,
         variant=ran.variant,

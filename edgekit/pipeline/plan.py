@@ -78,7 +78,7 @@ def check_model(
     else:
         network = networks.named(what, weights)
         name, channels, stride = network.name, network.net.channels, network.net.stride
-    recipe = compiling.default_recipe(name, channels, overrides)
+    recipe = compiling.recipe_of(path) if path.is_dir() else compiling.default_recipe(name, channels, overrides)
     compiling.check_tiles(name, compiling.tile_step(stride, recipe), targets)
     return what
 

@@ -117,7 +117,8 @@ def verify(
         say: Told what is being done.
 
     Raises:
-        InputError: No bundle, or a named record is none. UnsupportedError: A graph that cannot be evaluated.
+        InputError: No bundle, one that was compiled anew meanwhile, or a named record is none.
+        UnsupportedError: A graph that cannot be evaluated.
         IntegrityError: A file of the bundle changed; a named record is damaged, or is of another artifact.
     """
     settings, path = settings or Settings(), Path(path)
@@ -129,7 +130,11 @@ def verify(
     # A record that the user named wrongly says nothing of the bundle.
     measured = _measured(path, named, artifact_sha256, golden, manifest)
     with _no_report_left(path):
-        return _judged(path, manifest, golden, measured, settings, say)
+        report = _judged(path, manifest, golden, measured, settings, say)
+    # It takes a while, and nothing keeps another process from compiling meanwhile.
+    if bundle.read(path) != manifest:
+        raise InputError(f"{path}: was compiled anew while it was verified", remedy="verify it again")
+    return report
 
 
 def _judged(
@@ -184,7 +189,7 @@ def _no_report_left(path: Path) -> Iterator[None]:
     """Remove the report that lies beside a bundle where it cannot be verified any more."""
     try:
         yield
-    except EdgekitError:
+    except (EdgekitError, OSError):
         report = bundle.report_path(path)
         if report.is_file():
             report.unlink()
