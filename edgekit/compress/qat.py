@@ -137,7 +137,7 @@ def identity(qdq: Path, fp32: Path, pictures: Pictures, sigma: tuple[float, floa
             [hashlib.sha256(p.tobytes()).hexdigest() for p in pictures],
             list(sigma),
             asdict(settings),
-            run.code_sha256(("compress", "training", "recipe", "data")),
+            run.code_sha256(("compress", "graph", "training", "recipe", "data")),
             torch.__version__,
             torch.get_num_threads(),
         ]
