@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from edgekit.pipeline.distill import Distilled
     from edgekit.pipeline.measurement import Measurement
     from edgekit.pipeline.plan import Step
+    from edgekit.recipe import Recipe
     from edgekit.report import Report
+    from edgekit.target import Target
     from edgekit.training.loop import Moment
 
 P = ParamSpec("P")
@@ -191,7 +193,7 @@ def _distill(
     if dry_run:
         from edgekit.pipeline import plan as planning
 
-        _print_steps(planning.plan_training(loaded, output, alone=alone), as_json)
+        _print_steps(planning.plan_training(loaded, output, alone=alone, overwrite=overwrite), as_json)
         return
     from edgekit.pipeline import distill as distilling
 
@@ -346,7 +348,7 @@ def run(
 
     loaded, wanted = recipe.load(recipe_name, overrides), [target.load(t) for t in targets]
     if dry_run:
-        _show_plan(recipe_name, overrides, targets, output, as_json)
+        _show_plan(loaded, wanted, output, as_json, overwrite=overwrite)
         return
     from edgekit.pipeline import whole
 
@@ -387,7 +389,7 @@ def baseline(model: str, seconds: float, output: Path | None, as_json: bool) -> 
     from edgekit.pipeline.golden import golden_pictures
 
     _place(output or measuring.FOLDER / f"{Path(model).name}.json")
-    network = networks.from_run(Path(model)) if Path(model).is_dir() else networks.shipped(model)
+    network = networks.from_run(Path(model)) if networks.is_run(model) else networks.shipped(model)
     evaluation = sets.embedded("evaluation", channels=3 if network.net.channels == 3 else 1)
     golden = [golden_pictures(evaluation, target.load(t)) for t in target.names()]
     unique = {sets.digest(g): g for g in (evaluation, *golden)}
@@ -710,7 +712,9 @@ def plan(
     \b
     edgekit plan quickstart -t android-arm64
     """
-    _show_plan(recipe_name, overrides, targets, output, as_json)
+    from edgekit import recipe, target
+
+    _show_plan(recipe.load(recipe_name, overrides), [target.load(t) for t in targets], output, as_json)
 
 
 @cli.command()
@@ -926,12 +930,11 @@ def _plain(value: object) -> object:
 
 
 def _show_plan(
-    name: str, overrides: tuple[str, ...], targets: tuple[str, ...], output: Path | None, as_json: bool
+    loaded: Recipe, wanted: Sequence[Target], output: Path | None, as_json: bool, *, overwrite: bool = False
 ) -> None:
-    from edgekit import recipe, target
     from edgekit.pipeline import plan as planning
 
-    _print_steps(planning.plan(recipe.load(name, overrides), [target.load(t) for t in targets], output), as_json)
+    _print_steps(planning.plan(loaded, wanted, output, overwrite=overwrite), as_json)
 
 
 def _print_steps(steps: Sequence[Step], as_json: bool) -> None:

@@ -182,19 +182,39 @@ def open_run(root: Path, identity: Mapping[str, object] | None, *, overwrite: bo
     with lock(root):
         _sweep(root)
         if (root / _RECORD).exists():
-            recorded, stages = _read(root)
-            if identity is None or recorded == json.loads(json.dumps(identity)):
-                yield Run(root, recorded, stages)
+            if identity is None or holds(root, identity, overwrite=overwrite):
+                yield Run(root, *_read(root))
                 return
-            if not overwrite and _is_worth_keeping(root, stages):
-                raise InputError(
-                    f"{root}: holds another run ({_difference(recorded, identity)})",
-                    remedy="choose another folder with -o, or replace it with --overwrite",
-                )
             _empty(root)
         run = Run(root, identity or {})
         run._write()
         yield run
+
+
+def holds(root: Path, identity: Mapping[str, object], *, overwrite: bool = False) -> bool:
+    """Return whether a folder holds this run, so that it would go on; else it would begin. Nothing is written.
+
+    Args:
+        root: The folder, which need not be there.
+        identity: What the run is.
+        overwrite: Whether another run may be replaced.
+
+    Raises:
+        InputError: The folder belongs to another run, or is no run folder. IntegrityError: Its record is damaged.
+    """
+    if root.is_dir():
+        _refuse_strangers(root)
+    if not (root / _RECORD).exists():
+        return False
+    recorded, stages = _read(root)
+    if recorded == json.loads(json.dumps(identity)):
+        return True
+    if not overwrite and _is_worth_keeping(root, stages):
+        raise InputError(
+            f"{root}: holds another run ({_difference(recorded, identity)})",
+            remedy="choose another folder with -o, or replace it with --overwrite",
+        )
+    return False
 
 
 def read_stages(root: Path, *, check: bool = True) -> list[Stage]:

@@ -340,6 +340,34 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(call, tiny):
     call("compile", "nano", "-t", "onxx", "--dry-run").refused(2, "unknown target 'onxx'; did you mean 'onnx'?")
 
 
+def test_a_dry_run_knows_a_run_from_another_one(call, tiny, finished):
+    for way in (["distill", tiny], ["run", tiny, "-t", "onnx"]):
+        changed = [*way, "--set", "data.evaluation_pictures=1", "-o", finished, "--dry-run"]
+        call(*changed).refused(2, f"{finished}: holds another run (recipe.data.evaluation_pictures is 2")
+        anew = answer(call(*changed, "--overwrite", "--json").out)["items"]
+        assert {step["state"] for step in anew} == {"to do"}
+        assert answer(call(*way, "-o", finished, "--dry-run", "--json").out)["items"][1]["state"] == "made"
+    call("train", tiny, "-o", finished, "--dry-run").refused(2, f"{finished}: holds another run (")
+    Path("strange").mkdir()
+    Path("strange/letter.txt").write_text("dear", encoding="utf-8")
+    for way in (["distill", tiny], ["plan", tiny], ["compile", "nano", "-t", "onnx"]):
+        more = ["--dry-run"] if way[0] != "plan" else []
+        call(*way, "-o", "strange", *more).refused(2, "strange: is not a run folder, and not empty")
+    call("compile", "nano", "-t", "onnx", "-o", finished, "--dry-run").refused(2, f"{finished}: holds another run (")
+    assert call("compile", "nano", "-t", "onnx", "-o", finished, "--dry-run", "--overwrite").code == 0
+
+
+def test_a_shipped_name_is_the_shipped_model_where_a_folder_is_called_so_too(call, leaves):
+    Path("nano").mkdir()
+    picture = next(leaves.iterdir())
+    assert call("denoise", picture, "-m", "nano", "-o", "out.png").code == 0
+    call("denoise", picture, "-m", "./nano", "-o", "out.png").refused(2, "nano: is not a run folder")
+    settings = ("--set", "quantization.qat.steps=0", "--set", "quantization.change_basis=false")
+    for _ in range(2):
+        assert call("compile", "nano", "-t", "onnx", "-o", "nano", *settings).code == 0
+    call("compile", "./nano", "-t", "onnx", "-o", "nano").refused(2, "-o nano: './nano' keeps its bundles in itself")
+
+
 def test_distilling_twice_gives_the_same_record_and_reuses_the_second_time(call, tiny):
     first = answer(call("distill", tiny, "-o", "a", "--json").out)
     again = call("distill", tiny, "-o", "b", "--json")

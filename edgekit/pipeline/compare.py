@@ -305,7 +305,7 @@ def _model(what: str) -> _Model:
     if what.endswith(".onnx"):
         channels, stride = _onnx_interface(path)
         return _Model(name=path.stem, what=what, channels=channels, stride=stride)
-    if path.is_dir():
+    if networks.is_run(what):
         network, name = networks.from_run(path), path.resolve().name
     elif what in zoo.names():
         network, name = networks.shipped(what), what
@@ -342,9 +342,9 @@ def _check_unseen(model: _Model, pictures: PictureSet) -> None:
 
     Parts are looked for as far as the run's folders still hold what it learned from.
     """
-    root = Path(model.what)
-    if not root.is_dir():
+    if not networks.is_run(model.what):
         return
+    root = Path(model.what)
     for stage in run.read_stages(root):
         known = learned_from(root / stage.folder / LISTING) if stage.name == "pictures" else {}
         for picture in pictures:
@@ -454,7 +454,7 @@ def _float_graph(model: _Model, folder: Path) -> Path:
 
 def _compiled(what: str, targets: Sequence[Target], overrides: Sequence[str], folder: Path) -> Compiled:
     """Compile into a folder, which may hold what another comparison left; a run keeps its bundles in itself."""
-    if Path(what).is_dir():
+    if networks.is_run(what):
         return compiling.compile_model(what, targets, overrides=overrides)
     return compiling.compile_model(what, targets, overrides=overrides, folder=folder, overwrite=True)
 

@@ -114,8 +114,8 @@ def compile_model(
     what = None if what is None else str(what)
     weights, folder = (None if path is None else Path(path) for path in (weights, folder))
     what = chosen(what, targets, weights=weights, overrides=overrides, folder=folder, overwrite=overwrite)
-    root = Path(what)
-    if root.is_dir():
+    if networks.is_run(what):
+        root = Path(what)
         with run.open_run(root, None) as opened:
             network, recipe = networks.from_run(root), recipe_of(root)
             check_tiles(network.name, tile_step(network.net.stride, recipe), targets)
@@ -126,8 +126,8 @@ def compile_model(
     recipe = default_recipe(network.name, network.net.channels, overrides)
     check_tiles(network.name, tile_step(network.net.stride, recipe), targets)
     _check_pictures(recipe, overrides)
-    identity = {"recipe": asdict(recipe), "compiles": {"model": what, "sha256": network.sha256}}
-    with run.open_run(run.folder_of(network.name, folder), identity, overwrite=overwrite) as opened:
+    root, told = run.folder_of(network.name, folder), identity(recipe, what, network.sha256)
+    with run.open_run(root, told, overwrite=overwrite) as opened:
         if network.model:
             _keep_student(opened, network)
         return compile_student(opened, recipe, network, targets)
@@ -147,7 +147,7 @@ def chosen(
     networks.refuse_ignored(what, weights=weights, folder=folder, overwrite=overwrite)
     if what is None:
         what = str(run.newest()) if run.exists() else student_of(targets)
-    if Path(what).is_dir():
+    if networks.is_run(what):
         _refuse_overrides(Path(what), overrides)
     return what
 
@@ -224,8 +224,8 @@ def _compile_onnx(
     check_tiles(name, tile_step(stride, recipe), targets)
     _check_pictures(recipe, overrides)
     model_sha256 = bundle.combined_sha256(checks.files_of(path))
-    identity = {"recipe": asdict(recipe), "compiles": {"model": path.name, "sha256": model_sha256}}
-    with run.open_run(run.folder_of(name, folder), identity, overwrite=overwrite) as opened:
+    root, told = run.folder_of(name, folder), identity(recipe, path.name, model_sha256)
+    with run.open_run(root, told, overwrite=overwrite) as opened:
         first = Link(kind="onnx", sha256=model_sha256, made_from=None)
         stage, link = _simplified(opened, path, first, stride)
         graph = _Graph(
@@ -238,6 +238,11 @@ def _compile_onnx(
             links=(first, link),
         )
         return _compile_graph(opened, recipe, graph, targets)
+
+
+def identity(recipe: Recipe, model: str, sha256: str) -> Mapping[str, object]:
+    """Return what a run is that compiles a MODEL, as its folder records it."""
+    return {"recipe": asdict(recipe), "compiles": {"model": model, "sha256": sha256}}
 
 
 def _identifier(name: str) -> str:

@@ -79,11 +79,14 @@ def distill(
         InputError: Something of the recipe or the folder is wrong, or the folder is in use.
         IntegrityError: A file of the run, or a checkpoint, changed or is damaged.
     """
-    identity: dict[str, object] = {"recipe": asdict(recipe)}
-    if alone and recipe.teacher:
-        identity["alone"] = True
-    with run.open_run(run.folder_of(recipe.name, folder), identity, overwrite=overwrite) as opened:
+    root = run.folder_of(recipe.name, folder)
+    with run.open_run(root, identity(recipe, alone=alone), overwrite=overwrite) as opened:
         return train_student(opened, recipe, progress=progress, alone=alone)
+
+
+def identity(recipe: Recipe, *, alone: bool = False) -> Mapping[str, object]:
+    """Return what a run of a recipe is, as its folder records it."""
+    return {"recipe": asdict(recipe)} | ({"alone": True} if alone and recipe.teacher else {})
 
 
 def train_student(opened: Run, recipe: Recipe, *, progress: Progress, alone: bool = False) -> Distilled:

@@ -51,7 +51,7 @@ def _graph(what: str, options: Mapping[str, models.Option], weights: Path | None
 
 
 def _network(what: str, options: Mapping[str, models.Option], weights: Path | None) -> Denoiser:
-    if Path(what).is_dir():
+    if networks.is_run(what):
         return networks.from_run(Path(what)).net
     if ":" in what:
         return networks.from_class(what, weights).net if weights else networks.untrained(what)

@@ -120,13 +120,18 @@ def from_run(folder: Path) -> Network:
     raise InputError(f"{folder}: its student is not finished", remedy="start the same edgekit distill again")
 
 
+def is_run(what: str) -> bool:
+    """Return whether a MODEL is a folder; a shipped name is none where a folder has it too (`./nano` names that)."""
+    return what not in zoo.names() and Path(what).is_dir()
+
+
 def named(what: str, path: Path | None = None) -> Network:
     """Return the network of a run folder, a shipped name, or `package.module:Class` with the weights at `path`.
 
     Raises:
         InputError: It is none of these; else as `from_run` and `from_class`.
     """
-    if Path(what).is_dir():
+    if is_run(what):
         return from_run(Path(what))
     return from_class(what, path) if ":" in what else shipped(card(what).name)
 
@@ -158,17 +163,17 @@ def refuse_ignored(
     Raises:
         InputError: Weights, options, a folder or leave to overwrite that would be ignored.
     """
-    is_run = Path(what).is_dir() if what is not None else run.exists()
-    is_class = what is not None and ":" in what and not is_run and not what.endswith(".onnx")
-    shown = f"'{what}'" if what is not None else "the newest run" if is_run else "the targets' student"
+    of_run = is_run(what) if what is not None else run.exists()
+    is_class = what is not None and ":" in what and not of_run and not what.endswith(".onnx")
+    shown = f"'{what}'" if what is not None else "the newest run" if of_run else "the targets' student"
     if weights is not None and not is_class:
         raise InputError(f"--weights {weights}: {shown} has its own", remedy="leave --weights out; a class takes them")
-    if options and (is_run or is_class or (what or "").endswith(".onnx")):
+    if options and (of_run or is_class or (what or "").endswith(".onnx")):
         raise InputError(
             f"--option {next(iter(options))}: {shown} is what it is",
             remedy="options are for a name of: edgekit models",
         )
-    if is_run and (folder is not None or overwrite):
+    if of_run and (folder is not None or overwrite):
         given = f"-o {folder}" if folder is not None else "--overwrite"
         raise InputError(f"{given}: {shown} keeps its bundles in itself", remedy=f"leave {given} out, or name a MODEL")
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-from edgekit import backends, models, run
-from edgekit.errors import InputError
+from edgekit import backends, bundle, models, run
 from edgekit.graph import checks, cost
 from edgekit.pipeline import compile as compiling
-from edgekit.pipeline import doctor, int8, networks
+from edgekit.pipeline import distill, doctor, int8, networks
 from edgekit.recipe import Model, Quantization, Recipe
 from edgekit.target import Target
 
@@ -25,12 +24,20 @@ class Step:
     state: str
 
 
-def plan(recipe: Recipe, targets: Sequence[Target], folder: str | Path | None = None) -> list[Step]:
+def plan(
+    recipe: Recipe, targets: Sequence[Target], folder: str | Path | None = None, *, overwrite: bool = False
+) -> list[Step]:
     """Return the steps of a recipe for its targets in their order; nothing is written.
 
+    Args:
+        recipe: The recipe.
+        targets: What to compile for.
+        folder: The run folder; `runs/<recipe>` unless told.
+        overwrite: Replace another run that is in the folder.
+
     Raises:
-        InputError: Unknown model or option. UnsupportedError: A target's tile does not fit the student, or its engine
-            cannot do what it asks for.
+        InputError: Unknown model or option, or a folder of another run.
+        UnsupportedError: A target's tile does not fit the student, or its engine cannot do what it asks for.
         IntegrityError: The folder's record is damaged.
     """
     missing = {finding.name: finding.fix for finding in doctor.examine() if not finding.found}
@@ -38,8 +45,8 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: str | Path | None = 
         if target.engine not in missing:
             backends.load(target.engine).check(target)
     compiling.check_recipe(recipe, targets, missing=missing)
-    made = _made(run.folder_of(recipe.name, folder))
-    steps = plan_training(recipe, folder)
+    made = _made(recipe, folder, overwrite=overwrite)
+    steps = plan_training(recipe, folder, overwrite=overwrite)
     steps += [Step(name=n, what=w, state=_state(n, made)) for n, w in _COMPRESSION]
     if _has_weights(recipe.teacher):
         steps.append(Step(name="teacher", what=_TEACHER, state=_state("teacher", made)))
@@ -70,30 +77,37 @@ def check_model(
         EdgekitError: As `compile.compile_model` for what it looks at before it makes anything, but for the pictures.
     """
     what = compiling.chosen(what, targets, weights=weights, overrides=overrides, folder=folder, overwrite=overwrite)
-    path = Path(what)
-    if what.endswith(".onnx") and not path.is_dir():
+    path, is_run = Path(what), networks.is_run(what)
+    if what.endswith(".onnx") and not is_run:
         graph = checks.load_float_onnx(path)
         name, channels, stride = path.stem, checks.interface(graph, path).channels, cost.stride(graph, path)
         compiling.check_onnx(name, targets)
+        model, sha256 = path.name, bundle.combined_sha256(checks.files_of(path))
     else:
         network = networks.named(what, weights)
         name, channels, stride = network.name, network.net.channels, network.net.stride
-    recipe = compiling.recipe_of(path) if path.is_dir() else compiling.default_recipe(name, channels, overrides)
+        model, sha256 = what, network.sha256
+    recipe = compiling.recipe_of(path) if is_run else compiling.default_recipe(name, channels, overrides)
     compiling.check_tiles(name, compiling.tile_step(stride, recipe), targets)
+    if not is_run:
+        run.holds(run.folder_of(name, folder), compiling.identity(recipe, model, sha256), overwrite=overwrite)
     return what
 
 
-def plan_training(recipe: Recipe, folder: str | Path | None = None, *, alone: bool = False) -> list[Step]:
+def plan_training(
+    recipe: Recipe, folder: str | Path | None = None, *, alone: bool = False, overwrite: bool = False
+) -> list[Step]:
     """Return the steps up to the trained student, which is where `distill` and `train` end; raises as `plan`.
 
     Args:
         recipe: What to train.
         folder: The run folder; `runs/<recipe>` unless told.
         alone: Train without the recipe's teacher.
+        overwrite: Replace another run that is in the folder.
     """
     if recipe.teacher and not alone:
         networks.architecture(recipe.teacher, recipe.data.channels)
-    made = _made(run.folder_of(recipe.name, folder))
+    made = _made(recipe, folder, alone=alone, overwrite=overwrite)
     return [
         Step(name="pictures", what=_pictures(recipe), state=_state("pictures", made)),
         Step(name="student", what=_student(recipe, alone), state=_state("student", made)),
@@ -137,11 +151,11 @@ def _pictures(recipe: Recipe) -> str:
     return f"train: {', '.join(recipe.data.train)}; evaluation: {recipe.data.evaluation}"
 
 
-def _made(root: Path) -> set[str]:
-    try:
-        return {stage.name for stage in run.read_stages(root, check=False)}
-    except InputError:
+def _made(recipe: Recipe, folder: str | Path | None, *, alone: bool = False, overwrite: bool = False) -> set[str]:
+    root = run.folder_of(recipe.name, folder)
+    if not run.holds(root, distill.identity(recipe, alone=alone), overwrite=overwrite):
         return set()
+    return {stage.name for stage in run.read_stages(root, check=False)}
 
 
 def _state(name: str, made: set[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit import bundle, run
@@ -55,7 +55,7 @@ def run_recipe(
     compiling.check_targets(targets)
     compiling.check_recipe(recipe, targets)
     root = run.folder_of(recipe.name, folder)
-    with run.open_run(root, {"recipe": asdict(recipe)}, overwrite=overwrite) as opened:
+    with run.open_run(root, distill.identity(recipe), overwrite=overwrite) as opened:
         distilled = distill.train_student(opened, recipe, progress=progress)
         compiled = compiling.compile_student(opened, recipe, networks.from_run(root), targets)
         reports = []
