@@ -201,12 +201,13 @@ class Quantization:
 class Budgets:
     """Most dB that may be lost: from the teacher to the student, and from the student to the artifact.
 
+    student_drop_db: At the noise level of `noise.evaluate`; None asks for nothing, as of a network of one's own.
     int8_drop_db: In the mean over the pictures; None takes the model's own, see `int8_drop_db`.
     int8_worst_db: On any one picture; None takes the model's own, see `int8_worst_db`.
     """
 
     __pydantic_config__: ClassVar = STRICT
-    student_drop_db: float = 1.0
+    student_drop_db: float | None = 1.0
     int8_drop_db: NotNegative | None = None
     int8_worst_db: NotNegative | None = None
 

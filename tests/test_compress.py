@@ -309,6 +309,27 @@ def test_a_simplifier_that_changes_the_model_is_caught(tmp_path, nano_onnx, simp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_that_gives_values_that_are_not_finite_is_named_itself(tmp_path):
+    class Root(nn.Module):
+        def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+            return noisy - 0 * torch.sqrt(noisy - 10)
+
+    path = tmp_path / "root.onnx"
+    torch.onnx.export(
+        Root(),
+        torch.rand(1, 1, 64, 64),
+        path,
+        input_names=["noisy"],
+        output_names=["denoised"],
+        dynamo=False,
+        dynamic_axes={name: {2: "h", 3: "w"} for name in ("noisy", "denoised")},
+    )
+    with pytest.raises(
+        InputError, match=r"root\.onnx: gives values that are not finite for a picture of 96x64 at noise"
+    ):
+        simplify(path, tmp_path / "out.onnx")
+
+
 def test_simplifying_is_the_same_every_time_and_leaves_no_notes(tmp_path, nano_onnx):
     again, twice = simplify(nano_onnx, tmp_path / "a.onnx"), simplify(nano_onnx, tmp_path / "b.onnx")
     assert again.read_bytes() == twice.read_bytes()

@@ -799,6 +799,21 @@ def test_two_targets_of_one_name_are_refused_unless_they_are_the_same(copied):
     assert list(compiling.compile_model(str(copied), [FLOAT, FLOAT]).bundles) == [FLOAT.name]
 
 
+class GivesNoise(Colour):
+    """A network of another convention: it gives the noise and not the picture."""
+
+    def forward(self, noisy: torch.Tensor) -> torch.Tensor:
+        return noisy - super().forward(noisy)
+
+
+def test_a_network_that_makes_pictures_worse_is_told_by_compile_and_verify(own_weights, own, tmp_path, caplog):
+    made = compiling.compile_model("test_pipeline:GivesNoise", [FLOAT], weights=own_weights, folder=tmp_path / "run")
+    said = r"'givesnoise' makes pictures worse in FP32: 4\.\d\d dB from 20\.\d\d at noise level 25; does it give"
+    assert re.search(said, caplog.text)
+    notes = verify.verify(made.bundles[FLOAT.name], settings=verify.Settings(seconds=0.1)).notes
+    assert re.search(said, notes[0])
+
+
 def test_a_class_in_the_current_folder_is_found(tmp_path, monkeypatch, own_weights):
     (tmp_path / "my_colour_net.py").write_text("from test_pipeline import Colour\n\nclass Mine(Colour):\n    pass\n")
     monkeypatch.chdir(tmp_path)

@@ -130,6 +130,12 @@ def test_a_limit_that_is_broken_fails_the_bundle(copied, name):
     assert all(x.verdict == "pass" for x in found.limits if x.name not in (name, "golden_outputs"))
 
 
+def test_budgets_that_ask_nothing_of_the_student_have_no_such_limit(copied):
+    found = judged(changed(copied, manifest={"budgets": {"student_drop_db": None}}))
+    assert found.verdict == "pass"
+    assert "student_drop_db" not in {limit.name for limit in found.limits}
+
+
 def _offset_artifact(folder: Path, offset: float) -> None:
     """Let the artifact add a number to every pixel that it gives."""
     path = folder / "model.int8.onnx"

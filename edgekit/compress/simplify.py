@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxsim
 from onnx import helper, version_converter
@@ -80,6 +81,12 @@ def simplify(onnx_in: Path, out: Path, *, step: int | None = None, simplifier: S
         want = run_before(noisy, sigma)
         if want.shape != noisy.shape:
             raise InputError(f"{onnx_in}: gives {want.shape} for a picture {noisy.shape}; they must be equal")
+        if not np.isfinite(want).all():
+            raise InputError(
+                f"{onnx_in}: gives values that are not finite for a picture of {width}x{height} at noise level "
+                f"{255 * sigma:g}",
+                remedy="look for a root, a logarithm or a division of what may be 0 or less",
+            )
         change = relative_change(run_after(noisy, sigma), want)
         if not change <= MOST_CHANGE:
             raise IntegrityError(

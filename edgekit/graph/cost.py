@@ -194,7 +194,10 @@ def _macs(node: onnx.NodeProto, shapes: dict[str, Shape]) -> int:
     names = (node.input[0], node.input[WEIGHT_INPUT[node.op_type]], node.output[0])
     missing = [name for name in names if name not in shapes]
     if missing:
-        raise UnsupportedError(f"node '{node.name}' ({node.op_type}): the shape of '{missing[0]}' cannot be inferred")
+        raise UnsupportedError(
+            f"node '{node.name}' ({node.op_type}): the shape of '{missing[0]}' cannot be inferred",
+            remedy="export the network with ONNX's own operators, and before an engine optimized it",
+        )
     source, weight, result = (shapes[name] for name in names)
     if node.op_type == "ConvTranspose":
         return math.prod(source) * math.prod(weight[1:])

@@ -20,11 +20,14 @@ from edgekit import __version__, backends, bundle, config, run
 from edgekit.backends import Source
 from edgekit.bundle import Built, Link, Manifest
 from edgekit.compress import export, fuse, simplify
+from edgekit.data import sets
 from edgekit.data.sets import PictureSet
 from edgekit.errors import IncompleteError, InputError, ToolMissingError, UnsupportedError
 from edgekit.files import sha256
 from edgekit.graph import checks, cost
 from edgekit.graph.receptive_field import ReceptiveField, receptive_field
+from edgekit.graph.reference import Reference
+from edgekit.measure import quality
 from edgekit.measure.quality import SSIM_WINDOW
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
@@ -340,6 +343,7 @@ def _simplified(opened: Run, onnx: Path, link: Link, step: int) -> tuple[Stage, 
 def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence[Target]) -> Compiled:
     evaluation = pictures.evaluation(recipe.data)
     pictures.refuse_seen(opened, recipe.data, evaluation)
+    _warn_of_harm(graph, recipe, evaluation)
     teacher = _export_teacher(opened, recipe)
     bundles = {}
     for target in targets:
@@ -349,6 +353,18 @@ def _compile_graph(opened: Run, recipe: Recipe, graph: _Graph, targets: Sequence
         bundles[target.name] = opened.root / stage.folder
     audits = {name: found for name, path in bundles.items() if (found := bundle.read(path).built.audit) is not None}
     return Compiled(folder=opened.root, bundles=bundles, audits=audits, reused=tuple(opened.reused))
+
+
+def _warn_of_harm(graph: _Graph, recipe: Recipe, evaluation: PictureSet) -> None:
+    """Say so where a network makes a picture worse, before hours are spent on it."""
+    one = sets.centred(PictureSet(name="one", pictures=evaluation.pictures[:1]), GOLDEN_SIDE, GOLDEN_SIDE)
+    network = Reference(checks.load_onnx(graph.fp32), name=graph.name)
+    denoised, noisy = (
+        quality.evaluate(denoise, one, sigma255=recipe.noise.evaluate, stride=graph.stride).psnr_mdb
+        for denoise in (network, quality.noisy_input)
+    )
+    if said := networks.told_of_harm(graph.name, denoised, noisy, recipe.noise.evaluate):
+        log.warning("%s", said)
 
 
 def check_recipe(recipe: Recipe, targets: Sequence[Target], *, missing: Collection[str] = ()) -> None:

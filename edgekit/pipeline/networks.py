@@ -178,6 +178,17 @@ def refuse_ignored(
         raise InputError(f"{given}: {shown} keeps its bundles in itself", remedy=f"leave {given} out, or name a MODEL")
 
 
+def told_of_harm(name: str, denoised_mdb: int, noisy_mdb: int, sigma255: float) -> str:
+    """Return a line on a network that makes pictures worse, and on what it may be; empty where it makes them better."""
+    if denoised_mdb > noisy_mdb:
+        return ""
+    found = f"{denoised_mdb / 1000:.2f} dB from {noisy_mdb / 1000:.2f} at noise level {sigma255:g}"
+    return (
+        f"'{name}' makes pictures worse in FP32: {found}; does it give the noise and not the picture, expect sigma on "
+        "0..255 or pixels in [-1, 1], or are its weights not those of its training?"
+    )
+
+
 def describe(folder: Path, model: str, options: Mapping[str, models.Option]) -> None:
     """Write which network the weights in a folder belong to."""
     write_json(folder / _DESCRIPTION, {"model": model, "options": dict(options)})

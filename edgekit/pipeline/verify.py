@@ -157,10 +157,12 @@ def _judged(
         timed = "" if timing.engine == _REFERENCE_ENGINE else f", timed in {timing.engine}"
         teacher = replace(teacher, how=f"{teacher.how}{timed}", latency_us=timing.paired.a_median_us)
     notes = built.notes if native is None else (*built.notes, *_notes_here(path, manifest, native, settings, say))
+    if harm := _harm(manifest, student, noisy):
+        notes = (harm, *notes)
     baselines = baseline.recorded()
     counted = _audit(path, built, target)
     limits = [
-        _student_limit(manifest, teacher, student, golden, baselines.records),
+        *_student_limits(manifest, teacher, student, golden, baselines.records),
         *_int8_limits(manifest.budgets, artifacts, missing),
         *_golden_limits(agreements, missing),
         *_deployment_limits(target, built, path, counted),
@@ -319,6 +321,13 @@ def _notes_here(path: Path, manifest: Manifest, artifact: Session, settings: Set
         yield _SATURATES
 
 
+def _harm(manifest: Manifest, student: Row | None, noisy: Row) -> str:
+    if student is None or student.psnr_mdb is None or noisy.psnr_mdb is None:
+        return ""
+    sigma255 = manifest.protocol.sigma255
+    return networks.told_of_harm(manifest.model.name, student.psnr_mdb, noisy.psnr_mdb, sigma255)
+
+
 def _keeping(session: Session, outputs: list[Array]) -> Callable[[Array, float], Array]:
     """Return the session as a function that appends whatever comes out to `outputs`."""
 
@@ -460,14 +469,17 @@ def _run(session: Session, noisy: Array) -> None:
     session(noisy, 25 / 255)
 
 
-def _student_limit(
+def _student_limits(
     manifest: Manifest,
     teacher: Row | None,
     student: Row | None,
     golden: PictureSet,
     baselines: Sequence[Baseline],
-) -> Limit:
+) -> list[Limit]:
+    """Return the limit of what the student may be behind the teacher; none where the budgets ask for nothing."""
     most_db = manifest.budgets.student_drop_db
+    if most_db is None:
+        return []
     limit = f"at most {most_db:.3f} dB"
     hashes = {link.sha256 for link in manifest.chain if link.kind == "teacher"}
     sigma255 = manifest.protocol.sigma255
@@ -475,22 +487,12 @@ def _student_limit(
     recorded = [b for b in same if b.psnr_mdb(golden, sigma255) is not None]
     best = recorded[-1].psnr_mdb(golden, sigma255) if recorded else teacher.psnr_mdb if teacher else None
     if best is None or student is None or student.psnr_mdb is None:
-        return Limit(
-            name="student_drop_db",
-            limit=limit,
-            measured="not run",
-            verdict="incomplete",
-            reason=_NO_TEACHER,
-        )
+        return [_not_run("student_drop_db", limit, _NO_TEACHER)]
     drop = best - student.psnr_mdb
     source = f"teacher on {recorded[-1].device}" if recorded else "teacher measured here"
-    return Limit(
-        name="student_drop_db",
-        limit=limit,
-        measured=f"{drop / 1000:+.3f} dB",
-        verdict="pass" if drop <= round(1000 * most_db) else "fail",
-        reason=source,
-    )
+    verdict: Verdict = "pass" if drop <= round(1000 * most_db) else "fail"
+    measured = f"{drop / 1000:+.3f} dB"
+    return [Limit(name="student_drop_db", limit=limit, measured=measured, verdict=verdict, reason=source)]
 
 
 def _int8_limits(budgets: Budgets, artifacts: Sequence[Row], missing: str) -> list[Limit]:
@@ -558,7 +560,7 @@ def _deployment_limits(target: Target, built: Built, path: Path, counted: Audit 
                     target.limits.peak_memory_mib,
                     int(arena) / 2**20,
                     "MiB",
-                    "planned arena, one tile",
+                    "planned arena of one thread; each more takes as much",
                 )
             )
     if target.limits.min_integer_macs is not None:
