@@ -351,6 +351,22 @@ def test_an_executor_that_does_nothing_is_noticed(api: Api) -> None:
     api["destroy"](made)
 
 
+def test_a_task_that_is_called_after_its_picture_touches_nothing(api: Api) -> None:
+    kept: list[tuple[Callable[[int | None, int], None], int | None]] = []
+
+    def keep(context: int | None, count: int, task: Callable[[int | None, int], None], job: int | None) -> None:
+        kept.append((task, job))
+
+    executor, pixels = EXECUTOR(keep), _noisy(90, 100, 1)
+    _, made = api.create(threads=3, executor=ctypes.cast(executor, ctypes.c_void_p))
+    out = np.zeros_like(pixels)
+    assert api.denoise(made, pixels, out)[0] == 13
+    for task, job in kept:
+        task(job, 0)
+    assert not out.any()
+    api["destroy"](made)
+
+
 def test_a_second_thread_in_the_same_denoiser_is_told_so(api: Api) -> None:
     found: list[int] = []
     pixels = _noisy(20, 20, 1)
