@@ -101,7 +101,7 @@ def test_wrong_calls_throw_and_say_what_is_wrong(bundle: tuple[Bundle, Path], cl
     stride = "IllegalArgumentException: a stride is less than a row, or the picture ends beyond the address space"
     assert _run(bundle[0], classes).splitlines() == [
         "IllegalArgumentException: threads is 0, not 1 to 64",
-        "IllegalStateException: threads is not 0 to 64",
+        "IllegalArgumentException: threads is 65, not 1 to 64",
         "IllegalStateException: the denoiser is closed",
         "IllegalArgumentException: a buffer is not direct; make it with ByteBuffer.allocateDirect",
         less,
