@@ -277,12 +277,23 @@ def test_a_board_and_this_machine_tell_what_they_are(sshed: Board) -> None:
     [
         ("core=0   \ncore=1   ", (Core(index=0, min_khz=None, max_khz=None, governor=""),) * 2, None),
         ("core=0 100 200 performance", (Core(index=0, min_khz=100, max_khz=200, governor="performance"),), None),
+        ("core=0  200 ondemand", (Core(index=0, min_khz=None, max_khz=200, governor="ondemand"),), None),
+        ("core=0 100 200 sched2", (Core(index=0, min_khz=100, max_khz=200, governor="sched2"),), None),
         ("zone=cpu-thermal 51540\nzone=gpu 60000", (), 51_540),
         ("zone=soc_thermal 48\nzone=battery 300", (), 48_000),
         ("zone=CPU-max -2147483\nzone=cpu0 0\nzone=cpu1 ", (), None),
         ("", (), None),
     ],
-    ids=["no frequencies", "one core", "thousandths", "degrees", "sensors that are off", "nothing"],
+    ids=[
+        "no frequencies",
+        "one core",
+        "no least frequency",
+        "digit in governor",
+        "thousandths",
+        "degrees",
+        "sensors that are off",
+        "nothing",
+    ],
 )
 def test_what_a_device_does_not_tell_is_left_empty(
     text: str, cores: tuple[Core, ...], temperature_mc: int | None
