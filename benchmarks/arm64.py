@@ -152,7 +152,10 @@ def write(model: str, part: str, given: Given) -> None:
         "weights_sha256": zoo.card(model).sha256,
         "protocol": protocol,
         "figures": figures,
-        "tools": {"edgekit": __version__, "qemu": qemu.version()}
+        "tools": {
+            "edgekit": __version__,
+            "qemu": qemu.version(instructions.emulator() if part == "instructions" else None),
+        }
         | {name: metadata.version(name) for name in ("apache-tvm", "ziglang")},
         "host": asdict(host.describe()),
         "seconds": seconds,

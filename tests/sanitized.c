@@ -8,6 +8,7 @@
  */
 #include "edgekit_tiny.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -66,6 +67,34 @@ static void backwards(void *context, int count, void (*task)(void *, int), void 
         task(job, count);
 }
 
+/* The tasks of an executor that breaks its word: it returns while they are at work, or before they begin. */
+struct crowd {
+    size_t count;
+    pthread_t threads[512];
+    struct call {
+        void (*task)(void *, int);
+        void *job;
+        int index;
+    } calls[512];
+};
+
+static void *call(void *argument)
+{
+    const struct call *call = argument;
+    call->task(call->job, call->index);
+    return NULL;
+}
+
+static void hasty(void *context, int count, void (*task)(void *, int), void *job)
+{
+    struct crowd *crowd = context;
+    for (int i = 0; i < count; ++i, ++crowd->count) {
+        expect(crowd->count < 512, "too many tasks");
+        crowd->calls[crowd->count] = (struct call){task, job, i};
+        expect(!pthread_create(&crowd->threads[crowd->count], NULL, call, &crowd->calls[crowd->count]), "no thread");
+    }
+}
+
 static edgekit_tiny *create(const struct image *largest, void **memory)
 {
     edgekit_tiny *denoiser;
@@ -112,6 +141,27 @@ static void good_picture(void)
     free(given);
     free(noisy.memory);
     free(denoised.memory);
+}
+
+/* Pictures that are gone as soon as the library has given them back, one in place, whatever the executor left running. */
+static void hurried_pictures(void)
+{
+    static struct crowd crowd;
+    edgekit_tiny *denoiser;
+    edgekit_tiny_options options = {.threads = 4, .executor = hasty, .executor_context = &crowd};
+    crowd.count = 0;
+    expect(!edgekit_tiny_create(&denoiser, &options), "create failed");
+    for (int i = 0; i < 4; ++i) {
+        struct image noisy = make(1 + below(150), 1 + below(110), EDGEKIT_TINY_RGB, 0);
+        struct image denoised = make(noisy.width, noisy.height, EDGEKIT_TINY_RGB, 0);
+        int code = denoise(denoiser, &noisy, i == 3 ? &noisy : &denoised);
+        expect(code == EDGEKIT_TINY_OK || code == EDGEKIT_TINY_EXECUTOR_FAILED, edgekit_tiny_last_error(denoiser));
+        free(noisy.memory);
+        free(denoised.memory);
+    }
+    while (crowd.count)
+        pthread_join(crowd.threads[--crowd.count], NULL);
+    edgekit_tiny_destroy(denoiser);
 }
 
 static size_t odd_size(size_t good)
@@ -162,6 +212,7 @@ int main(int count, char **arguments)
     int rounds = atoi(arguments[2]), refused = 0;
     for (int i = 0; i < rounds; ++i) {
         good_picture();
+        hurried_pictures();
         for (int j = 0; j < 5; ++j)
             refused += doubtful_picture();
     }

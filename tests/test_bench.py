@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import shutil
 import threading
@@ -219,8 +220,20 @@ def ran() -> bench._Ran:
 def test_bench_shows_the_instructions_of_an_emulated_core(android: Path, call: Call) -> None:
     shown = call("bench", android, "--device", "qemu:cortex-a76", "--json")
     found = json.loads(shown.out)["cost"]["instructions"]
-    assert (found["cpu"], found["qemu"]) == ("cortex-a76", qemu.version())
+    assert (found["cpu"], found["qemu"]) == ("cortex-a76", qemu.version(instructions.emulator()))
     assert found["per_call"] == found["of_all"] - found["of_one"]
+
+
+def test_the_qemu_that_counts_is_asked_for_its_version(
+    android: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts, static = shutil.which("qemu-aarch64"), shutil.which("qemu-aarch64-static")
+    script = f'case "$1" in --version) echo version 99.0;; -help) ;; *) exec {static} "$@";; esac'
+    (tmp_path / "qemu-aarch64-static").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "qemu-aarch64-static").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert qemu.version() == "99.0"
+    assert bench.instructions_per_picture(android, "cortex-a76").qemu == qemu.version(counts)
 
 
 @pytest.mark.parametrize(

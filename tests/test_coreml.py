@@ -542,6 +542,21 @@ def test_every_operator_is_evaluated_as_torch_computes_it(name, compute, atol, c
         torch.testing.assert_close(got, module(x), atol=atol, rtol=atol)
 
 
+def test_corners_are_aligned_where_the_program_does_not_say(converted):
+    program = converted("down and up", "float32")[1].program
+
+    def without_default(step):
+        name = step.arguments.get("align_corners")
+        kept = {k: v for k, v in step.arguments.items() if k != "align_corners" or not program.constants[name]}
+        return replace(step, arguments=kept)
+
+    shorter = replace(program, steps=tuple(map(without_default, program.steps)))
+    assert sum(a.arguments != b.arguments for a, b in zip(program.steps, shorter.steps, strict=True)) == 1
+    x = torch.from_numpy(np.random.default_rng(3).normal(0, 1, (1, 4, 16, 24)).astype(np.float32))
+    wanted, got = (evaluate.run(p, evaluate.prepare(p), {"noisy": x})["denoised"] for p in (program, shorter))
+    assert torch.equal(got, wanted)
+
+
 MAPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "expand": lambda noisy, sigma: sigma.expand(1, 1, noisy.shape[2], noisy.shape[3]),
     "repeat": lambda noisy, sigma: sigma.repeat(1, 1, noisy.shape[2], noisy.shape[3]),

@@ -96,14 +96,16 @@ def test_a_picture_through_byte_buffers_and_bitmaps_is_that_of_the_python_wrappe
 
 
 def test_wrong_calls_throw_and_say_what_is_wrong(bundle: tuple[Bundle, Path], classes: Path) -> None:
-    less = "IllegalArgumentException: a buffer has less bytes from its position on than the picture has"
+    less = "IllegalArgumentException: a buffer has less bytes from its position to its limit than the picture has"
     size = "IllegalArgumentException: a width or height is 0, or larger than it can be"
     stride = "IllegalArgumentException: a stride is less than a row, or the picture ends beyond the address space"
     assert _run(bundle[0], classes).splitlines() == [
         "IllegalArgumentException: threads is 0, not 1 to 64",
-        "IllegalStateException: threads is not 0 to 64",
+        "IllegalArgumentException: threads is 65, not 1 to 64",
         "IllegalStateException: the denoiser is closed",
         "IllegalArgumentException: a buffer is not direct; make it with ByteBuffer.allocateDirect",
+        less,
+        less,
         less,
         less,
         "IllegalArgumentException: denoised is read-only",

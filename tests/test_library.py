@@ -351,6 +351,22 @@ def test_an_executor_that_does_nothing_is_noticed(api: Api) -> None:
     api["destroy"](made)
 
 
+def test_a_task_that_is_called_after_its_picture_touches_nothing(api: Api) -> None:
+    kept: list[tuple[Callable[[int | None, int], None], int | None]] = []
+
+    def keep(context: int | None, count: int, task: Callable[[int | None, int], None], job: int | None) -> None:
+        kept.append((task, job))
+
+    executor, pixels = EXECUTOR(keep), _noisy(90, 100, 1)
+    _, made = api.create(threads=3, executor=ctypes.cast(executor, ctypes.c_void_p))
+    out = np.zeros_like(pixels)
+    assert api.denoise(made, pixels, out)[0] == 13
+    for task, job in kept:
+        task(job, 0)
+    assert not out.any()
+    api["destroy"](made)
+
+
 def test_a_second_thread_in_the_same_denoiser_is_told_so(api: Api) -> None:
     found: list[int] = []
     pixels = _noisy(20, 20, 1)
@@ -944,6 +960,49 @@ def test_x86_features_are_asked_for_as_the_system_tells_them(gray: Bundle, tmp_p
         assert (done.returncode, f"is made of: {' '.join(wanted.features)}\n" in done.stderr) == (4, True)
         plain = [emulator, "-cpu", "Nehalem", gray.folder / gray.built.files["program"], "noisy.ppm", "out.ppm"]
         subprocess.run(plain, cwd=tmp_path, check=True)
+
+
+# LLVM's name of a feature -> Linux's names of it.
+HWCAPS = {
+    "aes": "HWCAP_AES HWCAP_PMULL",
+    "sha2": "HWCAP_SHA1 HWCAP_SHA2",
+    "crc": "HWCAP_CRC32",
+    "lse": "HWCAP_ATOMICS",
+    "fullfp16": "HWCAP_FPHP HWCAP_ASIMDHP",
+    "rdm": "HWCAP_ASIMDRDM",
+    "jsconv": "HWCAP_JSCVT",
+    "complxnum": "HWCAP_FCMA",
+    "rcpc": "HWCAP_LRCPC",
+    "sha3": "HWCAP_SHA3 HWCAP_SHA512",
+    "dotprod": "HWCAP_ASIMDDP",
+    "sve": "HWCAP_SVE",
+    "fp16fml": "HWCAP_ASIMDFHM",
+    "flagm": "HWCAP_FLAGM",
+    "sve2": "HWCAP2_SVE2",
+    "i8mm": "HWCAP2_I8MM",
+    "bf16": "HWCAP2_BF16",
+    "cssc": "HWCAP2_CSSC",
+    "mops": "HWCAP2_MOPS",
+    "faminmax": "HWCAP2_FAMINMAX",
+}
+
+
+def test_arm_features_are_asked_for_by_the_bits_of_linux() -> None:
+    # Zig has Linux's own header.
+    zig = Path(pytest.importorskip("ziglang").__file__).parent
+    header = (zig / "lib/libc/include/aarch64-linux-any/asm/hwcap.h").read_text()
+    bits = {name: 1 << int(bit) for name, bit in re.findall(r"define (HWCAP2?_\w+)\s+\(1\w* << (\d+)\)", header)}
+
+    def word(names: str, prefix: str) -> int:
+        return sum(bits[name] for name in names.split() if name.startswith(prefix))
+
+    wanted = {name: (word(names, "HWCAP_"), word(names, "HWCAP2_")) for name, names in HWCAPS.items()}
+    assert wanted == processor._AARCH64
+
+
+@pytest.mark.parametrize(("cpu", "feature"), [("ampere1b", "cssc"), ("c1-pro", "mops"), ("olympus", "faminmax")])
+def test_what_a_named_core_brings_along_is_asked_for(cpu: str, feature: str) -> None:
+    assert feature in processor.needs(Isa(triple="aarch64-linux-gnu", cpu=cpu), []).features
 
 
 @pytest.mark.parametrize("feature", ["+amx-int8", "+sme"])

@@ -141,6 +141,13 @@ def placed(net: torch.nn.Module, folder) -> onnx.ModelProto:
     return placement.place(prepared.model, prepared.ranges, placement.PLACEMENTS["onnxruntime"])
 
 
+def test_the_name_of_a_shape_is_free_too():
+    model = graph_of_a_shuffle("one", [helper.make_node("Relu", [NOISY], ["shuffled_q_1_shape"])])
+    after = onnxruntime_graph.shuffles_with_channels_last(model)
+    assert "DepthToSpace" not in {n.op_type for n in after.graph.node}
+    onnx.checker.check_model(after)
+
+
 def test_no_name_is_given_twice(tmp_path):
     torch.manual_seed(0)
     before = placed(TwoShuffles(), tmp_path)

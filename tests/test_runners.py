@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from board import Board
-from devices import adb, connected
+from devices import adb, board, connected
 from phone import Phone
 
 from edgekit.errors import EdgekitError, IncompleteError, InputError, ToolMissingError, UnsupportedError
@@ -277,12 +277,23 @@ def test_a_board_and_this_machine_tell_what_they_are(sshed: Board) -> None:
     [
         ("core=0   \ncore=1   ", (Core(index=0, min_khz=None, max_khz=None, governor=""),) * 2, None),
         ("core=0 100 200 performance", (Core(index=0, min_khz=100, max_khz=200, governor="performance"),), None),
+        ("core=0  200 ondemand", (Core(index=0, min_khz=None, max_khz=200, governor="ondemand"),), None),
+        ("core=0 100 200 sched2", (Core(index=0, min_khz=100, max_khz=200, governor="sched2"),), None),
         ("zone=cpu-thermal 51540\nzone=gpu 60000", (), 51_540),
         ("zone=soc_thermal 48\nzone=battery 300", (), 48_000),
         ("zone=CPU-max -2147483\nzone=cpu0 0\nzone=cpu1 ", (), None),
         ("", (), None),
     ],
-    ids=["no frequencies", "one core", "thousandths", "degrees", "sensors that are off", "nothing"],
+    ids=[
+        "no frequencies",
+        "one core",
+        "no least frequency",
+        "digit in governor",
+        "thousandths",
+        "degrees",
+        "sensors that are off",
+        "nothing",
+    ],
 )
 def test_what_a_device_does_not_tell_is_left_empty(
     text: str, cores: tuple[Core, ...], temperature_mc: int | None
@@ -358,7 +369,7 @@ def test_a_board_whose_shell_hangs_is_said(sshed: Board, monkeypatch: pytest.Mon
 
 def test_a_server_of_adb_that_hangs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", str(silent.getsockname()[1]))
+        monkeypatch.setenv("ADB_SERVER_SOCKET", f"tcp:localhost:{silent.getsockname()[1]}")
         monkeypatch.setattr(runners_adb, "ANSWER_S", 1.0)
         refused("adb", ToolMissingError, "'adb devices' did not answer within 1 s", "adb kill-server")
 
@@ -429,6 +440,13 @@ def running(*words: str) -> list[str]:
     return found
 
 
-def test_adb_is_asked_on_a_port_of_the_tests_own(server: None) -> None:
+def test_adb_is_asked_on_a_socket_of_the_tests_own(server: None) -> None:
     assert "List of devices" in adb("devices")
-    assert os.environ["ANDROID_ADB_SERVER_PORT"] != "5037"
+    assert Path(os.environ["ADB_SERVER_SOCKET"].removeprefix("localfilesystem:")).is_socket()
+
+
+def test_a_board_has_its_port_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create, made = socket.create_server, list[socket.socket]()
+    monkeypatch.setattr(socket, "create_server", lambda *given: made.append(create(*given)) or made[-1])
+    with board(tmp_path) as opened:
+        assert made[0].getsockname()[1] == opened.port

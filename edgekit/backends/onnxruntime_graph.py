@@ -101,7 +101,8 @@ def _moves(node: onnx.NodeProto, source: str, result: str, channels: int, taken:
         if kind == "Transpose":
             nodes.append(helper.make_node(kind, [source], [made], name, perm=numbers))
         else:
-            shapes.append(numpy_helper.from_array(np.array(numbers, np.int64), f"{made}_shape"))
-            nodes.append(helper.make_node(kind, [source, shapes[-1].name], [made], name))
+            shape = walk.free_name(f"{made}_shape", taken)
+            shapes.append(numpy_helper.from_array(np.array(numbers, np.int64), shape))
+            nodes.append(helper.make_node(kind, [source, shape], [made], name))
         source = made
     return _Moves(nodes, shapes)

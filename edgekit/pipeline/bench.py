@@ -208,7 +208,7 @@ def instructions_per_picture(path: Path, cpu: str, *, pictures: int = 2, without
         runner.close()
     return Instructions(
         cpu=cpu,
-        qemu=qemu.version(),
+        qemu=qemu.version(instructions.emulator()),
         per_call=round((all_of_them - one) / (pictures - 1)),
         pictures=pictures,
         of_all=all_of_them,

@@ -154,10 +154,9 @@ def _arm_cores(cpuinfo: str) -> str:
 def _cores(lines: Sequence[str]) -> list[Core]:
     found = []
     for line in lines:
-        match = re.fullmatch(r"(\d+) *(\d*) *(\d*) *(\D*)", line)
-        if match is not None:
-            index, low, high, governor = match.groups()
-            found.append(Core(index=int(index), min_khz=_whole(low), max_khz=_whole(high), governor=governor.strip()))
+        index, low, high, governor, *_ = *line.split(" ", 3), "", "", ""
+        if index.isdigit():
+            found.append(Core(index=int(index), min_khz=_whole(low), max_khz=_whole(high), governor=governor))
     return found
 
 

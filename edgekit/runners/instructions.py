@@ -39,8 +39,8 @@ def count(cpu: str, argv: Sequence[str], *, timeout_s: float = 3600.0) -> int:
         ToolMissingError: No QEMU that takes plugins, or no C compiler.
         IncompleteError: The program failed, or did not end within the time.
     """
-    program, plugin = _emulator(), _plugin()
-    command = [program, "-cpu", cpu, "-plugin", str(plugin), "-d", "plugin", *argv]
+    program = emulator()
+    command = [program, "-cpu", cpu, "-plugin", str(_plugin(program)), "-d", "plugin", *argv]
     done = run_here(command, b"", name=argv[0], label=f"qemu {cpu}", timeout_s=timeout_s)
     if done.code != 0:
         why = " ".join(done.stderr.decode(errors="replace").split())
@@ -50,8 +50,12 @@ def count(cpu: str, argv: Sequence[str], *, timeout_s: float = 3600.0) -> int:
     return int(match[1])
 
 
-def _emulator() -> str:
-    """Return the path of a QEMU that takes plugins."""
+def emulator() -> str:
+    """Return the path of the QEMU that counts, the first that takes plugins.
+
+    Raises:
+        ToolMissingError: There is none.
+    """
     for name in qemu.PROGRAMS:
         found = shutil.which(name)
         # It lists its options and exits with 0 or 1, by version.
@@ -68,18 +72,18 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="edgekit-plugin-")
 
 
-def _plugin() -> Path:
-    """Return the plugin, compiled once per process and removed when the process ends."""
+def _plugin(program: str) -> Path:
+    """Return the plugin for a QEMU, compiled once per process and interface, and removed when the process ends."""
     compiler = next((found for name in _COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise ToolMissingError(
             f"none of {', '.join(_COMPILERS)} is on the PATH; one compiles the plugin that counts instructions",
             remedy="on Debian and Ubuntu: apt-get install gcc libc6-dev",
         )
-    made = Path(_folder().name) / "instructions.so"
+    api = 1 if int(qemu.version(program).partition(".")[0]) < _FIRST_WITH_API_2 else 2
+    made = Path(_folder().name) / f"instructions-{api}.so"
     if made.is_file():
         return made
-    api = 1 if int(qemu.version().partition(".")[0]) < _FIRST_WITH_API_2 else 2
     command = [compiler, "-shared", "-fPIC", "-O2", f"-DAPI={api}", "-o", str(made), str(_SOURCE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -72,7 +72,7 @@ class Qemu:
     def facts(self) -> Facts:
         """Return what is emulated; the features are what a program asks the emulated kernel for."""
         return Facts(
-            model=f"QEMU {version()}",
+            model=f"QEMU {version(self.program)}",
             soc="",
             cpu=self.cpu,
             machine="aarch64",
@@ -118,16 +118,17 @@ def cpus() -> tuple[str, ...]:
     return tuple(sorted(line.strip() for line in listed.splitlines()[1:] if line.strip() not in ("", "max")))
 
 
-def version() -> str:
-    """Return QEMU's version, as "7.2.22".
+def version(program: str | None = None) -> str:
+    """Return the version of that QEMU, or of the one that runs programs, as "7.2.22".
 
     Raises:
         ToolMissingError: QEMU is not installed, or does not tell its version.
     """
-    told = subprocess.run([_program(), "--version"], capture_output=True, text=True, check=False).stdout
+    program = program or _program()
+    told = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
     if (match := re.search(r"version (\d+[\d.]*)", told)) is None:
         raise ToolMissingError(
-            f"{_program()} does not tell its version", remedy="reinstall the package qemu-user-static"
+            f"{program} does not tell its version", remedy="reinstall the packages qemu-user-static and qemu-user"
         )
     return match[1]
 

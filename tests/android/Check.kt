@@ -60,6 +60,8 @@ fun refuse() {
         println(outcome { it.denoise(ByteBuffer.allocate(400), 40, direct(400), 40, 10, 10) })
         println(outcome { it.denoise(direct(399), 40, direct(400), 40, 10, 10) })
         println(outcome { it.denoise(direct(400), 40, direct(400).apply { position(1) }, 40, 10, 10) })
+        println(outcome { it.denoise(direct(400).apply { limit(399) }, 40, direct(400), 40, 10, 10) })
+        println(outcome { it.denoise(direct(400), 40, direct(400).apply { limit(399) }, 40, 10, 10) })
         println(outcome { it.denoise(direct(400), 40, direct(400).asReadOnlyBuffer(), 40, 10, 10) })
         println(outcome { it.denoise(direct(400), 39, direct(400), 40, 10, 10) })
         println(outcome { it.denoise(direct(400), Int.MAX_VALUE, direct(400), 40, 10, 10) })

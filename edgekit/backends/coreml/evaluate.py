@@ -53,9 +53,9 @@ class Operands:
         """Return a scalar input."""
         return float(self.tensor(name)) if self.has(name) else default
 
-    def flag(self, name: str) -> bool:
-        """Return a boolean input, False where the program leaves it out."""
-        return self.has(name) and bool(self.tensor(name))
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        """Return a boolean input."""
+        return bool(self.tensor(name)) if self.has(name) else default
 
     def integers(self, name: str, default: list[int]) -> list[int]:
         """Return a list of integers."""
@@ -251,7 +251,7 @@ def _sigmoid_hard(op: Operands) -> Tensor:
 
 def _upsample(op: Operands, mode: str) -> Tensor:
     scale = (op.number("scale_factor_height", 1.0), op.number("scale_factor_width", 1.0))
-    corners = op.flag("align_corners") if mode == "bilinear" else None
+    corners = op.flag("align_corners", default=True) if mode == "bilinear" else None
     return F.interpolate(op.tensor("x"), scale_factor=scale, mode=mode, align_corners=corners)
 
 

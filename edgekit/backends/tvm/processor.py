@@ -31,6 +31,9 @@ _AARCH64: Mapping[str, tuple[int, int]] = {
     "sve2": (0, 1 << 1),
     "i8mm": (0, 1 << 13),
     "bf16": (0, 1 << 14),
+    "cssc": (0, 1 << 34),
+    "mops": (0, 1 << 43),
+    "faminmax": (0, 1 << 50),
 }
 # Intel's manual, volume 2, CPUID: leaf 1 ECX, leaf 7 EBX, leaf 7 ECX; and what XCR0 must show that the system saves.
 _AVX, _AVX512 = 0x6, 0xE6
