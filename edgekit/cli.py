@@ -785,17 +785,15 @@ def models(as_json: bool) -> None:
     from edgekit import zoo
 
     cards = {name: zoo.card(name) for name in zoo.names()}
-    rows = []
+    rows, named = [], []
     variants = {name: [n for n, card in cards.items() if card.model == name != n] for name in networks.names()}
     for name in [each for network in networks.names() for each in (network, *variants[network])]:
-        figures = (
-            [f"{m.psnr_mdb / 1000:.2f} dB on {m.pictures}" for m in cards[name].measured if m.sigma == 25]
-            if name in cards
-            else []
-        )
+        measured = cards[name].measured if name in cards else ()
+        psnr_mdb = {m.pictures: m.psnr_mdb for m in measured if m.sigma == 25}
         count = cards[name].parameters if name in cards else networks.parameter_count(networks.create(name))
-        rows.append((name, f"{count:,}", "yes" if name in cards else "no", "; ".join(figures)))
-    named = [dict(zip(("name", "parameters", "shipped", "sigma_25"), row, strict=True)) for row in rows]
+        named.append({"name": name, "parameters": count, "shipped": name in cards, "sigma_25_psnr_mdb": psnr_mdb})
+        figures = "; ".join(f"{mdb / 1000:.2f} dB on {pictures}" for pictures, mdb in psnr_mdb.items())
+        rows.append((name, f"{count:,}", "yes" if name in cards else "no", figures))
     _emit(named, as_json, lambda: _table("", ("model", "parameters", "weights shipped", "PSNR at sigma 25"), rows))
 
 

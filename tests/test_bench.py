@@ -386,7 +386,7 @@ def test_the_protocol_names_what_was_timed_and_nothing_else() -> None:
     assert bench._library_protocol(BRIEF, 0, timed=True).endswith("0 s, of one tile by one thread")
     shape = bench.Shape(height=64, width=96, halo=0, delivered_pixels=64 * 96)
     assert bench._session_protocol(BRIEF, shape).endswith(
-        "of a whole picture of 96x64 float32 pixels by one thread, then without warm-up by 2"
+        "of a whole picture of 96x64 float32 pixels by one thread, then by 2 after one warm-up run"
     )
 
 

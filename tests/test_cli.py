@@ -149,9 +149,12 @@ def test_what_is_shipped_is_listed(command_name, call):
 
 def test_models_tell_what_the_shipped_weights_reach(call):
     items = {item["name"]: item for item in answer(call("models", "--json").out)["items"]}
-    assert items["nano"]["parameters"] == "43,396"
-    assert re.search(r"\d\d\.\d\d dB on embedded-evaluation", items["nano"]["sigma_25"])
-    assert (items["large"]["shipped"], items["teacher-a"]["shipped"]) == ("yes", "no")
+    assert items["nano"]["parameters"] == 43396
+    measured = {m.pictures: m.psnr_mdb for m in zoo.card("nano").measured if m.sigma == 25}
+    assert items["nano"]["sigma_25_psnr_mdb"] == measured
+    assert "embedded-evaluation" in measured
+    assert (items["large"]["shipped"], items["teacher-a"]["shipped"]) == (True, False)
+    assert f"{measured['embedded-evaluation'] / 1000:.2f} dB on embedded-evaluation" in call("models").out
 
 
 def test_doctor_names_every_engine_and_the_command_that_installs_it(call, monkeypatch):

@@ -113,9 +113,14 @@ def quantize_static(
         IntegrityError: The quantized graph's output is further than 25 dB from the float graph's.
     """
     prepared = prepare(fp32, calibration, settings, placement)
+    return written(placed(prepared, placement, settings), prepared, fp32, out)
+
+
+def placed(prepared: Prepared, placement: Placement, settings: Quantization) -> onnx.ModelProto:
+    """Return the QDQ graph of a prepared one, with the layers in float that the settings keep there."""
     quantized = placements.place(prepared.model, prepared.ranges, placement, weight_limit=prepared.weight_limit)
     kept = kept_float(prepared.model, frozenset[str](settings.keep_float))
-    return written(placements.release(quantized, kept, placement, prepared.model), prepared, fp32, out)
+    return placements.release(quantized, kept, placement, prepared.model)
 
 
 def prepare(

@@ -480,7 +480,7 @@ def _library_protocol(settings: Settings, side: int, *, timed: bool) -> str:
 
 
 def _session_protocol(settings: Settings, shape: Shape) -> str:
-    again = f", then without warm-up by {settings.threads}" if settings.threads > 1 else ""
+    again = f", then by {settings.threads} after one warm-up run" if settings.threads > 1 else ""
     return f"{_runs(settings)}, of a whole picture of {shape.width}x{shape.height} float32 pixels by one thread{again}"
 
 

@@ -188,7 +188,7 @@ def _static(
 ) -> Mapping[str, object]:
     prepared = quantize.prepare(student.fp32, calibration(recipe, student.stride), recipe.quantization, where)
     if not where.floats:
-        _check_kernels(_placed(prepared, where, recipe.quantization), student, out)
+        _check_kernels(quantize.placed(prepared, where, recipe.quantization), student, out)
     reached = within_budget(prepared, recipe, shown, student, where, out, checkpoints=opened.root)
     report = quantize.written(reached.kept.model, prepared, student.fp32, out / FILE)
     return {
@@ -214,7 +214,7 @@ def check_kernels(student: Student, channels: int, settings: Quantization, folde
     side, where = _CHECKED_BLOCKS * student.stride, placement.PLACEMENTS[PLACEMENTS["tvm"]]
     noise = [(probe(side, side, channels, seed=i), 25 / 255) for i in range(settings.calibration_pictures)]
     prepared = quantize.prepare(student.fp32, noise, replace(settings, change_basis=False), where)
-    _check_kernels(_placed(prepared, where, settings), student, folder)
+    _check_kernels(quantize.placed(prepared, where, settings), student, folder)
 
 
 def _check_kernels(graph: onnx.ModelProto, student: Student, out: Path) -> None:
@@ -255,7 +255,7 @@ def within_budget(
         mean_db=int8_drop_db(recipe.budgets, student.model),
         worst_db=int8_worst_db(recipe.budgets, student.model),
     )
-    graph = _placed(prepared, where, recipe.quantization)
+    graph = quantize.placed(prepared, where, recipe.quantization)
     before = judge.loss(graph)
     untrained = limit.part(_UNTRAINED[where.trunk])
     trained = bool(recipe.quantization.qat.steps) and not untrained.holds(before)
@@ -270,12 +270,6 @@ def within_budget(
             trained = False
     kept = budget.keep(graph, prepared.model, where, judge, limit, trained=trained, say=log.info)
     return Reached(before=before, kept=kept, trained=trained)
-
-
-def _placed(prepared: Prepared, where: Placement, settings: Quantization) -> onnx.ModelProto:
-    whole = placement.place(prepared.model, prepared.ranges, where, weight_limit=prepared.weight_limit)
-    kept = quantize.kept_float(prepared.model, frozenset[str](settings.keep_float))
-    return placement.release(whole, kept, where, prepared.model) if kept else whole
 
 
 def ends_in_float(graph: onnx.ModelProto, prepared: Prepared, where: Placement) -> onnx.ModelProto:
