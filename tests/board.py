@@ -8,13 +8,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 # A bash that sshd starts reads the user's own .bashrc unless SHLVL says that it lies inside another.
 SSHD = """\
-ListenAddress 127.0.0.1:{port}
 HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/authorized_keys
 PidFile none
@@ -60,8 +59,8 @@ class Board:
     def __init__(self, folder: Path, cpu: str) -> None:
         self.folder, self.bin = folder, folder / "client"
         (folder / "tmp").mkdir(parents=True)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
         names = {
             "folder": folder,
             "port": self.port,
@@ -78,7 +77,11 @@ class Board:
         self._script(folder / "arm64-shell", SHELL.format(**names))
         self._script(folder / "bin" / "uname", '#!/bin/sh\n[ "$1" = -m ] && echo aarch64 || echo 6.1.0\n')
         self._script(self.bin / "ssh", f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
-        self._serve()
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)  # where root's sshd locks itself up
+        self._sessions: list[subprocess.Popen[bytes]] = []
+        self._server = threading.Thread(target=self._accept, daemon=True)
+        self._server.start()
 
     def tell(self, path: str, text: str) -> None:
         """Let the board have another file at a path of the system that its shell reads by `cat`."""
@@ -89,22 +92,26 @@ class Board:
 
     def unplug(self) -> None:
         """Be gone from one moment to the next, with every session."""
-        for number in [*_children(self._sshd.pid), self._sshd.pid]:
-            with suppress(ProcessLookupError):
-                os.kill(number, signal.SIGKILL)
-        self._sshd.wait()
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # which wakes who accepts
+        self._server.join()
+        self._listener.close()
+        while self._sessions:
+            session = self._sessions.pop()
+            if session.poll() is None:
+                for number in [*_children(session.pid), session.pid]:
+                    with suppress(ProcessLookupError):
+                        os.kill(number, signal.SIGKILL)
+                session.wait()
 
-    def _serve(self) -> None:
-        if os.geteuid() == 0:
-            Path("/run/sshd").mkdir(exist_ok=True)  # where root's sshd locks itself up
-        with (self.folder / "sshd.log").open("wb") as log:
-            command = [sshd(), "-D", "-e", "-f", str(self.folder / "sshd_config")]
-            self._sshd = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log)
-        for _ in range(100):
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return
-            time.sleep(0.1)
-        raise AssertionError((self.folder / "sshd.log").read_text())
+    def _accept(self) -> None:
+        command = [sshd(), "-i", "-e", "-f", str(self.folder / "sshd_config")]
+        with suppress(OSError), (self.folder / "sshd.log").open("ab") as log:
+            while True:
+                connection, _ = self._listener.accept()
+                with connection:
+                    both = connection.fileno()
+                    self._sessions.append(subprocess.Popen(command, stdin=both, stdout=both, stderr=log))
 
     @staticmethod
     def _script(path: Path, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +16,13 @@ from phone import Phone
 
 @contextmanager
 def adb_server(folder: Path) -> Iterator[None]:
-    """Give an adb server on a port of its own, with keys of its own, that knows no device yet."""
+    """Give an adb server on a socket of its own, with keys of its own, that knows no device yet."""
     if not shutil.which("adb"):
         pytest.skip("adb is not installed: apt-get install adb")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ANDROID_ADB_SERVER_PORT", str(port))
+        # A file, as another test could take a port before the server does.
+        patch.setenv("ADB_SERVER_SOCKET", f"localfilesystem:{folder}/server")
+        patch.delenv("ANDROID_ADB_SERVER_PORT", raising=False)
         patch.delenv("ANDROID_SERIAL", raising=False)
         # The server alone gets another home, where it makes its keys: zig's cache lies in the true one.
         subprocess.run(["adb", "start-server"], env=os.environ | {"HOME": str(folder)}, capture_output=True, check=True)

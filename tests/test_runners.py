@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from board import Board
-from devices import adb, connected
+from devices import adb, board, connected
 from phone import Phone
 
 from edgekit.errors import EdgekitError, IncompleteError, InputError, ToolMissingError, UnsupportedError
@@ -369,7 +369,7 @@ def test_a_board_whose_shell_hangs_is_said(sshed: Board, monkeypatch: pytest.Mon
 
 def test_a_server_of_adb_that_hangs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", str(silent.getsockname()[1]))
+        monkeypatch.setenv("ADB_SERVER_SOCKET", f"tcp:localhost:{silent.getsockname()[1]}")
         monkeypatch.setattr(runners_adb, "ANSWER_S", 1.0)
         refused("adb", ToolMissingError, "'adb devices' did not answer within 1 s", "adb kill-server")
 
@@ -440,6 +440,13 @@ def running(*words: str) -> list[str]:
     return found
 
 
-def test_adb_is_asked_on_a_port_of_the_tests_own(server: None) -> None:
+def test_adb_is_asked_on_a_socket_of_the_tests_own(server: None) -> None:
     assert "List of devices" in adb("devices")
-    assert os.environ["ANDROID_ADB_SERVER_PORT"] != "5037"
+    assert Path(os.environ["ADB_SERVER_SOCKET"].removeprefix("localfilesystem:")).is_socket()
+
+
+def test_a_board_has_its_port_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create, made = socket.create_server, list[socket.socket]()
+    monkeypatch.setattr(socket, "create_server", lambda *given: made.append(create(*given)) or made[-1])
+    with board(tmp_path) as opened:
+        assert made[0].getsockname()[1] == opened.port
