@@ -110,7 +110,8 @@ class Board:
             while True:
                 connection, _ = self._listener.accept()
                 with connection:
-                    self._sessions.append(subprocess.Popen(command, stdin=connection, stdout=connection, stderr=log))
+                    both = connection.fileno()
+                    self._sessions.append(subprocess.Popen(command, stdin=both, stdout=both, stderr=log))
 
     @staticmethod
     def _script(path: Path, text: str) -> None:
