@@ -517,6 +517,20 @@ def test_a_picture_is_denoised_by_whatever_model_is_named(call, cwd, finished, l
     assert told == {"schema_version": 1, "output": f"{cwd}/out.png", "how": how}
 
 
+def test_a_picture_in_colour_that_becomes_gray_is_said_to_and_a_gray_one_is_not(call, cwd):
+    gray = np.full((16, 16, 3), 90, np.uint8)
+    Image.fromarray(gray).save(cwd / "gray.png")
+    Image.fromarray(gray + np.array([0, 0, 1], np.uint8)).save(cwd / "colour.png")
+    note = "note: 'nano' is for gray, so the result is gray; for colour: -m base-color\n"
+    done = call("denoise", "colour.png")
+    assert (done.code, done.out, done.err) == (0, "colour.denoised.png\n", note)
+    assert Image.open("colour.denoised.png").mode == "L"
+    assert call("denoise", "gray.png").err == ""
+    assert call("denoise", "colour.png", "-m", "base-color").err == ""
+    assert call("-q", "denoise", "colour.png").err == ""
+    assert "-m base-color" in call("denoise", "--help").out
+
+
 def test_a_picture_in_colour_keeps_its_planes_in_their_order(call, cwd):
     pixels = np.stack([np.full((40, 48), value, np.uint8) for value in (200, 120, 40)], axis=-1)
     pixels[::2, ::3] += 9
