@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -394,14 +395,38 @@ def test_code_in_a_pickle_that_is_called_safetensors_does_not_run(cwd):
     [
         ([1, 2], "is not a state_dict"),
         ({1: torch.zeros(1)}, "is not a state_dict"),
-        ({"state_dict": {}}, "is not a state"),
+        ({"state_dict": {}}, "is not a state_dict; save the network's"),
+        (
+            {"epoch": 3, "params": {"a": torch.zeros(1)}, "params_ema": {"a": torch.zeros(1)}},
+            "holds one under 'params' and one under 'params_ema'; take it out: torch.save(",
+        ),
     ],
-    ids=["list", "numbers as names", "nested"],
+    ids=["list", "numbers as names", "nothing in it", "nested"],
 )
 def test_a_checkpoint_that_is_no_state_dict_is_refused(cwd, value, told):
     torch.save(value, cwd / "w.pt")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=re.escape(told)):
         weights.read(cwd / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("renamed", "told"),
+    [
+        (lambda name: f"module.{name}", "it has them all behind 'module.': save them under names without it"),
+        (lambda name: name.removeprefix("0."), "it has them all without '0.': let the class inherit from the network"),
+        (
+            lambda name: name.replace("weight", "weights"),
+            "has no '0.weight'; the nearest there is '0.weights'; these weights are of another architecture or option",
+        ),
+        (lambda name: f"Q{len(name)}", "has no '0.weight'; these weights are of another architecture or option"),
+    ],
+    ids=["in front of the file's", "in front of the network's", "another", "nothing alike"],
+)
+def test_weights_of_other_names_are_refused_with_what_is_nearest(cwd, renamed, told):
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3))
+    save_file({renamed(name): value for name, value in net.state_dict().items()}, cwd / "w.safetensors")
+    with pytest.raises(InputError, match=re.escape(told)):
+        weights.load_into(net, cwd / "w.safetensors")
 
 
 @pytest.mark.parametrize(
