@@ -1,6 +1,7 @@
 """Whatever is wrong, a command ends with one line that says what, where and what to do, and with its exit code."""
 
 import contextlib
+import json
 import os
 import pickle
 import re
@@ -217,6 +218,32 @@ def test_a_dry_run_refuses_what_compiling_would(call, cwd, finished):
         call("compile", model, "-t", "odd.yaml", "--dry-run").refused(4, "input 64x20 is not a tile", "multiples of 8")
     call("compile", onnx_file, "-t", "ios-arm64", "--dry-run").refused(4, "compiles from torch")
     assert list(tree(cwd)) == ["odd.yaml"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("distill", "student-nano"), ("train", "student-nano"), ("run",), ("plan",), ("compile", "nano")],
+    ids=lambda arguments: arguments[0],
+)
+@pytest.mark.parametrize("setting", ["data.train=[embedded, {}]", "data.calibration={}", "data.evaluation={}"])
+def test_a_dry_run_refuses_folders_without_pictures(call, cwd, arguments, setting):
+    dry = () if arguments[0] == "plan" else ("--dry-run",)
+    (cwd / "empty").mkdir()
+    (cwd / "there").mkdir()
+    (cwd / "there/a.png").write_bytes(b"no picture, as nothing is read")
+    call(*arguments, *dry, "--set", setting.format("nofolder")).refused(2, "nofolder: no such folder; give a folder")
+    call(*arguments, *dry, "--set", setting.format("empty")).refused(2, "empty: holds no pictures")
+    assert call(*arguments, *dry, "--set", setting.format("there")).code == 0
+
+
+def test_a_dry_run_of_a_run_asks_for_the_folders_that_its_targets_need(call, cwd, finished):
+    shutil.copytree(finished, "mine")
+    record = json.loads(Path("mine/run.json").read_text(encoding="utf-8"))
+    record["identity"]["recipe"]["data"]["train"] = ["gone"]
+    Path("mine/run.json").write_text(json.dumps(record), encoding="utf-8")
+    edit(write_target(cwd / "float.yaml", "float", LIMITS["kept"]), "int8", "float32")
+    call("compile", "mine", "-t", "onnx", "--dry-run").refused(2, "gone: no such folder")
+    assert call("compile", "mine", "-t", "float.yaml", "--dry-run").code == 0
 
 
 def test_a_dry_run_takes_what_compiling_would(call, cwd, finished):

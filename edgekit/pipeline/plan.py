@@ -11,7 +11,7 @@ from edgekit import backends, models, run
 from edgekit.errors import InputError
 from edgekit.graph import checks, cost
 from edgekit.pipeline import compile as compiling
-from edgekit.pipeline import doctor, int8, networks
+from edgekit.pipeline import doctor, int8, networks, pictures
 from edgekit.recipe import Model, Quantization, Recipe
 from edgekit.target import Target
 
@@ -29,8 +29,8 @@ def plan(recipe: Recipe, targets: Sequence[Target], folder: str | Path | None = 
     """Return the steps of a recipe for its targets in their order; nothing is written.
 
     Raises:
-        InputError: Unknown model or option. UnsupportedError: A target's tile does not fit the student, or its engine
-            cannot do what it asks for.
+        InputError: Unknown model or option, or a folder without pictures.
+        UnsupportedError: A target's tile does not fit the student, or its engine cannot do what it asks for.
         IntegrityError: The folder's record is damaged.
     """
     missing = {finding.name: finding.fix for finding in doctor.examine() if not finding.found}
@@ -67,7 +67,8 @@ def check_model(
     """Return the MODEL or run folder that `compile` would compile; nothing is written.
 
     Raises:
-        EdgekitError: As `compile.compile_model` for what it looks at before it makes anything, but for the pictures.
+        EdgekitError: As `compile.compile_model` for what it looks at before it makes anything; of the pictures only
+            whether their folders hold any.
     """
     what = compiling.chosen(what, targets, weights=weights, overrides=overrides, folder=folder, overwrite=overwrite)
     path = Path(what)
@@ -78,7 +79,14 @@ def check_model(
     else:
         network = networks.named(what, weights)
         name, channels, stride = network.name, network.net.channels, network.net.stride
-    recipe = compiling.default_recipe(name, channels, overrides)
+    if path.is_dir():
+        recipe = compiling.recipe_of(path)
+        chooses = any(target.precision == "int8" for target in targets)
+        learns = chooses and int8.trains(recipe.quantization)
+        pictures.refuse_absent(recipe.data, chooses=chooses, learns=learns)
+    else:
+        recipe = compiling.default_recipe(name, channels, overrides)
+        pictures.refuse_absent(recipe.data)
     compiling.check_tiles(name, compiling.tile_step(stride, recipe), targets)
     return what
 
@@ -91,6 +99,7 @@ def plan_training(recipe: Recipe, folder: str | Path | None = None, *, alone: bo
         folder: The run folder; `runs/<recipe>` unless told.
         alone: Train without the recipe's teacher.
     """
+    pictures.refuse_absent(recipe.data)
     if recipe.teacher and not alone:
         networks.architecture(recipe.teacher, recipe.data.channels)
     made = _made(run.folder_of(recipe.name, folder))
