@@ -611,14 +611,16 @@ def compare(
 def denoise(
     image: Path, model: str, weights: Path | None, sigma: float, add_noise: bool, output: Path | None, as_json: bool
 ) -> None:
-    """Denoise one picture.
+    """Denoise one picture. A MODEL for gray makes a picture in colour gray: for colour, -m base-color.
 
     \b
     edgekit denoise photo.png --sigma 15
+    edgekit denoise photo.png -m base-color
     edgekit denoise photo.png -m runs/quickstart/bundles/linux-x86_64
     """
     if not image.is_file():
         raise InputError(f"{image}: {'is not a file' if image.exists() else 'no such picture'}")
+    from edgekit.data import photos
     from edgekit.pipeline import denoise as denoising
 
     to = _place(output or image.with_name(f"{image.stem}.denoised.png"))
@@ -626,6 +628,8 @@ def denoise(
         raise InputError(f"{to}: is the noisy picture itself", remedy="choose another place with -o")
     opened = denoising.open_model(model, weights=weights)
     path = denoising.denoise_file(opened, image, to, sigma255=sigma, add_noise=add_noise)
+    if opened.channels == 1 and photos.has_colour(image):
+        log.warning("note: '%s' is for gray, so the result is gray; for colour: -m base-color", model)
     _emit({"output": str(path), "how": opened.how}, as_json, lambda: click.echo(path))
 
 

@@ -225,6 +225,8 @@ def _explain(
             return f"{where}: unknown key '{dotted}'; {nearest(str(location[-1]), known)}"
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{where}: key '{dotted}' is missing; add it"
+        case "tuple_type" | "list_type" if isinstance(error["input"], str | int | float):
+            return f"{where}: '{dotted}' is {found}; expected a list: write '[{error['input']}]'"
         case _:
             told = (e["msg"].removeprefix("Value error, ") for e in errors if _location(tree, e) == location)
             same = dict.fromkeys(text.removeprefix("Input should be ") for text in told)

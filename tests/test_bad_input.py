@@ -1,8 +1,10 @@
 """Whatever is wrong, a command ends with one line that says what, where and what to do, and with its exit code."""
 
 import contextlib
+import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -218,6 +220,32 @@ def test_a_dry_run_refuses_what_compiling_would(call, cwd, finished):
     assert list(tree(cwd)) == ["odd.yaml"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("distill", "student-nano"), ("train", "student-nano"), ("run",), ("plan",), ("compile", "nano")],
+    ids=lambda arguments: arguments[0],
+)
+@pytest.mark.parametrize("setting", ["data.train=[embedded, {}]", "data.calibration={}", "data.evaluation={}"])
+def test_a_dry_run_refuses_folders_without_pictures(call, cwd, arguments, setting):
+    dry = () if arguments[0] == "plan" else ("--dry-run",)
+    (cwd / "empty").mkdir()
+    (cwd / "there").mkdir()
+    (cwd / "there/a.png").write_bytes(b"no picture, as nothing is read")
+    call(*arguments, *dry, "--set", setting.format("nofolder")).refused(2, "nofolder: no such folder; give a folder")
+    call(*arguments, *dry, "--set", setting.format("empty")).refused(2, "empty: holds no pictures")
+    assert call(*arguments, *dry, "--set", setting.format("there")).code == 0
+
+
+def test_a_dry_run_of_a_run_asks_for_the_folders_that_its_targets_need(call, cwd, finished):
+    shutil.copytree(finished, "mine")
+    record = json.loads(Path("mine/run.json").read_text(encoding="utf-8"))
+    record["identity"]["recipe"]["data"]["train"] = ["gone"]
+    Path("mine/run.json").write_text(json.dumps(record), encoding="utf-8")
+    edit(write_target(cwd / "float.yaml", "float", LIMITS["kept"]), "int8", "float32")
+    call("compile", "mine", "-t", "onnx", "--dry-run").refused(2, "gone: no such folder")
+    assert call("compile", "mine", "-t", "float.yaml", "--dry-run").code == 0
+
+
 def test_a_dry_run_takes_what_compiling_would(call, cwd, finished):
     for model in ("base-color", finished, finished / "05-simplify/student.fp32.onnx"):
         settings = ("--set", "data.channels=3") if model == "base-color" else ()
@@ -394,14 +422,38 @@ def test_code_in_a_pickle_that_is_called_safetensors_does_not_run(cwd):
     [
         ([1, 2], "is not a state_dict"),
         ({1: torch.zeros(1)}, "is not a state_dict"),
-        ({"state_dict": {}}, "is not a state"),
+        ({"state_dict": {}}, "is not a state_dict; save the network's"),
+        (
+            {"epoch": 3, "params": {"a": torch.zeros(1)}, "params_ema": {"a": torch.zeros(1)}},
+            "holds one under 'params' and one under 'params_ema'; take it out: torch.save(",
+        ),
     ],
-    ids=["list", "numbers as names", "nested"],
+    ids=["list", "numbers as names", "nothing in it", "nested"],
 )
 def test_a_checkpoint_that_is_no_state_dict_is_refused(cwd, value, told):
     torch.save(value, cwd / "w.pt")
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=re.escape(told)):
         weights.read(cwd / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("renamed", "told"),
+    [
+        (lambda name: f"module.{name}", "it has them all behind 'module.': save them under names without it"),
+        (lambda name: name.removeprefix("0."), "it has them all without '0.': let the class inherit from the network"),
+        (
+            lambda name: name.replace("weight", "weights"),
+            "has no '0.weight'; the nearest there is '0.weights'; these weights are of another architecture or option",
+        ),
+        (lambda name: f"Q{len(name)}", "has no '0.weight'; these weights are of another architecture or option"),
+    ],
+    ids=["in front of the file's", "in front of the network's", "another", "nothing alike"],
+)
+def test_weights_of_other_names_are_refused_with_what_is_nearest(cwd, renamed, told):
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3))
+    save_file({renamed(name): value for name, value in net.state_dict().items()}, cwd / "w.safetensors")
+    with pytest.raises(InputError, match=re.escape(told)):
+        weights.load_into(net, cwd / "w.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -471,11 +471,25 @@ def test_int8_is_trained_from_half_of_its_budget_on(call, cwd):
     budget = f"budgets.int8_drop_db={1.5 * loss_mdb / 1000}"
     done = call("compile", "nano", "-t", "onnx", "-o", "tight", *settings, "--set", budget)
     assert done.code == 0, done.err
-    assert f"INT8 loses {loss_mdb / 1000:.3f} dB before any training: training it with its rounding" in done.err
+    told = f"int8_drop_db: INT8 loses {loss_mdb / 1000:.3f} dB on the held-out pictures, "
+    assert told in done.err
+    assert "may be lost before any training: training it with its rounding" in done.err
     assert "once more" not in done.err
     assert "it learns from patches of 64 pixels, not 96: a training picture has a side of 64" in done.err
     assert quantization(Path("tight"))["trained"] is True
     assert not list(Path("tight").glob("qat-*")), "checkpoints of a training that is done"
+
+
+def test_a_graph_that_is_trained_for_its_worst_picture_is_said_to_be(call, cwd):
+    photos = write_pictures(cwd / "photos")
+    told = [f"data.train=[{photos / 'train'}]", f"data.calibration={photos / 'held_out'}"]
+    told += ["quantization.calibration_pictures=8", "quantization.change_basis=false", "quantization.qat.steps=2"]
+    told += ["budgets.int8_drop_db=9", "budgets.int8_worst_db=0.2"]
+    done = call("compile", "nano", "-t", "onnx", *[part for setting in told for part in ("--set", setting)])
+    assert done.code == 0, done.err
+    assert "int8_worst_db: INT8 loses " in done.err
+    assert "on the worst held-out picture, 0.05 may be lost before any training: training it with its" in done.err
+    assert quantization(Path("runs/nano"))["worst_loss_mdb"] <= 200
 
 
 @pytest.mark.parametrize(
@@ -532,6 +546,20 @@ def test_a_picture_is_denoised_by_whatever_model_is_named(call, cwd, finished, l
     told = answer(call("denoise", picture, "-m", what, "-o", cwd / "out.png", "--json").out)
     how = {"bundle": "onnxruntime (native)", "run": "torch", "onnx": "onnxruntime", "shipped": "torch"}[model]
     assert told == {"schema_version": 1, "output": f"{cwd}/out.png", "how": how}
+
+
+def test_a_picture_in_colour_that_becomes_gray_is_said_to_and_a_gray_one_is_not(call, cwd):
+    gray = np.full((16, 16, 3), 90, np.uint8)
+    Image.fromarray(gray).save(cwd / "gray.png")
+    Image.fromarray(gray + np.array([0, 0, 1], np.uint8)).save(cwd / "colour.png")
+    note = "note: 'nano' is for gray, so the result is gray; for colour: -m base-color\n"
+    done = call("denoise", "colour.png")
+    assert (done.code, done.out, done.err) == (0, "colour.denoised.png\n", note)
+    assert Image.open("colour.denoised.png").mode == "L"
+    assert call("denoise", "gray.png").err == ""
+    assert call("denoise", "colour.png", "-m", "base-color").err == ""
+    assert call("-q", "denoise", "colour.png").err == ""
+    assert "-m base-color" in call("denoise", "--help").out
 
 
 def test_a_picture_in_colour_keeps_its_planes_in_their_order(call, cwd):

@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import sys
 
 import numpy as np
@@ -116,6 +117,21 @@ def test_a_budget_that_cannot_be_kept_exits_with_3_and_says_what_was_reached(pre
         keep(prepared, judge, graph, 0.0)
     assert isinstance(error.value, EdgekitError)
     assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("trained", "told"),
+    [
+        (False, "train with its rounding (quantization.qat.steps), "),
+        (True, "more steps (quantization.qat.steps) or on"),
+    ],
+    ids=["untrained", "trained"],
+)
+def test_what_was_trained_already_is_not_told_to_train(prepared, judge, graph, trained, told):
+    where, quantized = graph
+    nothing = budget.Budget(mean_db=0.0)
+    with pytest.raises(LimitError, match=re.escape(told)):
+        budget.keep(quantized, prepared.model, where, judge, nothing, trained=trained, say=lambda line: None)
 
 
 def test_arm_has_no_float_to_go_back_to(prepared, judge):

@@ -20,7 +20,7 @@ def students(tmp_path_factory):
     }
 
 
-def compared(path, fp32_us: int, int8_us: int, *, spread_us: int = 0) -> str:
+def compared(path, fp32_us: int, int8_us: int, *, spread_us: int = 0, released: bool = False) -> str:
     """Return the sentence for run times that are made up; the programs themselves are real and run once."""
 
     def interleave(a, b, *, min_pairs, max_seconds):
@@ -30,7 +30,16 @@ def compared(path, fp32_us: int, int8_us: int, *, spread_us: int = 0) -> str:
         return Paired(a_us=tuple(fp32_us + us for us in slower), b_us=(int8_us,) * min_pairs)
 
     session = backends.load_onnx("onnxruntime").open_onnx(path, threads=1)
-    found = worth.compare("onnxruntime", path, session, (1, 1, 32, 32), threads=1, seconds=0.1, interleave=interleave)
+    found = worth.compare(
+        "onnxruntime",
+        path,
+        session,
+        (1, 1, 32, 32),
+        threads=1,
+        seconds=0.1,
+        released=released,
+        interleave=interleave,
+    )
     assert found is not None
     return found.sentence()
 
@@ -53,6 +62,12 @@ def test_a_slow_plain_network_is_told_what_to_do_about_it(students):
     said = compared(students["plain"], 20_000, 25_000)
     assert "not worth it" in said
     assert "larger student" in said
+    assert "budgets" not in said, "nothing is in float that a larger budget would bring back"
+
+
+def test_a_slow_network_with_layers_in_float_is_told_of_the_budget(students):
+    said = compared(students["plain"], 20_000, 25_000, released=True)
+    assert "layers are in float; raise budgets.int8_drop_db so that fewer are" in said
 
 
 def test_a_difference_within_the_noise_is_no_speed_up(students):

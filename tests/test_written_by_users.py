@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -669,6 +670,54 @@ def test_weights_that_were_trained_elsewhere_are_taken_by_the_lines_of_the_docs(
     monkeypatch.chdir(tmp_path)
     network = networks.from_class("trained:Net", tiny.write_weights("base", tmp_path / "base.safetensors"))
     assert (network.net.channels, network.net.takes_sigma, network.net.stride) == (1, True, 8)
+
+
+MY_NET = """
+import torch
+from torch import nn
+
+
+class MyNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(2, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 1, 3, padding=1)
+        )
+
+    def forward(self, x, level):
+        return self.body(torch.cat([x, level], 1))
+"""
+
+
+@pytest.mark.parametrize("blind", [False, True], ids=["told", "blind"])
+def test_a_network_of_another_convention_is_taken_by_the_lines_of_the_readme(tmp_path, monkeypatch, call, blind):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    if blind:
+        lines = lines.replace("def forward(self, noisy, sigma)", "def forward(self, noisy)").replace("255 * sigma", "L")
+        lines += "\n\nimport torch\n\nL = torch.full((1, 1, 1, 1), 25.0)\n"
+    name = f"theirs_{blind}"
+    (tmp_path / f"{name}.py").write_text(MY_NET, encoding="utf-8")
+    (tmp_path / f"adapter_{blind}.py").write_text(lines.replace("from mynet", f"from {name}"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(0)
+    theirs = importlib.import_module(name).MyNet()
+    weights.save(theirs.state_dict(), tmp_path / "mynet.safetensors")
+    made = networks.from_class(f"adapter_{blind}:Net", tmp_path / "mynet.safetensors")
+    assert (made.net.channels, made.net.stride, made.net.takes_sigma) == (1, 8, not blind)
+    noisy = torch.from_numpy(probe(32, 48, 1, seed=0))
+    with torch.no_grad():
+        want = noisy - theirs.eval()(2 * noisy - 1, torch.full_like(noisy, 25)) / 2
+        assert torch.allclose(made.net(noisy, None if blind else torch.full((1, 1, 1, 1), LEVEL)), want, atol=1e-5)
+    told = ["teacher=null", "noise.train=[0, 15]", "noise.evaluate=10", "quantization.calibration_pictures=8"]
+    told += ["budgets.int8_drop_db=90", "quantization.change_basis=false"]
+    settings = [part for setting in told for part in ("--set", setting)]
+    done = call(
+        "compile", f"adapter_{blind}:Net", "--weights", "mynet.safetensors", "-t", "onnx", "-o", "run", *settings
+    )
+    assert done.code == 0, done.err
+    assert int8.levels(compiling.recipe_of(tmp_path / "run").noise) == (10.0, 15.0)
 
 
 def test_the_weights_of_a_norm_are_no_channel_gate_and_a_norm_over_channels_no_global_one(tmp_path):

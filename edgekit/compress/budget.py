@@ -276,7 +276,7 @@ def keep(
     if budget.holds(loss):
         return Kept(model=quantized, loss=loss, released=())
     if not placement.floats:
-        raise _missed(loss, budget, quantized, "the engine computes no single layers in float")
+        raise _missed(loss, budget, quantized, "the engine computes no single layers in float", trained=trained)
     say(f"{budget.missed(loss)}: looking for the layers to leave in float")
     found = layers(quantized, floating, placement, judge, trained=trained)
     losses: dict[frozenset[str], Loss] = {frozenset(): loss}
@@ -304,7 +304,7 @@ def keep(
     if order is None:
         best = min(orders, key=lambda layers_: budget.over_mdb(loss_with(layers_)))
         how = f"with {', '.join(layer.name for layer in best) or 'nothing'} in float"
-        raise _missed(loss_with(best), budget, released(best), how)
+        raise _missed(loss_with(best), budget, released(best), how, trained=trained)
     few, chosen = 0, order
     while len(chosen) - few > 1:
         middle = (few + len(chosen)) // 2
@@ -335,13 +335,17 @@ def _affordable(found: Sequence[Layer], floating: onnx.ModelProto, least_permill
     return chosen
 
 
-def _missed(loss: Loss, budget: Budget, model: onnx.ModelProto, how: str) -> LimitError:
+def _missed(loss: Loss, budget: Budget, model: onnx.ModelProto, how: str, *, trained: bool) -> LimitError:
     missed = budget.missed(loss)
+    training = (
+        "train it for more steps (quantization.qat.steps) or on pictures like yours (data.train)"
+        if trained
+        else "train with its rounding (quantization.qat.steps)"
+    )
     return LimitError(
         f"{missed}; that is the best reached, {how}, {integer_macs_permille(model) / 10:.1f} % of the arithmetic in "
         "integers",
-        remedy="train with its rounding (quantization.qat.steps), take a larger student, or raise "
-        f"budgets.{missed.partition(':')[0]}",
+        remedy=f"{training}, take a larger student, or raise budgets.{missed.partition(':')[0]}",
     )
 
 

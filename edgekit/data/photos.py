@@ -56,6 +56,12 @@ def read_picture(path: Path, channels: Channels) -> Pixels:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
+def has_colour(path: Path) -> bool:
+    """Return whether any pixel of the picture in a file is not gray; raises as `read_picture`."""
+    pixels = read_picture(path, 3)
+    return bool((pixels != pixels[..., :1]).any())
+
+
 def list_pictures(folder: Path) -> tuple[Path, ...]:
     """Return the picture files directly inside a folder, sorted by name.
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 import safetensors
 import torch
@@ -57,13 +59,14 @@ def load_into(net: nn.Module, path: Path) -> None:
     """Copy the weights of a file into a network of the same architecture; half-precision files are widened.
 
     Raises:
-        InputError: The weights are of another architecture; names the first parameter that differs.
+        InputError: The weights are of another architecture, or have other names; names the first parameter that
+            differs.
         IntegrityError: The file is damaged, or a weight is not finite.
     """
     given, wanted = read(path), net.state_dict()
     for name, tensor in wanted.items():
         if name not in given:
-            raise InputError(f"{path}: has no '{name}'", remedy="these weights are of another architecture or option")
+            raise InputError(f"{path}: has no '{name}'", remedy=_other_names(given, wanted))
         if given[name].shape != tensor.shape:
             found, want = tuple(given[name].shape), tuple(tensor.shape)
             raise InputError(f"{path}: '{name}' is {found}, the network has {want}", remedy="name the matching model")
@@ -74,6 +77,21 @@ def load_into(net: nn.Module, path: Path) -> None:
     if extra := sorted(set(given) - set(wanted)):
         raise InputError(f"{path}: '{extra[0]}' has no place in the network", remedy="name the matching model")
     net.load_state_dict({name: given[name].to(tensor.dtype) for name, tensor in wanted.items()})
+
+
+def _other_names(given: Collection[str], wanted: Collection[str]) -> str:
+    """Return what to do about weights of which a network misses some: their names may differ by a prefix alone."""
+    missing = [name for name in wanted if name not in given]
+    first, spare = missing[0], sorted(set(given) - set(wanted))
+    for prefix in (key.removesuffix(first) for key in spare if key.endswith(f".{first}")):
+        if all(prefix + name in given for name in missing):
+            return f"it has them all behind '{prefix}': save them under names without it"
+    for prefix in (first[: dot + 1] for dot, sign in enumerate(first) if sign == "."):
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in given for name in missing):
+            return f"it has them all without '{prefix}': let the class inherit from the network that they are of"
+    close = difflib.get_close_matches(first, spare, n=1, cutoff=0.5)
+    nearest = f"the nearest there is '{close[0]}'; " if close else ""
+    return f"{nearest}these weights are of another architecture or option"
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -96,6 +114,16 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, struct.error) as error:
         raise damaged from error
-    if not isinstance(loaded, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in loaded.items()):
+    if not _is_state_dict(loaded):
+        held = loaded.items() if isinstance(loaded, dict) else ()
+        if inside := [repr(key) for key, value in held if value and _is_state_dict(value)]:
+            raise InputError(
+                f"{path}: is not a state_dict, but holds one under {' and one under '.join(inside)}",
+                remedy=f"take it out: torch.save(torch.load({str(path)!r})[{inside[0]}], 'weights.pth')",
+            )
         raise InputError(f"{path}: is not a state_dict", remedy="save the network's state_dict()")
     return loaded
+
+
+def _is_state_dict(loaded: object) -> TypeGuard[dict[str, Tensor]]:
+    return isinstance(loaded, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in loaded.items())

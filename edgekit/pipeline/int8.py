@@ -260,7 +260,7 @@ def within_budget(
     untrained = limit.part(_UNTRAINED[where.trunk])
     trained = bool(recipe.quantization.qat.steps) and not untrained.holds(before)
     if trained:
-        log.info("INT8 loses %.3f dB before any training: training it with its rounding", before.mean_mdb / 1000)
+        log.info("%s before any training: training it with its rounding", untrained.missed(before))
         try:
             begun = ends_in_float(graph, prepared, where)
             settings = _fitting(recipe.quantization.qat, shown.train, student.stride)

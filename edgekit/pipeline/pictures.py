@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edgekit.data import overlap, sets
 from edgekit.data.noise import add_gaussian
+from edgekit.data.photos import list_pictures
 from edgekit.data.sets import PictureSet, Shares, Split
 from edgekit.errors import InputError, IntegrityError
 from edgekit.measure.quality import SSIM_WINDOW, Array, pad_to_multiple
@@ -68,6 +69,23 @@ def load(data: Data, *, learns: bool = True) -> Pictures:
         refuse_small(judged)
     sets.check_disjoint(chosen.train, chosen.held_out, kept_back)
     return chosen
+
+
+def refuse_absent(data: Data, *, chooses: bool = True, learns: bool = True) -> None:
+    """Refuse a folder that is not there or holds no picture, before any picture is read.
+
+    Args:
+        data: Where the pictures lie.
+        chooses: Whether ranges or weights are chosen on any.
+        learns: Whether anything is learned from any.
+
+    Raises:
+        InputError: There is such a folder.
+    """
+    chosen_on = (data.calibration or data.train[0],) if chooses else ()
+    for source in dict.fromkeys((*(data.train if learns else ()), *chosen_on, data.evaluation)):
+        if source != EMBEDDED:
+            list_pictures(Path(source))
 
 
 def refuse_small(judged: PictureSet) -> None:

@@ -10,7 +10,7 @@ from typing import TypeGuard
 from edgekit import backends, bundle, models, run
 from edgekit.graph import checks, cost
 from edgekit.pipeline import compile as compiling
-from edgekit.pipeline import distill, doctor, int8, networks
+from edgekit.pipeline import distill, doctor, int8, networks, pictures
 from edgekit.recipe import Model, Quantization, Recipe
 from edgekit.target import Target
 
@@ -36,7 +36,7 @@ def plan(
         overwrite: Replace another run that is in the folder.
 
     Raises:
-        InputError: Unknown model or option, or a folder of another run.
+        InputError: Unknown model or option, a folder of another run, or one without pictures.
         UnsupportedError: A target's tile does not fit the student, or its engine cannot do what it asks for.
         IntegrityError: The folder's record is damaged.
     """
@@ -74,7 +74,8 @@ def check_model(
     """Return the MODEL or run folder that `compile` would compile; nothing is written.
 
     Raises:
-        EdgekitError: As `compile.compile_model` for what it looks at before it makes anything, but for the pictures.
+        EdgekitError: As `compile.compile_model` for what it looks at before it makes anything; of the pictures only
+            whether their folders hold any.
     """
     what = compiling.chosen(what, targets, weights=weights, overrides=overrides, folder=folder, overwrite=overwrite)
     path, is_run = Path(what), networks.is_run(what)
@@ -87,7 +88,13 @@ def check_model(
         network = networks.named(what, weights)
         name, channels, stride = network.name, network.net.channels, network.net.stride
         model, sha256 = what, network.sha256
-    recipe = compiling.recipe_of(path) if is_run else compiling.default_recipe(name, channels, overrides)
+    if is_run:
+        recipe = compiling.recipe_of(path)
+        chooses = any(target.precision == "int8" for target in targets)
+        pictures.refuse_absent(recipe.data, chooses=chooses, learns=chooses and int8.trains(recipe.quantization))
+    else:
+        recipe = compiling.default_recipe(name, channels, overrides)
+        pictures.refuse_absent(recipe.data)
     compiling.check_tiles(name, compiling.tile_step(stride, recipe), targets)
     if not is_run:
         run.holds(run.folder_of(name, folder), compiling.identity(recipe, model, sha256), overwrite=overwrite)
@@ -105,6 +112,7 @@ def plan_training(
         alone: Train without the recipe's teacher.
         overwrite: Replace another run that is in the folder.
     """
+    pictures.refuse_absent(recipe.data)
     if recipe.teacher and not alone:
         networks.architecture(recipe.teacher, recipe.data.channels)
     made = _made(recipe, folder, alone=alone, overwrite=overwrite)

@@ -156,11 +156,11 @@ def _judged(
         artifacts[0] = replace(artifacts[0], latency_us=timing.paired.b_median_us)
         timed = "" if timing.engine == _REFERENCE_ENGINE else f", timed in {timing.engine}"
         teacher = replace(teacher, how=f"{teacher.how}{timed}", latency_us=timing.paired.a_median_us)
-    notes = built.notes if native is None else (*built.notes, *_notes_here(path, manifest, native, settings, say))
-    if harm := _harm(manifest, student, noisy):
-        notes = (harm, *notes)
-    baselines = baseline.recorded()
     counted = _audit(path, built, target)
+    here = () if native is None else _notes_here(path, manifest, native, counted, settings, say)
+    harm = _harm(manifest, student, noisy)
+    notes = (*([harm] if harm else ()), *built.notes, *here)
+    baselines = baseline.recorded()
     limits = [
         *_student_limits(manifest, teacher, student, golden, baselines.records),
         *_int8_limits(manifest.budgets, artifacts, missing),
@@ -306,14 +306,22 @@ def _artifacts(
     return rows, agreements
 
 
-def _notes_here(path: Path, manifest: Manifest, artifact: Session, settings: Settings, say: Say) -> Iterator[str]:
+def _notes_here(
+    path: Path, manifest: Manifest, artifact: Session, counted: Audit | str, settings: Settings, say: Say
+) -> Iterator[str]:
     """Give what must be known of an artifact that runs on this machine."""
     target, built = manifest.target, manifest.built
     if built.precision == "int8":
         say(f"{target.name}: timing against its FP32 self for {settings.seconds / 2:g} s")
         fp32, shape = path / "reference" / "student.fp32.onnx", _shape(target, manifest)
         found = worth.compare(
-            target.engine, fp32, artifact, shape, threads=settings.threads, seconds=settings.seconds / 2
+            target.engine,
+            fp32,
+            artifact,
+            shape,
+            threads=settings.threads,
+            seconds=settings.seconds / 2,
+            released=isinstance(counted, Audit) and counted.has_layers_in_float(),
         )
         if found is not None:
             yield found.sentence()

@@ -28,12 +28,16 @@ _COSTLY = {
 
 @dataclass(frozen=True, kw_only=True)
 class Worth:
-    """Run times of the FP32 student and the artifact. in_float: Operators that keep the engine going to and fro."""
+    """Run times of the FP32 student and the artifact.
+
+    in_float: Operators that keep the engine going to and fro. released: Whether layers stayed in float for the budget.
+    """
 
     engine: str
     paired: Paired
     ratio: Ratio
     in_float: tuple[str, ...]
+    released: bool
 
     def sentence(self) -> str:
         """Return the fact, with advice where INT8 is not worth it, or where these runs do not tell."""
@@ -53,8 +57,9 @@ class Worth:
             f"{', '.join(self.in_float)} run in float between the integer convolutions; train the student with "
             f"{' and '.join(advice)}, or take the 'control' network"
             if advice
-            else "too little of its time is spent in convolutions; raise budgets.int8_drop_db so that fewer layers "
-            "stay in float, or take a larger student"
+            else "layers are in float; raise budgets.int8_drop_db so that fewer are, or take a larger student"
+            if self.released
+            else "too little of its time is spent in convolutions; take a larger student"
         )
         return f"{fact} INT8 is not worth it here: {cause}, or ship float32."
 
@@ -67,6 +72,7 @@ def compare(
     *,
     threads: int,
     seconds: float,
+    released: bool = False,
     interleave: Callable[..., Paired] = latency.interleave,
 ) -> Worth | None:
     """Return how the artifact compares with the FP32 graph that it was made from; None for an engine that runs no ONNX.
@@ -78,6 +84,7 @@ def compare(
         shape: Of the picture that is timed, (1, c, h, w).
         threads: Of the engine.
         seconds: Time after which no further pair is begun.
+        released: Whether layers stayed in float for the budget.
         interleave: Measures.
     """
     if engine not in ("onnxruntime", "openvino"):
@@ -91,6 +98,7 @@ def compare(
         paired=paired,
         ratio=latency.ratio_with_bound(paired),
         in_float=tuple(name for name in _COSTLY if name in found),
+        released=released,
     )
 
 
