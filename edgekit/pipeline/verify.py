@@ -158,8 +158,7 @@ def _judged(
         teacher = replace(teacher, how=f"{teacher.how}{timed}", latency_us=timing.paired.a_median_us)
     counted = _audit(path, built, target)
     here = () if native is None else _notes_here(path, manifest, native, counted, settings, say)
-    harm = _harm(manifest, student, noisy)
-    notes = (*([harm] if harm else ()), *built.notes, *here)
+    notes = (*_harm(manifest, student, noisy), *built.notes, *here)
     baselines = baseline.recorded()
     limits = [
         *_student_limits(manifest, teacher, student, golden, baselines.records),
@@ -329,11 +328,12 @@ def _notes_here(
         yield _SATURATES
 
 
-def _harm(manifest: Manifest, student: Row | None, noisy: Row) -> str:
-    if student is None or student.psnr_mdb is None or noisy.psnr_mdb is None:
-        return ""
-    sigma255 = manifest.protocol.sigma255
-    return networks.told_of_harm(manifest.model.name, student.psnr_mdb, noisy.psnr_mdb, sigma255)
+def _harm(manifest: Manifest, student: Row | None, noisy: Row) -> Iterator[str]:
+    """Give a line where the network makes the pictures worse before it is in INT8."""
+    if student is not None and student.psnr_mdb is not None and noisy.psnr_mdb is not None:
+        sigma255 = manifest.protocol.sigma255
+        if said := networks.told_of_harm(manifest.model.name, student.psnr_mdb, noisy.psnr_mdb, sigma255):
+            yield said
 
 
 def _keeping(session: Session, outputs: list[Array]) -> Callable[[Array, float], Array]:
