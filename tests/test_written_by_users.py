@@ -718,6 +718,9 @@ def test_a_network_of_another_convention_is_taken_by_the_lines_of_the_readme(tmp
     )
     assert done.code == 0, done.err
     assert int8.levels(compiling.recipe_of(tmp_path / "run").noise) == (10.0, 15.0)
+    card = (tmp_path / "run/bundles/onnx/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "Measured here on white Gaussian noise; what it was trained for, its owner knows.\n" in card
+    assert "Removes" not in card
 
 
 class Mapped(nn.Module):
