@@ -138,10 +138,6 @@ class Audit:
     float_ops_between: Mapping[str, int] = field(default_factory=dict)
     how: str
 
-    def has_layers_in_float(self) -> bool:
-        """Return whether a product, or an addition between two integer products, runs in float."""
-        return bool(self.float_nodes) or "Add" in self.float_ops_between
-
     def in_float(self, most: int = 4) -> str:
         """Return the products in float with their shares, the largest `most` by name and the others counted."""
         named = [f"{node.name} {node.macs_permille / 10:.1f} %" for node in self.float_nodes[:most]]

@@ -395,12 +395,3 @@ def test_the_account_needs_no_engine_to_be_read():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize(
-    ("between", "in_float"),
-    [({}, False), ({"MaxPool": 2}, False), ({"Add": 1}, True)],
-    ids=["nothing", "what has no integer form", "an addition"],
-)
-def test_an_addition_in_float_is_a_layer_that_the_budget_put_there(between, in_float):
-    assert Audit(integer_macs_permille=1000, float_ops_between=between, how="").has_layers_in_float() is in_float

@@ -130,7 +130,7 @@ def test_the_example_and_the_lines_of_the_readme_compile(bundle: tuple[Bundle, P
     for number, snippet in enumerate(snippets):
         (tmp_path / f"Snippet{number}.kt").write_text(snippet)
     example = EXAMPLE.read_text()
-    assert "import edgekit_base.Denoiser" in example
-    (tmp_path / EXAMPLE.name).write_text(example.replace("edgekit_base", "edgekit_tiny"))
+    assert "import edgekit_base_color.Denoiser" in example
+    (tmp_path / EXAMPLE.name).write_text(example.replace("edgekit_base_color", "edgekit_tiny"))
     files = [folder / "ByteDenoiser.kt", folder / "Denoiser.kt", *sorted(tmp_path.glob("*.kt"))]
     assert _compile(tmp_path, "example.jar", *files).is_file()

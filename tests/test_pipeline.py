@@ -166,6 +166,8 @@ def test_the_pages_of_a_bundle_name_what_is_in_it(made, name):
     assert _ARTIFACTS[name] in page
     assert ("int8" if name == "onnx" else "float32") in page
     card = (folder / "MODEL_CARD.md").read_text()
+    assert "Removes additive white Gaussian noise from gray pictures" in card
+    assert "its owner" not in card
     assert all(link.sha256 in card for link in bundle.read(folder).chain)
 
 

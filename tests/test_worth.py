@@ -67,7 +67,7 @@ def test_a_slow_plain_network_is_told_what_to_do_about_it(students):
 
 def test_a_slow_network_with_layers_in_float_is_told_of_the_budget(students):
     said = compared(students["plain"], 20_000, 25_000, released=True)
-    assert "layers are in float; raise budgets.int8_drop_db so that fewer are" in said
+    assert "convolutions are in float; raise budgets.int8_drop_db so that fewer are" in said
 
 
 def test_a_difference_within_the_noise_is_no_speed_up(students):

@@ -718,6 +718,47 @@ def test_a_network_of_another_convention_is_taken_by_the_lines_of_the_readme(tmp
     )
     assert done.code == 0, done.err
     assert int8.levels(compiling.recipe_of(tmp_path / "run").noise) == (10.0, 15.0)
+    card = (tmp_path / "run/bundles/onnx/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "Measured here on white Gaussian noise; what it was trained for, its owner knows.\n" in card
+    assert "Removes" not in card
+
+
+class Mapped(nn.Module):
+    """A network that takes a map of the noise level on 0 to 255."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv(2, 16), nn.ReLU(), conv(16, 1))
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        return x - self.body(torch.cat([x, level / 255], 1))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_onnx_file_of_another_convention_is_taken_after_the_lines_of_the_docs(tmp_path, monkeypatch, call):
+    docs = Path(__file__).parents[1] / "docs/models.md"
+    (lines,) = re.findall(r"```python\n(.*?)```", docs.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    noisy, level = torch.from_numpy(probe(32, 48, 1, seed=0)), torch.full((1, 1, 32, 48), 25.0)
+    torch.onnx.export(
+        net := Mapped().eval(),
+        (noisy, level),
+        "theirs.onnx",
+        input_names=["input", "level"],
+        output_names=["output"],
+        dynamic_axes={name: {2: "h", 3: "w"} for name in ("input", "level", "output")},
+        dynamo=False,
+    )
+    call("compile", "theirs.onnx", "--dry-run").refused(2, "rename them when you export, or in the file (docs/models")
+    exec(lines, {})
+    made = checks.load_float_onnx(tmp_path / "mynet.onnx")
+    assert checks.interface(made, tmp_path / "mynet.onnx").takes_sigma
+    with torch.no_grad():
+        assert relative_change(Reference(made)(noisy.numpy(), LEVEL), net(noisy, level).numpy()) < 1e-5
+    told = ["teacher=null", "quantization.calibration_pictures=8", "budgets.int8_drop_db=90"]
+    settings = [part for setting in told for part in ("--set", setting)]
+    assert call("compile", "mynet.onnx", "-t", "onnx", *settings).code == 0
 
 
 def test_the_weights_of_a_norm_are_no_channel_gate_and_a_norm_over_channels_no_global_one(tmp_path):

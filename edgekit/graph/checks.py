@@ -121,7 +121,7 @@ def interface(model: onnx.ModelProto, path: Path) -> Interface:
         raise InputError(
             f"{path}: inputs are {_names(inputs)} and outputs {_names(outputs)}; a denoiser takes {_PICTURE}, "
             f"'{SIGMA}' (1, 1, 1, 1) unless it is blind, and gives '{DENOISED}'",
-            remedy="rename them when you export",
+            remedy="rename them when you export, or in the file (docs/models.md has the lines)",
         )
     channels = _check_picture(inputs[NOISY], path)
     # Behind a crop, exporters name no number of channels; `simplify` looks at what comes out.

@@ -473,7 +473,7 @@ def _bundle(
             _link(teacher[0], out / "reference" / "teacher.fp32.onnx")
         ran = _write_golden(out, built, target, golden, recipe)
         manifest = _manifest(recipe, graph, quantized, teacher, target, built, golden, out, ran)
-        pages.write(out, manifest, built.audit)
+        pages.write(out, manifest, built.audit, own=not graph.model)
         dataclasses.replace(manifest, files=bundle.hashes(out)).write(out)
         return {"precision": built.precision, "golden_outputs": ran}
 

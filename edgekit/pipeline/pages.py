@@ -31,13 +31,18 @@ def environment() -> jinja2.Environment:
     )
 
 
-def write(out: Path, manifest: Manifest, audit: Audit | None) -> None:
-    """Write README.md, MODEL_CARD.md and NOTICES.md into a bundle; the first tells what runs in integers."""
+def write(out: Path, manifest: Manifest, audit: Audit | None, *, own: bool = False) -> None:
+    """Write README.md, MODEL_CARD.md and NOTICES.md into a bundle; the first tells what runs in integers.
+
+    own: Whether the network is a user's own, so that edgekit does not know what it was trained for.
+    """
     templates = environment()
     engine = manifest.target.engine
     notices = [_LICENCES["onnx"], _LICENCES[engine]]
     if "licence_musl" in manifest.built.files:
         notices.append(_MUSL)
     for name in ("README.md", "MODEL_CARD.md", "NOTICES.md"):
-        page = templates.get_template(f"{name}.j2").render(m=manifest, engine=engine, notices=notices, audit=audit)
+        page = templates.get_template(f"{name}.j2").render(
+            m=manifest, engine=engine, notices=notices, audit=audit, own=own
+        )
         (out / name).write_text(page, encoding="utf-8")

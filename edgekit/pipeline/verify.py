@@ -320,7 +320,7 @@ def _notes_here(
             shape,
             threads=settings.threads,
             seconds=settings.seconds / 2,
-            released=isinstance(counted, Audit) and counted.has_layers_in_float(),
+            released=isinstance(counted, Audit) and bool(counted.float_nodes),
         )
         if found is not None:
             yield found.sentence()

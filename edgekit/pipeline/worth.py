@@ -30,7 +30,7 @@ _COSTLY = {
 class Worth:
     """Run times of the FP32 student and the artifact.
 
-    in_float: Operators that keep the engine going to and fro. released: Whether layers stayed in float for the budget.
+    in_float: Operators that keep the engine going to and fro. released: Whether products run in float.
     """
 
     engine: str
@@ -57,7 +57,7 @@ class Worth:
             f"{', '.join(self.in_float)} run in float between the integer convolutions; train the student with "
             f"{' and '.join(advice)}, or take the 'control' network"
             if advice
-            else "layers are in float; raise budgets.int8_drop_db so that fewer are, or take a larger student"
+            else "convolutions are in float; raise budgets.int8_drop_db so that fewer are, or take a larger student"
             if self.released
             else "too little of its time is spent in convolutions; take a larger student"
         )
@@ -84,7 +84,7 @@ def compare(
         shape: Of the picture that is timed, (1, c, h, w).
         threads: Of the engine.
         seconds: Time after which no further pair is begun.
-        released: Whether layers stayed in float for the budget.
+        released: Whether products of the artifact run in float, as they do where its budget wants it.
         interleave: Measures.
     """
     if engine not in ("onnxruntime", "openvino"):

@@ -7,7 +7,7 @@ import android.graphics.ImageDecoder
 import android.net.Uri
 import android.os.Bundle
 import android.widget.ImageView
-import edgekit_base.Denoiser
+import edgekit_base_color.Denoiser
 import java.io.IOException
 import kotlin.concurrent.thread
 
