@@ -78,6 +78,9 @@ class Phone:
 
     def unplug(self) -> None:
         """Be gone from one moment to the next."""
+        # Closing alone leaves the thread that waits in `accept` one more connection.
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for connection in self._connections:
             with suppress(OSError):

@@ -340,7 +340,7 @@ def test_every_file_of_the_package_is_needed_whole(name, damage, copy, made):
     [
         ({"precision": "int8"}, UnsupportedError, 4, "does not do int8 in this release; set 'precision: float16'"),
         ({"input": target.InputShape()}, UnsupportedError, 4, "fixed tile here, input is None x None"),
-        ({"input": target.InputShape(height=64, width=60)}, InputError, 2, "64x60 is no multiple of 8"),
+        ({"input": target.InputShape(height=64, width=60)}, InputError, 2, "60x64 is no multiple of 8"),
     ],
     ids=["int8", "no tile", "tile off the stride"],
 )

@@ -60,7 +60,7 @@ def build(source: Source, target: Target, out: Path) -> Built:
         tools={"coremltools": engine.VERSION, "torch": torch.__version__},
         facts={
             "package_bytes": sum(p.stat().st_size for p in (out / artifact).rglob("*") if p.is_file()),
-            "tile": f"{shape[2]}x{shape[3]}",
+            "tile": f"{shape[3]}x{shape[2]}",
             "spec_version": package.spec_version,
             "minimum_deployment_target": engine.MINIMUM_IOS,
             "operators": ", ".join(f"{n} {name}" for name, n in package.program.operator_counts().items()),
@@ -126,7 +126,7 @@ def _tile(target: Target) -> tuple[int, int]:
     height, width = target.input.height, target.input.width
     if height is None or width is None:
         raise UnsupportedError(
-            f"target '{target.name}': a Core ML package has a fixed tile here, input is {height} x {width}",
+            f"target '{target.name}': a Core ML package has a fixed tile here, input is {width} x {height}",
             remedy="set 'input: {height: 256, width: 256}' in the target",
         )
     return height, width
@@ -136,7 +136,7 @@ def _tile_shape(source: Source, target: Target) -> tuple[int, int, int, int]:
     height, width = _tile(target)
     if height % source.stride or width % source.stride or min(height, width) < 1:
         raise InputError(
-            f"target '{target.name}': the tile {height}x{width} is no multiple of {source.stride}, "
+            f"target '{target.name}': the tile {width}x{height} is no multiple of {source.stride}, "
             f"the stride of '{source.name}'",
             remedy=f"choose multiples of {source.stride} for input.height and input.width",
         )
@@ -152,7 +152,7 @@ def _description(
         author=f"edgekit {edgekit.__version__}",
         license="The licence of the weights is stated in the model card beside this package.",
         version=edgekit.__version__,
-        summary=f"{kind} '{source.name}' for {height}x{width} tiles, computed in {compute}",
+        summary=f"{kind} '{source.name}' for {width}x{height} tiles, computed in {compute}",
         features={
             INPUT: f"{' x '.join(map(str, shape))} float32: pixels in 0...1 plus noise, unclipped",
             NOISE_LEVEL: "Standard deviation of the noise on the scale of the pixels: 25/255 for 'sigma 25'",
@@ -163,7 +163,7 @@ def _description(
             "com.edgekit.model": source.name,
             "com.edgekit.target": target.name,
             "com.edgekit.precision": compute,
-            "com.edgekit.tile": f"{height}x{width}",
+            "com.edgekit.tile": f"{width}x{height}",
             "com.edgekit.stride": str(source.stride),
             "com.edgekit.channels": str(source.channels),
         },
