@@ -132,34 +132,13 @@ def _train(
     accelerator: Accelerator,
     pause_after_seconds: float,
 ) -> tuple[dict[str, Tensor], Outcome]:
-    settings, device = job.training, accelerator.device
+    settings = job.training
     check(settings, [net for net in (job.net, job.teacher) if net is not None], job.pictures, job.names)
-    torch.manual_seed(settings.seed % SEEDS)
-    learner = Learner(
-        job.net,
-        job.teacher,
-        with_features=job.distillation.feature_weight > 0,
-        rounding_bits=settings.rounding_bits if settings.rounding_from < 1 else None,
-    )
-    _channels_last(learner.to(device)).train()
-    if job.teacher is not None:
-        _channels_last(job.teacher.to(device)).eval().requires_grad_(False)
-    optimizer = _optimizer(learner, settings, device)
+    learner, optimizer = _learner(job, accelerator.device)
     start = {name: t.detach().clone() for name, t in job.net.state_dict().items()}
     ema = {name: t.clone() for name, t in start.items()}
-
-    position = checkpoint.Position(job=job.identity, step=0, seconds=0.0)
-    if (saved := _saved(path, accelerator)) is not None:
-        position = checkpoint.load(saved, job.identity, learner, ema, optimizer)
-        log.info("going on at step %d", position.step)
-    del saved  # As large as the state itself.
     images_per_step: int = settings.batch * settings.accumulate * accelerator.num_processes
-    if position.images != position.step * images_per_step:
-        log.warning(
-            "its steps took %.0f patches each, these take %d: the number of processes is another",
-            position.images / position.step,
-            images_per_step,
-        )
+    position = _resumed(job, path, accelerator, learner, ema, optimizer, images_per_step)
     wrapped, prepared = accelerator.prepare(learner, optimizer)
     run = _Run(job, accelerator, wrapped, prepared, bank, ema)
     clock = _Clock(position.seconds, accelerator)
@@ -221,6 +200,46 @@ def _train(
         ended_by="pause" if not over else "steps" if settings.steps and step >= settings.steps else "time",
     )
     return (ema if better else start), outcome
+
+
+def _learner(job: Job, device: torch.device) -> tuple[Learner, torch.optim.Optimizer]:
+    """Return what is trained, on the device, and its optimizer; the teacher goes there too."""
+    settings = job.training
+    torch.manual_seed(settings.seed % SEEDS)
+    learner = Learner(
+        job.net,
+        job.teacher,
+        with_features=job.distillation.feature_weight > 0,
+        rounding_bits=settings.rounding_bits if settings.rounding_from < 1 else None,
+    )
+    _channels_last(learner.to(device)).train()
+    if job.teacher is not None:
+        _channels_last(job.teacher.to(device)).eval().requires_grad_(False)
+    return learner, _optimizer(learner, settings, device)
+
+
+def _resumed(
+    job: Job,
+    path: Path,
+    accelerator: Accelerator,
+    learner: Learner,
+    ema: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    images_per_step: int,
+) -> checkpoint.Position:
+    """Put the checkpoint, where there is one, into what is trained; return where the run stands."""
+    saved = _saved(path, accelerator)
+    if saved is None:
+        return checkpoint.Position(job=job.identity, step=0, seconds=0.0)
+    position = checkpoint.load(saved, job.identity, learner, ema, optimizer)
+    log.info("going on at step %d", position.step)
+    if position.images != position.step * images_per_step:
+        log.warning(
+            "its steps took %.0f patches each, these take %d: the number of processes is another",
+            position.images / position.step,
+            images_per_step,
+        )
+    return position
 
 
 def _warn_of_fall(psnr_db: float, best_psnr_db: float, best_step: int) -> None:
