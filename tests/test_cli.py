@@ -360,7 +360,7 @@ def test_a_dry_run_knows_a_run_from_another_one(call, tiny, finished):
     assert call("compile", "nano", "-t", "onnx", "-o", finished, "--dry-run", "--overwrite").code == 0
 
 
-def test_a_shipped_name_is_the_shipped_model_where_a_folder_is_called_so_too(call, leaves):
+def test_a_shipped_name_is_the_shipped_model_where_a_folder_is_called_so_too(call, cwd, leaves):
     Path("nano").mkdir()
     picture = next(leaves.iterdir())
     assert call("denoise", picture, "-m", "nano", "-o", "out.png").code == 0
