@@ -1069,11 +1069,12 @@ def test_a_rescaled_sum_is_the_nearest_value_or_next_to_it(seed: int, reach: flo
     rounding = np.where(steps.shift > 0, 1 << np.maximum(steps.shift - 1, 0), 0)
     t = np.clip((sums + rounding << np.maximum(-steps.shift, 0)) >> np.maximum(steps.shift, 0), -32768, 32767)
     u = (t * steps.multiplier + 2**14) >> 15
+    most = 0.5 + (0.03 if steps.fraction == 7 else 0.04)
     # What is added to it may bring it back into 8 bits.
     values = (u + (1 << (steps.fraction - 1))) >> steps.fraction
     inside = np.abs(sums * factors) <= reach - 1
-    assert np.abs(values - sums * factors)[inside].max() < 0.5 + 0.04
-    assert np.abs(np.clip(values, -128, 127) - np.clip(sums * factors, -128, 127)).max() < 0.5 + 0.04
+    assert np.abs(values - sums * factors)[inside].max() < most
+    assert np.abs(np.clip(values, -128, 127) - np.clip(sums * factors, -128, 127)).max() < most
 
 
 @pytest.mark.parametrize("seed", range(5))
