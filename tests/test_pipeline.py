@@ -809,7 +809,9 @@ class GivesNoise(Colour):
 
 
 def test_a_network_that_makes_pictures_worse_is_told_by_compile_and_verify(own_weights, own, tmp_path, caplog):
-    made = compiling.compile_model("test_pipeline:GivesNoise", [FLOAT], weights=own_weights, folder=tmp_path / "run")
+    name, folder = "test_pipeline:GivesNoise", tmp_path / "run"
+    with caplog.at_level(logging.WARNING, logger="edgekit"):
+        made = compiling.compile_model(name, [FLOAT], weights=own_weights, folder=folder)
     said = r"'givesnoise' makes pictures worse in FP32: [45]\.\d\d dB from 20\.\d\d at noise level 25; does it give"
     assert re.search(said, caplog.text)
     notes = verify.verify(made.bundles[FLOAT.name], settings=verify.Settings(seconds=0.1)).notes

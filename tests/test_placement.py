@@ -57,10 +57,10 @@ def unet(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def control(tmp_path_factory):
     """Return a student that loses more by its additions than `nano`, whose other parts lose as much."""
-    net = networks.shipped("base").net
-    return quantize.prepare(exported(net, tmp_path_factory.mktemp("base")), PICTURES, ONE_BASIS, WIDE_SUMS)
+    net = networks.shipped("control").net
+    return quantize.prepare(exported(net, tmp_path_factory.mktemp("control")), PICTURES, ONE_BASIS, WIDE_SUMS)
 
 
 @pytest.fixture(scope="module")
@@ -287,13 +287,13 @@ def test_a_released_convolution_has_its_float_weights_or_what_the_integers_stand
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-def test_float_additions_lose_less(base, name):
-    quantized = placed(base, name)
-    additions = [n.name for n in base.model.graph.node if n.op_type == "Add"]
-    before = opened(base.model)
+def test_float_additions_lose_less(control, name):
+    quantized = placed(control, name)
+    additions = [n.name for n in control.model.graph.node if n.op_type == "Add"]
+    before = opened(control.model)
     far, near = (
         np.mean([agreement_db(opened(m)(n, s), before(n, s)) for n, s in PICTURES[:3]])
-        for m in (quantized, release(quantized, additions, PLACEMENTS[name], base.model))
+        for m in (quantized, release(quantized, additions, PLACEMENTS[name], control.model))
     )
     assert near > far + 1
 
