@@ -191,7 +191,7 @@ def _with_enough_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     inputs = [value for value in model.graph.input if value.name not in stored]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
-    upsamples = opset(model) < _LEAST_OPSET_OF_COORDINATES
+    loses_coordinates = opset(model) < _LEAST_OPSET_OF_COORDINATES
     try:
         converted = version_converter.convert_version(model, OPSET)
     except (version_converter.ConvertError, RuntimeError) as error:
@@ -200,7 +200,7 @@ def _with_enough_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             remedy=f"export it with opset {LEAST_OPSET} or more",
         ) from error
     for node in converted.graph.node:
-        if node.op_type == "Resize" and upsamples:
+        if node.op_type == "Resize" and loses_coordinates:
             # onnx's converter leaves out what makes a Resize do as it, or an Upsample, did.
             node.attribute.extend(
                 helper.make_attribute(name, value)

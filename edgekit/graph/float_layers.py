@@ -32,8 +32,8 @@ def kept(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes: list[onnx.NodeProto] = []
     for node in changed.graph.node:
         nodes.append(node)
-        is_float = node.op_type in _ROUNDED_BY_ENGINE and not _is_dequantized(node.input[1], made_by)
-        if not (is_float and _is_dequantized(node.input[0], made_by) and _meets_quantizer(node, readers)):
+        is_float = node.op_type in _ROUNDED_BY_ENGINE and not walk.is_dequantized(made_by, node.input[1])
+        if not (is_float and walk.is_dequantized(made_by, node.input[0]) and _meets_quantizer(node, readers)):
             continue
         (behind,) = readers[node.output[0]]
         if behind.op_type == "Relu":
@@ -46,10 +46,6 @@ def kept(model: onnx.ModelProto) -> onnx.ModelProto:
     del changed.graph.node[:]
     changed.graph.node.extend(nodes)
     return changed
-
-
-def _is_dequantized(name: str, made_by: Mapping[str, onnx.NodeProto]) -> bool:
-    return name in made_by and made_by[name].op_type == PAIR[1]
 
 
 def _meets_quantizer(node: onnx.NodeProto, readers: _Readers) -> bool:

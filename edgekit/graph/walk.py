@@ -179,18 +179,19 @@ def level_maps(model: onnx.ModelProto) -> set[str]:
 def integer_convolutions(model: onnx.ModelProto) -> tuple[str, ...]:
     """Return the names of the convolutions of a QDQ graph whose weights are dequantized integers."""
     made_by = producers(model)
-    return tuple(n.name for n in model.graph.node if n.op_type in CONVOLUTIONS and _dequantized(made_by, n.input[1]))
+    return tuple(n.name for n in model.graph.node if n.op_type in CONVOLUTIONS and is_dequantized(made_by, n.input[1]))
 
 
 def float_convolutions(model: onnx.ModelProto) -> tuple[str, ...]:
     """Return the names of the other convolutions of a QDQ graph."""
     made_by = producers(model)
     return tuple(
-        n.name for n in model.graph.node if n.op_type in CONVOLUTIONS and not _dequantized(made_by, n.input[1])
+        n.name for n in model.graph.node if n.op_type in CONVOLUTIONS and not is_dequantized(made_by, n.input[1])
     )
 
 
-def _dequantized(made_by: dict[str, onnx.NodeProto], name: str) -> bool:
+def is_dequantized(made_by: Mapping[str, onnx.NodeProto], name: str) -> bool:
+    """Return whether a tensor is what a DequantizeLinear gives."""
     return name in made_by and made_by[name].op_type == "DequantizeLinear"
 
 

@@ -95,9 +95,8 @@ def check_model(
     else:
         recipe = compiling.default_recipe(name, channels, overrides)
         pictures.refuse_absent(recipe.data)
-    compiling.check_tiles(name, compiling.tile_step(stride, recipe), targets)
-    if not is_run:
         run.holds(run.folder_of(name, folder), compiling.identity(recipe, model, sha256), overwrite=overwrite)
+    compiling.check_tiles(name, compiling.tile_step(stride, recipe), targets)
     return what
 
 
