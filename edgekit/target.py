@@ -126,11 +126,11 @@ class Limits:
     """
 
     __pydantic_config__: ClassVar = STRICT
-    speedup_vs_fp32: float | None = None
-    min_integer_macs: float | None = None
-    size_mib: float | None = None
-    peak_memory_mib: float | None = None
-    megapixel_ms: float | None = None
+    speedup_vs_fp32: Annotated[float, Bound(above=0)] | None = None
+    min_integer_macs: Annotated[float, Bound(least=0, most=1)] | None = None
+    size_mib: Annotated[float, Bound(above=0)] | None = None
+    peak_memory_mib: Annotated[float, Bound(above=0)] | None = None
+    megapixel_ms: Annotated[float, Bound(above=0)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

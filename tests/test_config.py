@@ -243,8 +243,30 @@ def test_noise_takes_the_largest_seed_that_a_recipe_may_have(tiny):
             "runner",
             "'runner' is {'kind': 'qemu', 'cpus': []}; qemu needs cpus",
         ),
+        (
+            "size_mib: 8.0",
+            "min_integer_macs: 95",
+            "min_integer_macs",
+            "'limits.min_integer_macs' is 95; expected less than or equal to 1",
+        ),
+        (
+            "size_mib: 8.0",
+            "size_mib: 0",
+            "size_mib",
+            "'limits.size_mib' is 0; expected greater than 0",
+        ),
     ],
-    ids=["no folder's name", "negative", "nought", "height alone", "width alone", "qemu", "qemu of no core"],
+    ids=[
+        "no folder's name",
+        "negative",
+        "nought",
+        "height alone",
+        "width alone",
+        "qemu",
+        "qemu of no core",
+        "a share in percent",
+        "nothing at all",
+    ],
 )
 def test_a_target_that_cannot_be_is_refused_with_its_line(cwd, old, new, line, told):
     path = replaced(write_target(cwd / "mine.yaml", "mine", LIMITS["kept"]), old, new)

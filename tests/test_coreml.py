@@ -557,6 +557,25 @@ def test_corners_are_aligned_where_the_program_does_not_say(converted):
     assert torch.equal(got, wanted)
 
 
+def test_bilinear_as_torch_has_it_not_is_refused(converted):
+    """Half-pixel centres beside aligned corners (or neither), which other converters than torch's write."""
+    program = converted("down and up", "float32")[1].program
+    (corners,) = {
+        step.arguments["align_corners"]
+        for step in program.steps
+        if step.operator == "upsample_bilinear" and not program.constants[step.arguments["align_corners"]]
+    }
+    changed = tuple(
+        replace(step, arguments={**step.arguments, "half_pixel_centers": corners})
+        if step.operator == "upsample_bilinear"
+        else step
+        for step in program.steps
+    )
+    x = {"noisy": torch.zeros(1, 4, 16, 24)}
+    with pytest.raises(UnsupportedError, match="half_pixel_centers"):
+        evaluate.run(replace(program, steps=changed), evaluate.prepare(program), x)
+
+
 MAPS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "expand": lambda noisy, sigma: sigma.expand(1, 1, noisy.shape[2], noisy.shape[3]),
     "repeat": lambda noisy, sigma: sigma.repeat(1, 1, noisy.shape[2], noisy.shape[3]),

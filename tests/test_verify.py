@@ -114,7 +114,6 @@ BROKEN = {
     "int8_worst_db": {"budgets": {"int8_drop_db": 50.0, "int8_worst_db": 0.0}},
     "speedup_vs_fp32": limits(speedup_vs_fp32=1e6),
     "size_mib": limits(size_mib=1e-3),
-    "min_integer_macs": limits(min_integer_macs=1.01),
     "peak_memory_mib": {**limits(peak_memory_mib=63.5), "built": {"facts": {"arena_bytes": 64 * 2**20}}},
 }
 

@@ -252,6 +252,8 @@ def _sigmoid_hard(op: Operands) -> Tensor:
 def _upsample(op: Operands, mode: str) -> Tensor:
     scale = (op.number("scale_factor_height", 1.0), op.number("scale_factor_width", 1.0))
     corners = op.flag("align_corners", default=True) if mode == "bilinear" else None
+    if corners is not None and op.flag("half_pixel_centers", default=not corners) == corners:
+        raise op.unsupported("half_pixel_centers", corners)
     return F.interpolate(op.tensor("x"), scale_factor=scale, mode=mode, align_corners=corners)
 
 
