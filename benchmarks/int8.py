@@ -100,17 +100,17 @@ def students() -> list[str]:
 def kept(record: Path, name: str, measured: Sequence[str], settings: Sequence[str], protocol: str) -> dict[str, object]:
     """Return what a record has of the targets that are not measured now, if it was measured alike.
 
-    That is of the same weights, with the same settings, by the same protocol, on the same processor and kernel.
+    That is of the same weights, with the same settings, by the same protocol, on the same processor and kernel, in the
+    same versions: a record has one description of where it was made.
     """
     if not record.is_file():
         return {}
     before = json.loads(record.read_text(encoding="utf-8"))
-    machine = host.describe()
-    # Not by the name alone: "AMD EPYC" may have VNNI, or AVX2 and no more.
-    here = [{"model": machine.cpu.model, "features": list(machine.cpu.features)}, machine.kernel]
+    here = json.loads(json.dumps(asdict(host.describe())))
     alike = {"weights_sha256": zoo.card(name).sha256, "settings": list(settings), "protocol": protocol}
-    there = [before["host"]["cpu"], before["host"]["kernel"]]
-    same = there == here and all(before[what] == value for what, value in alike.items())
+    # Not by the processor's name alone: "AMD EPYC" may have VNNI, or AVX2 and no more.
+    same = all(before["host"][what] == here[what] for what in ("cpu", "kernel", "packages"))
+    same = same and all(before[what] == value for what, value in alike.items())
     return {t: row for t, row in before["engines"].items() if same and t not in measured}
 
 

@@ -78,7 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     record = RESULTS / "int8_draws.json"
     before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    rows = dict(before["models"]) if before.get("placement") == chosen.placement else {}
+    here = json.loads(json.dumps(asdict(host.describe())))
+    # The record has one description of where it was made: rows made elsewhere do not stay under today's.
+    same = before.get("placement") == chosen.placement and all(
+        before["host"][what] == here[what] for what in ("cpu", "kernel", "packages")
+    )
+    rows = dict(before["models"]) if same else {}
     for model in chosen.models:
         with tempfile.TemporaryDirectory() as folder:
             first, compiled = losses_mdb(model, chosen.placement, Path(folder))
@@ -97,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "placement": chosen.placement,
                 "draws": DRAWS,
                 "models": rows,
-                "host": asdict(host.describe()),
+                "host": here,
                 "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             },
         )

@@ -6,7 +6,7 @@ YAML file against them strictly, and names the line of whatever is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -15,6 +15,8 @@ from edgekit.target import STRICT, Bound, Check, Name
 
 Option = bool | int | str
 LEAST_CALIBRATION_PICTURES = 8
+# A noise level this much above another is another level: an activation that is wide enough for one is not for both.
+_NEAR = 1.2
 Count = Annotated[int, Bound(least=1)]
 Fraction = Annotated[float, Bound(least=0.0, most=1.0)]
 NotNegative = Annotated[float, Bound(least=0.0)]
@@ -76,6 +78,15 @@ class Noise:
     ] = (0.0, 55.0)
     evaluate: Sigma = 25.0
     seed: Annotated[int, Bound(least=0, most=4000)] = 0
+
+    def levels(self, usual: Iterable[float]) -> tuple[float, ...]:
+        """Return the usual levels that `train` has, then `evaluate`, then the end of `train` if it is well above them.
+
+        One may come twice.
+        """
+        low, high = self.train
+        found = (*(sigma255 for sigma255 in usual if low <= sigma255 <= high), self.evaluate)
+        return found if high <= _NEAR * max(found) else (*found, high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +255,13 @@ class Recipe:
     teacher: Model | None = None
     student: Model
     data: Data = field(default_factory=Data)
-    noise: Noise = field(default_factory=Noise)
+    noise: Annotated[
+        Noise,
+        Check(
+            lambda noise: noise.train[0] <= noise.evaluate <= noise.train[1],
+            "give as `evaluate`, which is 25 unless told, a noise level within `train`",
+        ),
+    ] = field(default_factory=Noise)
     training: Training = field(default_factory=Training)
     distillation: Distillation = field(default_factory=Distillation)
     quantization: Quantization = field(default_factory=Quantization)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit import zoo
+from edgekit.files import atomic_file
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -40,7 +41,9 @@ def main() -> None:
             wanted = put(wanted, mark, table())
         if check and text != wanted:
             sys.exit(f"{page.name}: its tables are old; run: python scripts/readme_tables.py")
-        page.write_text(wanted, encoding="utf-8")
+        if text != wanted:
+            with atomic_file(page) as temporary:
+                temporary.write_text(wanted, encoding="utf-8")
 
 
 def put(text: str, mark: str, table: str) -> str:

@@ -36,6 +36,7 @@ isa: {{triple: {triple}, cpu: {cpu}}}
 runner: {runner}
 limits: {{size_mib: 8.0}}
 """
+ONE_THREAD = "on one thread, whatever was asked for"
 SETTINGS = Settings(sigmas=(25.0, 15.0), seconds=0.1, without=("bm3d",), dynamic=True)
 
 
@@ -151,10 +152,11 @@ def test_the_openvino_int8_row_is_openvinos_own_artifact(compared, run_folder):
 @pytest.mark.backend
 def test_a_target_of_its_own_has_a_row_of_its_artifact_cut_into_tiles_and_timed(run_folder, call, cwd):
     (cwd / "own.yaml").write_text(OWN_TARGET.format(triple="x86_64-linux-gnu", cpu="x86-64-v3", runner="{kind: local}"))
-    record = compared_for(call, run_folder, write_folder(cwd / "wide", side=128), "own.yaml")
+    record = compared_for(call, run_folder, write_folder(cwd / "wide", side=128), "own.yaml", "--threads", "2")
     [found] = [r for r in record["rows"] if r["target"]]
     [same] = [r for r in record["rows"] if r["arithmetic"] == "float32" and r["engine"].startswith("onnxruntime")]
     assert (found["target"], found["arithmetic"]) == ("own", "float32")
+    assert (ONE_THREAD in found["notes"], ONE_THREAD in same["notes"]) == (True, False)
     # Of 136x128 pixels: tiles of 96 whose seams are not seen.
     assert found["figures"][0]["psnr_mdb"] == pytest.approx(same["figures"][0]["psnr_mdb"], abs=1)
     assert found["latency_us"] > 0
@@ -174,11 +176,11 @@ def test_an_emulated_target_has_a_row_without_a_latency(run_folder, pictures, ca
     assert "by qemu cortex-a53 (emulated), whose time is no latency" in found["notes"]
 
 
-def compared_for(call, run_folder, pictures, target) -> dict[str, object]:
+def compared_for(call, run_folder, pictures, target, *options) -> dict[str, object]:
     """Return the record of a comparison of the run's student for one target."""
     called = call(
         *("compare", run_folder, "-t", target, "--pictures", pictures, "--seconds", "0.1", "-o", "out"),
-        *("--without", "bm3d", "--without", "nlm"),
+        *("--without", "bm3d", "--without", "nlm", *options),
     )
     assert called.code == 0, called.err
     return json.loads(Path("out/comparison.json").read_text(encoding="utf-8"))
@@ -215,6 +217,31 @@ def test_a_row_that_cannot_be_run_says_why_and_the_others_are_measured(planned):
     page = comparison.markdown(table)
     assert "- **NLM, scikit-image" in page
     assert "this engine has no such operator" in page
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(MemoryError(), "memory ran out"), (UnsupportedError("too large for it"), "too large for it")],
+    ids=["memory", "size"],
+)
+def test_a_row_that_fails_while_it_is_timed_does_not_take_the_others_with_it(planned, error, told):
+    def denoise(noisy: np.ndarray, sigma: float) -> np.ndarray:
+        if noisy.shape[-1] == compare._SIDE:
+            raise error
+        return noisy
+
+    noisy, nlm = (e for e in planned.entries if e.name in ("noisy", "NLM"))
+    failing = dataclasses.replace(nlm, name="failing", rank=None, open=lambda: compare.Program(denoise=denoise))
+    table = compare.compare(dataclasses.replace(planned, entries=(noisy, nlm, failing)))
+    assert [(r.name, r.reason) for r in table.rows] == [("noisy", ""), ("NLM", ""), ("failing", told)]
+    assert row(table, "NLM").latency_us is not None
+
+
+def test_a_method_of_one_thread_says_so_where_more_were_asked_for(run_folder, pictures, tmp_path):
+    settings = dataclasses.replace(SETTINGS, threads=2, without=("bm3d",))
+    asked = compare.plan([str(run_folder)], targets=[], pictures=pictures, settings=settings, folder=tmp_path)
+    nlm = next(e for e in asked.entries if e.name == "NLM")
+    assert nlm.open().notes == (ONE_THREAD,)
 
 
 def test_the_page_has_every_row_with_as_many_cells_as_its_header(compared):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from edgekit.data import photos, sets
+from edgekit.data.photos import list_pictures, read_picture
 from edgekit.data.sets import Picture, PictureSet, Shares
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError
@@ -115,6 +116,54 @@ def test_sixteen_bits_are_refused_and_not_cut(tmp_path):
     for name, mode in (("gray.png", "I;16"), ("colour.png", "RGB"), ("float.tif", "F")):
         with pytest.raises(InputError, match=rf"{name}.*mode {mode}.*convert it to 8 bit"):
             read_gray(tmp_path / name)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_of_separate_planes_says_its_bits_in_a_tag_alone(tmp_path, bits):
+    """Pillow reads the bytes of its 16-bit values as pixels."""
+    planes = np.arange(3 * 4 * 5, dtype=f"<u{bits // 8}").reshape(3, 4, 5)
+    short, long, entries = 3, 4, []
+    offset = 8 + 2 + 12 * 10 + 4
+    places = struct.pack("<3I", *(offset + 18 + i * planes[0].nbytes for i in range(3)))
+    for tag, kind, values in (
+        (256, short, (5,)),
+        (257, short, (4,)),
+        (258, short, offset),
+        (259, short, (1,)),
+        (262, short, (2,)),
+        (273, long, offset + 6),
+        (277, short, (3,)),
+        (278, short, (4,)),
+        (279, long, offset + 18 + planes.nbytes),
+        (284, short, (2,)),
+    ):
+        count, value = (3, values) if isinstance(values, int) else (1, values[0])
+        entries.append(struct.pack("<HHII", tag, kind, count, value))
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + struct.pack("<I", 0)
+    sizes = struct.pack("<3I", *[planes[0].nbytes] * 3)
+    file = tmp_path / "planes.tif"
+    file.write_bytes(head + struct.pack("<3H", *[bits] * 3) + places + planes.tobytes() + sizes)
+    if bits == 8:
+        np.testing.assert_array_equal(read_picture(file, 3).transpose(2, 0, 1), planes)
+    else:
+        with pytest.raises(InputError, match=r"planes\.tif.*mode RGB.*convert it to 8 bit"):
+            read_picture(file, 3)
+
+
+def test_a_ppm_of_more_than_eight_bits_is_refused_whatever_it_is_called(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(b"P6 5 4 65535\n" + bytes(5 * 4 * 3 * 2))
+    with pytest.raises(InputError, match=r"a\.png.*mode RGB.*convert it to 8 bit"):
+        read_gray(file)
+    file.write_bytes(b"P6 5 4 255\n" + bytes(range(5 * 4 * 3)))
+    assert read_picture(file, 3).ravel().tolist() == list(range(5 * 4 * 3))
+
+
+def test_a_link_that_leads_nowhere_is_told_and_not_left_out(tmp_path, rng):
+    Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(InputError, match=r"b\.png: a link that leads nowhere; mount what it leads to, or remove it"):
+        list_pictures(tmp_path)
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg", ".webp", ".tif", ".bmp"])

@@ -394,7 +394,7 @@ def test_global_operators_are_named(tmp_path):
 
 
 def test_the_halo_is_rounded_up_to_the_stride():
-    field = receptive_field.ReceptiveField(halo_px=35, global_nodes=())
+    field = receptive_field.ReceptiveField(halo_px=35, global_nodes=(), grid_px=1)
     assert (field.aligned(8), field.aligned(35)) == (40, 35)
 
 

@@ -56,6 +56,13 @@ def test_rows_of_another_processor_do_not_stay(int8: ModuleType, record: Path, c
     assert int8.kept(record, "nano", ["onnx"], [], "for 8 s") == {}
 
 
+def test_rows_of_another_version_of_an_engine_do_not_stay_under_todays(int8: ModuleType, record: Path):
+    before = json.loads(record.read_text(encoding="utf-8"))
+    before["host"]["packages"]["onnxruntime"] = "1.1.0"
+    record.write_text(json.dumps(before), encoding="utf-8")
+    assert int8.kept(record, "nano", ["linux-x86_64"], [], "for 8 s") == {}
+
+
 def test_rows_of_another_machine_alike_do_not_stay(int8: ModuleType, record: Path):
     before = json.loads(record.read_text(encoding="utf-8"))
     before["host"]["kernel"] += "-another"

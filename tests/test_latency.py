@@ -240,16 +240,27 @@ def test_without_a_cuda_device_there_is_no_gpu():
     assert host.gpu() is None
 
 
-@pytest.mark.parametrize("script", ["exec sleep 60", None], ids=["hangs", "does not start"])
+_FAILS = "echo 'Driver/library version mismatch'; echo 'NVML library version: 550.54'; exit 18"
+
+
+@pytest.mark.parametrize("script", ["exec sleep 60", None, _FAILS], ids=["hangs", "does not start", "says why"])
 def test_a_driver_that_does_not_tell_its_version_is_no_failure(tmp_path, monkeypatch, script):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("" if script is None else f"#!/bin/sh\n{script}\n", encoding="utf-8")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(host, "_ANSWER_S", 0.2)
-    assert host._output([str(tool)]) == ""
+    assert ("550.54" in host._output([str(tool)])) == (script == _FAILS)
     if not Path("/proc/driver/nvidia/version").is_file():
         assert host._nvidia_driver() is None
+
+
+def test_the_drivers_version_is_what_its_tool_says(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '550.54.15\\n550.54.15\\n'\n", encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert host._nvidia_driver() == "550.54.15"
 
 
 @pytest.mark.gpu

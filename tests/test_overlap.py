@@ -15,6 +15,7 @@ from edgekit.data import overlap, sets
 from edgekit.data.overlap import Overlap
 from edgekit.data.photos import Pixels
 from edgekit.data.sets import Picture, PictureSet
+from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError
 
 RESEARCH_DATA = Path(os.environ.get("EDGEKIT_RESEARCH_DATA", Path(__file__).parent.parent / "../shared/data"))
@@ -105,6 +106,16 @@ def test_a_whole_picture_is_found_where_only_its_crop_is_kept_back(evaluation):
     kept = changed(evaluation, lambda p: jpeg(crop(p, 4)[::-1], 50))
     found = overlap.find_overlaps(evaluation, kept)
     assert [(o.train, o.evaluation) for o in found] == [(p.name, f"{p.name}'") for p in evaluation]
+
+
+def test_pictures_that_a_large_one_shows_beside_each_other_are_all_found():
+    kept = [dead_leaves(500 + i, 200, 300, 1) for i in range(36)]
+    rows = [np.concatenate(kept[first : first + 6], 2) for first in range(0, 36, 6)]
+    (large, parts) = (
+        PictureSet(name=name, pictures=tuple(Picture(name=str(i), pixels=p) for i, p in enumerate(pixels)))
+        for name, pixels in (("large", [np.concatenate(rows, 1)]), ("parts", kept))
+    )
+    assert [found.evaluation for found in overlap.find_overlaps(large, parts)] == [str(i) for i in range(36)]
 
 
 def test_the_place_of_a_crop_is_told(evaluation):

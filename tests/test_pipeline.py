@@ -32,7 +32,7 @@ from edgekit.models import weights
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import denoise as denoising
 from edgekit.pipeline import distill, int8, networks, pictures, plan, verify, whole
-from edgekit.pipeline.golden import golden_pictures
+from edgekit.pipeline.golden import golden_pictures, write_golden
 from edgekit.recipe import Data, Distillation, Model, Noise, Quantization, Recipe
 from edgekit.target import InputShape, Limits
 
@@ -1077,6 +1077,15 @@ def test_calibration_meets_the_levels_that_the_network_was_trained_for(photos):
         clean = [p.pixels / 255 for p in held_out]
         assert min(np.std(noisy[0] - c) for c in clean) == pytest.approx(sigma, rel=0.05)
     assert len({noisy.tobytes() for noisy, _ in samples}) == 9
+
+
+def test_golden_files_of_long_names_can_be_written_and_told_apart(photos, tmp_path):
+    (picture, *_) = pictures.evaluation(tiny.recipe(photos).data)
+    alike = [dataclasses.replace(picture, name=chr(0x68EE) * 79 + ending) for ending in ("a.png", "b.png")]
+    found = golden_pictures(sets.PictureSet(name="long", pictures=tuple(alike)), target.load("onnx"))
+    assert len({p.name for p in found}) == 2
+    write_golden(tmp_path, found, Noise(), lambda noisy, sigma: noisy)
+    assert len(list((tmp_path / "golden").iterdir())) == 6
 
 
 def test_golden_pictures_have_the_targets_shape(photos):

@@ -39,6 +39,8 @@ DISTRIBUTIONS: dict[Engine, str] = {
     "tvm": "apache-tvm",
     "coreml": "coremltools",
 }
+# Those whose sessions work with as many threads as they are told to; others have one.
+THREADED: tuple[Engine, ...] = ("onnxruntime", "openvino")
 EXTRAS: dict[Engine, str] = {"openvino": "openvino", "tvm": "tvm", "coreml": "coreml"}
 
 

@@ -46,7 +46,11 @@ _FACTORS = tuple(0.5 * 2 ** (-step / 3) for step in range(4))
 _REACH = 7
 _OFFSETS = np.arange(-_REACH, _REACH + 1, 2)
 _MARGIN = _REACH + 2
+# Of a level of a picture. A training picture that is larger than those of the measured rates has more, in proportion to
+# its pixels, up to four times as many: the time goes with them.
 _MOST_POINTS = 512
+_USUAL_PIXELS = 640 * 480
+_MOST_TIMES = 4
 _FAINTEST = np.float32(0.6)
 _AMBIGUOUS = 0.12
 # At this likeness two thirds of the true points match, and about three pairs by chance in two photographs.
@@ -150,7 +154,8 @@ def find_overlaps(train: PictureSet, evaluation: PictureSet) -> list[Overlap]:
     turned by quarters, made gray, changed in brightness or contrast, recompressed, or resized by half to double.
     Parts below about 80x80 pixels, and parts without detail, are not; docs/protocol.md has the measured rates.
     """
-    kept = _stacked([p for i, picture in enumerate(evaluation) for p in _points(picture, i, ambiguous=True)])
+    most = _MOST_POINTS
+    kept = _stacked([p for i, picture in enumerate(evaluation) for p in _points(picture, i, most, ambiguous=True)])
     if not len(kept):
         return []
     whitening = _whitening(kept.shapes)
@@ -159,7 +164,8 @@ def find_overlaps(train: PictureSet, evaluation: PictureSet) -> list[Overlap]:
     began = told = time.monotonic()
     for first in range(0, len(train), _BATCH):
         batch = train.pictures[first : first + _BATCH]
-        points = _stacked([p for i, picture in enumerate(batch) for p in _points(picture, i, ambiguous=False)])
+        parts = (_points(picture, i, _most_learned(picture), ambiguous=False) for i, picture in enumerate(batch))
+        points = _stacked([p for levels in parts for p in levels])
         found += _overlaps(batch, evaluation.pictures, _whitened(points, whitening), kept)
         if time.monotonic() - told > _QUIET_SECONDS:
             told = time.monotonic()
@@ -236,19 +242,25 @@ def _largest_around(plane: Plane, reach: int) -> Plane:
     return plane
 
 
-def _points(picture: Picture, owner: int, *, ambiguous: bool) -> Iterator[_Points]:
-    """Yield the points of each level; with `ambiguous`, those that noise may turn come in both poses."""
+def _most_learned(picture: Picture) -> int:
+    """Return how many points a level of a training picture may have."""
+    times = math.prod(picture.pixels.shape[1:]) / _USUAL_PIXELS
+    return round(_MOST_POINTS * min(max(times, 1.0), _MOST_TIMES))
+
+
+def _points(picture: Picture, owner: int, most: int, *, ambiguous: bool) -> Iterator[_Points]:
+    """Yield at most `most` points of each level; with `ambiguous`, those that noise may turn come in both poses."""
     gray = _gray(picture.pixels)
     for level, factor in enumerate(_FACTORS):
         resized = _resized(gray, factor)
         if min(resized.shape) > 2 * _MARGIN:
-            yield _points_of_level(resized, owner, level, ambiguous=ambiguous)
+            yield _points_of_level(resized, owner, level, most, ambiguous=ambiguous)
 
 
-def _points_of_level(plane: Plane, owner: int, level: int, *, ambiguous: bool) -> _Points:
+def _points_of_level(plane: Plane, owner: int, level: int, most: int, *, ambiguous: bool) -> _Points:
     fine, middle, coarse = (_blurred(plane, sigma) for sigma in (1.0, 2.0, 4.0))
     blobs = fine - middle
-    rows, columns = _peaks(np.abs(blobs))
+    rows, columns = _peaks(np.abs(blobs), most)
     around = rows[:, None, None] + _OFFSETS[:, None], columns[:, None, None] + _OFFSETS
     patches = (fine - coarse)[around]
     bright = blobs[rows, columns] > 0
@@ -272,13 +284,13 @@ def _points_of_level(plane: Plane, owner: int, level: int, *, ambiguous: bool) -
     )
 
 
-def _peaks(strength: Plane) -> tuple[Whole, Whole]:
-    """Return rows and columns of the strongest peaks, each the strongest for 4 pixels around, in reading order."""
+def _peaks(strength: Plane, most: int) -> tuple[Whole, Whole]:
+    """Return places of the `most` strongest peaks, each the strongest for 4 pixels around, in reading order."""
     peaks = (strength == _largest_around(strength, 4)) & (strength > _FAINTEST)
     inside = np.zeros_like(peaks)
     inside[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN] = True
     rows, columns = np.nonzero(peaks & inside)
-    strongest = np.sort(np.argsort(-strength[rows, columns], kind="stable")[:_MOST_POINTS])
+    strongest = np.sort(np.argsort(-strength[rows, columns], kind="stable")[:most])
     return rows[strongest], columns[strongest]
 
 

@@ -21,6 +21,7 @@ EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 EIGHT_BIT_MODES = frozenset(
     {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 )
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
 # What Pillow raises for a file that is cut short, damaged, or no picture; SyntaxError is its word for a broken PNG.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -69,7 +70,7 @@ def list_pictures(folder: Path) -> tuple[Path, ...]:
 
     Raises:
         InputError: The folder is missing, is no folder, or holds no file with one of `EXTENSIONS`, or one whose name
-            is not UTF-8: names stand in records and on pages.
+            is not UTF-8 (names stand in records and on pages), or a link that leads nowhere.
     """
     if not folder.is_dir():
         state = "is not a folder" if folder.exists() else "no such folder"
@@ -78,6 +79,8 @@ def list_pictures(folder: Path) -> tuple[Path, ...]:
     if not found:
         raise InputError(f"{folder}: holds no pictures", remedy=f"looked for {', '.join(EXTENSIONS)}")
     for path in found:
+        if not path.exists():
+            raise InputError(f"{path}: a link that leads nowhere", remedy="mount what it leads to, or remove it")
         try:
             path.name.encode()
         except UnicodeEncodeError as error:
@@ -87,8 +90,12 @@ def list_pictures(folder: Path) -> tuple[Path, ...]:
 
 def _refuse_deep(path: Path, image: ImageFile.ImageFile) -> None:
     """Raise InputError where Pillow would cut 16-bit channels to 8 bits, or knows no 8-bit form."""
-    # A 16-bit RGB file has the mode RGB: only the raw mode of its tiles ("RGB;16B") tells.
-    if image.mode not in EIGHT_BIT_MODES or any(";16" in str(tile) for tile in image.tile):
+    # A 16-bit RGB file has the mode RGB. The raw mode of its tiles ("RGB;16B") tells, in a TIFF of separate planes its
+    # tag alone, and in a PPM the largest value, which stands behind the raw mode.
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (8,))
+    largest = [n for tile in image.tile if image.format == "PPM" for n in tile.args or () if isinstance(n, int)]
+    deep = max((*bits, 0)) > 8 or max((*largest, 0)) > 255 or any(";16" in str(tile) for tile in image.tile)
+    if image.mode not in EIGHT_BIT_MODES or deep:
         raise InputError(
             f"{path}: more than 8 bits a channel (mode {image.mode})",
             remedy="convert it to 8 bit, as with: magick in.png -depth 8 out.png",
@@ -97,4 +104,4 @@ def _refuse_deep(path: Path, image: ImageFile.ImageFile) -> None:
 
 def _looks_like_picture(path: Path) -> bool:
     """Return whether the name is a picture's; files such as macOS's '._photo.jpg' are not."""
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and (path.is_file() or not path.exists())

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from onnx import numpy_helper
 
 from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY
-from edgekit.graph.cost import folded, infer_shapes
+from edgekit.graph.cost import folded, infer_shapes, stride
 from edgekit.graph.resizing import resizing
 from edgekit.graph.walk import attribute, constants_stored, consumers, initializers, producers
 
@@ -25,13 +26,25 @@ class ReceptiveField:
 
     halo_px: Pixels on each side, ways through global operators not counted.
     global_nodes: Names of the operators that look at the whole picture; with any, no halo makes tiles exact.
+    grid_px: Pixels from which on its maps repeat: tiles that start elsewhere pool other pixels together.
     """
 
     halo_px: int
     global_nodes: tuple[str, ...]
+    grid_px: int
 
     def aligned(self, stride: int) -> int:
-        """Return the halo in pixels, rounded up to a multiple of the stride."""
+        """Return the halo in pixels, rounded up to a multiple of the stride, at which tiles start.
+
+        Raises:
+            UnsupportedError: The network's own grid is coarser, as where it pads pictures to a multiple by itself.
+        """
+        if stride % self.grid_px:
+            raise UnsupportedError(
+                f"tiles start at multiples of {stride} pixels, and the maps of the network lie on a grid of "
+                f"{self.grid_px}",
+                remedy=f"say that pictures come in multiples of {self.grid_px}: stride = {self.grid_px}",
+            )
         return -(-self.halo_px // stride) * stride
 
 
@@ -59,6 +72,7 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
     unit = _Span(Fraction(1), Fraction(0), Fraction(0))
     spans: dict[str, tuple[_Span, _Span]] = {NOISY: (unit, unit)}
     global_nodes: list[str] = []
+    grid = 1
     constants = {name: numpy_helper.to_array(t) for name, t in initializers(model).items() if math.prod(t.dims) < 64}
     constants |= {n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in model.graph.node if _holds_tensor(n)}
     for node in model.graph.node:
@@ -83,12 +97,28 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
         attributes = _attributes(node) | _resizing(node, constants) | _shift(node, constants)
         for name in filter(None, node.output):
             spans[name] = (rule(height, attributes, 0), rule(width, attributes, 1))
+            grid = math.lcm(grid, *(span.jump.numerator for span in spans[name]))
     if DENOISED not in spans:
         raise UnsupportedError(f"'{DENOISED}' does not depend on the pixels of '{NOISY}' one by one")
     if any(span.jump != 1 for span in spans[DENOISED]):
         raise UnsupportedError(f"'{DENOISED}' has another resolution than '{NOISY}'")
     halo = max(max(-span.low, span.high) for span in spans[DENOISED])
-    return ReceptiveField(halo_px=math.ceil(halo), global_nodes=tuple(global_nodes))
+    return ReceptiveField(halo_px=math.ceil(halo), global_nodes=tuple(global_nodes), grid_px=grid)
+
+
+def tile_stride(model: onnx.ModelProto, path: Path) -> int:
+    """Return of what pictures and the places of tiles are multiples: the network's stride, or more where its grid asks.
+
+    A network that pads pictures to a multiple by itself takes any, and yet its maps lie on a grid of that multiple.
+
+    Raises:
+        UnsupportedError: As `cost.stride`.
+    """
+    found = stride(model, path)
+    try:
+        return math.lcm(found, receptive_field(model).grid_px)
+    except UnsupportedError:
+        return found
 
 
 def _kept_by_norms(model: onnx.ModelProto) -> frozenset[str]:

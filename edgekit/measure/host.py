@@ -165,11 +165,13 @@ def _memory_mib() -> int | None:
 
 
 def _nvidia_driver() -> str | None:
-    smi = shutil.which("nvidia-smi")
-    if smi and (listed := _output([smi, "--query-gpu=driver_version", "--format=csv,noheader"]).split()):
+    smi, version = shutil.which("nvidia-smi"), r"\d{3}\.\d+(?:\.\d+)?"
+    listed = _output([smi, "--query-gpu=driver_version", "--format=csv,noheader"]).split() if smi else []
+    # A tool that fails prints why in the same place.
+    if listed and re.fullmatch(version, listed[0]):
         return listed[0]
     module = Path("/proc/driver/nvidia/version")
-    if module.is_file() and (found := re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", module.read_text(encoding="utf-8"))):
+    if module.is_file() and (found := re.search(rf"\b({version})\b", module.read_text(encoding="utf-8"))):
         return found[1]
     return None
 

@@ -68,6 +68,9 @@ class Baseline:
     protocol: str
     packages: Mapping[str, str]
     date: str
+    # Of the processor, which others of its name may lack; records of before 30 November 2026 have neither.
+    features: tuple[str, ...] = ()
+    kernel: str = ""
 
     def psnr_mdb(self, pictures: PictureSet, sigma255: float) -> int | None:
         """Return the recorded PSNR on these very pictures at this noise; None if it was not measured so."""
@@ -123,6 +126,8 @@ def measure(
         protocol=f"PyTorch, batch 1, {_WARM_UP} warm-up runs, then for {seconds:g} s; TF32 off unless named",
         packages=dict(machine.packages),
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        features=machine.cpu.features,
+        kernel=machine.kernel,
     )
 
 

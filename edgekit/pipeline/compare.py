@@ -21,9 +21,10 @@ from edgekit.bundle import artifact_files, combined_sha256
 from edgekit.data import noise, sets
 from edgekit.data.photos import Channels
 from edgekit.data.sets import PictureSet
-from edgekit.errors import EdgekitError, InputError, ToolMissingError, UnsupportedError, nearest
+from edgekit.errors import EdgekitError, InputError, ToolMissingError, UnsupportedError, is_out_of_memory, nearest
 from edgekit.files import storage_errors
 from edgekit.graph import checks, cost
+from edgekit.graph.receptive_field import tile_stride
 from edgekit.measure import host, latency, quality
 from edgekit.measure.quality import Array, Denoise
 from edgekit.pipeline import compile as compiling
@@ -45,6 +46,7 @@ TARGETS = ("onnx", "linux-x86_64")
 CLASSICS = ("nlm", "bm3d")
 BM3D_LICENCE = "the package bm3d (Tampere University) may be used for non-commercial purposes only"
 _LEFT_OUT = "left out on request"
+_ONE_THREAD = "on one thread, whatever was asked for"
 _STRIDE = 8
 _MODELS = "models"  # the folder that networks are compiled in
 _SIDE = GOLDEN_SIDE
@@ -328,7 +330,7 @@ def _onnx_interface(path: Path) -> tuple[Channels, int]:
     channels = checks.interface(model, path).channels
     if channels not in (1, 3):
         raise InputError(f"{path}: takes {channels} channels", remedy="compare networks for 1 or 3")
-    return 1 if channels == 1 else 3, cost.stride(model, path)
+    return 1 if channels == 1 else 3, tile_stride(model, path)
 
 
 def _pictures(path: Path | None, channels: Channels) -> PictureSet:
@@ -372,7 +374,7 @@ def _classics(pictures: PictureSet, settings: Settings) -> list[Entry]:
         noisy,
         name="NLM",
         engine=_versioned("scikit-image"),
-        open=lambda: Program(denoise=quality.nlm),
+        open=lambda: Program(denoise=quality.nlm, notes=(_ONE_THREAD,) if settings.threads > 1 else ()),
         reason=_LEFT_OUT if "nlm" in settings.without else "",
         rank=3,
     )
@@ -465,12 +467,15 @@ def _open_artifact(what: str, wanted: Target, threads: int, folder: Path, *overr
     built, opened = bundle.read(path).built, denoising.open_model(path, threads=threads)
     permille = built.facts.get("integer_macs_permille")
     timed = opened.level == "native"
+    notes = [*built.notes] if timed else [*built.notes, f"by {opened.how}, whose time is no latency"]
+    if timed and threads > 1 and wanted.engine not in backends.THREADED:
+        notes.append(_ONE_THREAD)
     return Program(
         denoise=opened if opened.tile else opened.denoise,
         files=tuple(artifact_files(path, built.files)),
         graph=path / "reference" / "student.fp32.onnx",
         integer_macs_permille=None if permille is None else int(permille),
-        notes=built.notes if timed else (*built.notes, f"by {opened.how}, whose time is no latency"),
+        notes=tuple(notes),
         timed=timed,
     )
 
@@ -568,12 +573,17 @@ def _row(entry: Entry, settings: Settings, timer: _Timer | None) -> Row:
     try:
         program = entry.open()
         figures = tuple(_figure(entry, program, sigma255, settings) for sigma255 in entry.sigmas)
+        row = _described(entry, program, figures)
+        if not program.timed or timer is None:
+            return row
+        paired = timer(_runner(entry, program))
     except EdgekitError as error:
         return entry.empty(str(error))
-    row = _described(entry, program, figures)
-    if not program.timed or timer is None:
-        return row
-    paired = timer(_runner(entry, program))
+    except Exception as error:
+        # An hour of other rows must not go with this one.
+        if not is_out_of_memory(error):
+            raise
+        return entry.empty("memory ran out")
     return dataclasses.replace(
         row,
         latency_us=paired.b_median_us,

@@ -25,7 +25,7 @@ from edgekit.data.sets import PictureSet
 from edgekit.errors import IncompleteError, InputError, ToolMissingError, UnsupportedError
 from edgekit.files import sha256
 from edgekit.graph import checks, cost
-from edgekit.graph.receptive_field import ReceptiveField, receptive_field
+from edgekit.graph.receptive_field import ReceptiveField, receptive_field, tile_stride
 from edgekit.graph.reference import Reference
 from edgekit.measure import quality
 from edgekit.measure.quality import SSIM_WINDOW
@@ -220,7 +220,7 @@ def _compile_onnx(
     path: Path, targets: Sequence[Target], overrides: Sequence[str], folder: Path | None, overwrite: bool
 ) -> Compiled:
     interface = checks.interface(loaded := checks.load_float_onnx(path), path)
-    stride = cost.stride(loaded, path)
+    stride = tile_stride(loaded, path)
     name = _identifier(path.stem)
     check_onnx(name, targets)
     recipe = default_recipe(name, interface.channels, overrides)
@@ -565,7 +565,7 @@ def _manifest(
     ran: str,
 ) -> Manifest:
     counted = cost.cost(loaded := checks.load_onnx(graph.fp32), GOLDEN_SIDE, GOLDEN_SIDE)
-    field, unknown = _receptive_field(loaded)
+    field, unknown = _receptive_field(loaded, graph.stride)
     made = bundle.combined_sha256(bundle.artifact_files(out, built.files))
     return Manifest(
         edgekit=__version__,
@@ -614,10 +614,12 @@ def _chain(graph: _Graph, quantized: Path | None, teacher: Link | None, target: 
     return (*links, Link(kind="artifact", sha256=made, made_from=origin.sha256))
 
 
-def _receptive_field(model: onnx.ModelProto) -> tuple[ReceptiveField | None, str]:
-    """Return how far a graph looks; or None, and why it is not known, and pictures are denoised in one piece."""
+def _receptive_field(model: onnx.ModelProto, stride: int) -> tuple[ReceptiveField | None, str]:
+    """Return how far a graph looks; or None, and why no halo is known, and pictures are denoised in one piece."""
     try:
-        return receptive_field(model), ""
+        field = receptive_field(model)
+        field.aligned(stride)
+        return field, ""
     except UnsupportedError as error:
         log.warning("no halo is known, so pictures larger than a tile are refused: %s", error)
         return None, str(error)

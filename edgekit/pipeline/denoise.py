@@ -14,8 +14,8 @@ from edgekit import backends, bundle
 from edgekit.data import noise, photos
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.files import atomic_file
-from edgekit.graph import checks, cost
-from edgekit.graph.receptive_field import receptive_field
+from edgekit.graph import checks
+from edgekit.graph.receptive_field import receptive_field, tile_stride
 from edgekit.measure import quality
 from edgekit.measure.quality import Array, Denoise
 from edgekit.pipeline import compile as compiling
@@ -98,7 +98,7 @@ def open_model(what: str | Path, *, weights: str | Path | None = None, threads: 
         return _open_bundle(path, threads)
     if what.endswith(".onnx"):
         model = checks.load_onnx(path)
-        channels, stride = checks.interface(model, path).channels, cost.stride(model, path)
+        channels, stride = checks.interface(model, path).channels, tile_stride(model, path)
         session = backends.load_onnx("onnxruntime").open_onnx(path, threads=threads)
         return Opened(
             denoise=session,
@@ -156,9 +156,9 @@ def _reach(read: Callable[[], onnx.ModelProto], stride: int) -> int | None:
     """Return the halo of a graph in whole strides; None where it is not known, or something looks at the whole."""
     try:
         field = receptive_field(read())
+        return None if field.global_nodes else field.aligned(stride)
     except UnsupportedError:
         return None
-    return None if field.global_nodes else field.aligned(stride)
 
 
 def _open_bundle(path: Path, threads: int) -> Opened:

@@ -6,6 +6,7 @@ the artifact, `NAME.denoised.f32`: little-endian float32, planes of rows.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +27,23 @@ from edgekit.target import Target
 GOLDEN_SIDE = 256
 # Far below what another kind of processor changes in the last bits, far above what another network gives.
 GOLDEN_DB = 40.0
+# Of the 255 bytes that file systems take; ".denoised.f32" follows it, and what tells those apart that begin alike.
+_LONGEST_NAME = 200
 
 
 def golden_pictures(evaluation: PictureSet, target: Target) -> PictureSet:
     """Return the middle of each evaluation picture, in the target's input shape, or 256x256 where it takes any."""
     crops = sets.centred(evaluation, target.input.height or GOLDEN_SIDE, target.input.width or GOLDEN_SIDE)
-    # The names become file names.
-    named = tuple(Picture(name=p.name.replace("/", "-"), pixels=p.pixels) for p in crops)
+    named = tuple(Picture(name=_file_name(p.name), pixels=p.pixels) for p in crops)
     return PictureSet(name=crops.name, pictures=named)
+
+
+def _file_name(picture: str) -> str:
+    """Return a picture's name as one that files can begin with: without folders, and cut where it is too long."""
+    name = picture.replace("/", "-").encode()
+    if len(name) <= _LONGEST_NAME:
+        return name.decode()
+    return f"{name[:_LONGEST_NAME].decode(errors='ignore')}-{hashlib.sha256(name).hexdigest()[:8]}"
 
 
 def read_golden(bundle: Path, name: str, files: Sequence[str]) -> PictureSet:

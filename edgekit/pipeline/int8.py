@@ -41,7 +41,7 @@ _UNTRAINED: Mapping[Literal["int8", "int16"], float] = {"int8": 0.25, "int16": 0
 # What was never trained with any rounding may lose more in training than it wins, where a tenth of the rates wins most
 # of it back (docs/qat.md).
 _SLOWER = 10
-_SIGMAS = (15.0, 25.0, 50.0)
+_SIGMAS = (15.0, 25.0, 50.0, 100.0, 200.0)
 _MOST_PICTURES = 16
 _CHECKED_BLOCKS = 8
 
@@ -159,8 +159,7 @@ def trains(settings: Quantization) -> bool:
 
 def levels(noise: Noise) -> tuple[float, ...]:
     """Return the noise levels that a loss is measured at, on the scale of 0 to 255."""
-    low, high = noise.train
-    return tuple(sorted({s for s in (*_SIGMAS, noise.evaluate) if low <= s <= high} or {noise.evaluate}))
+    return tuple(sorted(set(noise.levels(_SIGMAS))))
 
 
 def judge_of(recipe: Recipe, fp32: Path, stride: int, *, exact: bool) -> Judge:

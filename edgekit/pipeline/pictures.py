@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 EMBEDDED = "embedded"
 LISTING = "pictures.json"
 _LEARNED_FROM = ("train", "held_out")
-_CALIBRATION_SIGMAS = (5.0, 15.0, 25.0, 40.0, 50.0)
+_CALIBRATION_SIGMAS = (5.0, 15.0, 25.0, 40.0, 50.0, 75.0, 100.0, 150.0, 200.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +213,7 @@ def noisy_samples(pictures: PictureSet, noise: Noise, *, count: int, stride: int
     follow each other, so that every level meets several pictures; pictures come again with other noise when
     they are fewer than `count`.
     """
-    low, high = noise.train
-    levels = [s for s in (*_CALIBRATION_SIGMAS, noise.evaluate) if low <= s <= high] or [noise.evaluate]
+    levels = noise.levels(_CALIBRATION_SIGMAS)
     samples = []
     for i in range(count):
         sigma255 = levels[i % len(levels)]

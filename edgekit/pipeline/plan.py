@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TypeGuard
 
 from edgekit import backends, bundle, models, run
-from edgekit.graph import checks, cost
+from edgekit.graph import checks
+from edgekit.graph.receptive_field import tile_stride
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import distill, doctor, int8, networks, pictures
 from edgekit.recipe import Model, Quantization, Recipe
@@ -81,7 +82,7 @@ def check_model(
     path, is_run = Path(what), networks.is_run(what)
     if what.endswith(".onnx") and not is_run:
         graph = checks.load_float_onnx(path)
-        name, channels, stride = path.stem, checks.interface(graph, path).channels, cost.stride(graph, path)
+        name, channels, stride = path.stem, checks.interface(graph, path).channels, tile_stride(graph, path)
         compiling.check_onnx(name, targets)
         model, sha256 = path.name, bundle.combined_sha256(checks.files_of(path))
     else:

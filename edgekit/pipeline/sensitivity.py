@@ -17,7 +17,8 @@ from edgekit.bundle import combined_sha256
 from edgekit.compress import export, placement, quantize, sensitivity
 from edgekit.compress.sensitivity import Table
 from edgekit.errors import InputError
-from edgekit.graph import checks, cost
+from edgekit.graph import checks
+from edgekit.graph.receptive_field import tile_stride
 from edgekit.measure import host
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import int8, networks
@@ -59,7 +60,7 @@ def of_model(
         recipe = compiling.default_recipe(path.stem, checks.interface(model, path).channels, overrides)
         with tempfile.TemporaryDirectory() as folder:
             export.write(model, fp32 := Path(folder, path.name))
-            found = table(fp32, recipe, engine, stride=cost.stride(model, path))
+            found = table(fp32, recipe, engine, stride=tile_stride(model, path))
             return path.stem, _of(combined_sha256(checks.files_of(path)), found)
     network = networks.named(what, weights)
     with tempfile.TemporaryDirectory() as folder:

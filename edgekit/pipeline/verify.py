@@ -36,7 +36,6 @@ Say = Callable[[str], None]
 _MIN_PAIRS = 8
 _REFERENCE_ENGINE: Literal["onnxruntime"] = "onnxruntime"
 _MOST_DIGITS = 6
-_TAKE_THREADS = ("onnxruntime", "openvino")
 _SATURATES = "This processor is x86 without VNNI: with these weights, the engine's sums saturate here."
 _NO_TEACHER = "the bundle holds no teacher; name one with teacher.model where it is compiled"
 
@@ -639,7 +638,7 @@ def _speed_limit(target: Target, timing: _Timing | None, levels: Sequence[str], 
     decided = latency.decide(ratio, least)
     measured, low, high = (_shown(e3 / 1000, least, digits=1) for e3 in (ratio.ratio_e3, ratio.low_e3, ratio.high_e3))
     threads = _threads(timing.threads)
-    if timing.threads > 1 and target.engine not in _TAKE_THREADS:
+    if timing.threads > 1 and target.engine not in backends.THREADED:
         threads += " of the teacher alone"
     return Limit(
         name="speedup_vs_fp32",
