@@ -318,7 +318,54 @@ def test_what_constants_hold_is_stored_and_counted(given):
     assert tensor.name == "c"
     assert got.shape == want.shape
     assert np.array_equal(got, want)
-    assert cost.parameters(model) == (0 if "int" in kind else want.size)
+    # A number without an axis is one of a formula.
+    assert cost.parameters(model) == (want.size if kind in ("value", "value_floats") else 0)
+
+
+def test_what_sets_an_operator_is_not_learned():
+    nodes = [
+        helper.make_node("Conv", ["noisy", "w", "b"], ["x"], "conv", pads=[1] * 4),
+        helper.make_node("Clip", ["x", "low", "high"], ["y"], "clip"),
+        helper.make_node("Resize", ["y", "", "scales"], ["z"], "up", mode="nearest"),
+        helper.make_node("MaxPool", ["z"], ["denoised"], "down", kernel_shape=[2, 2], strides=[2, 2]),
+    ]
+    weights = {"w": np.ones((1, 1, 3, 3), np.float32), "b": np.ones(1, np.float32)}
+    settings = {"low": np.float32(0), "high": np.float32(6), "scales": np.float32([1, 1, 2, 2])}
+    assert cost.parameters(graph(nodes, weights=weights | settings)) == 10
+
+
+def test_a_bound_of_a_clip_may_be_infinite_and_a_weight_not(tmp_path):
+    nodes = [
+        helper.make_node("Conv", ["noisy", "w"], ["x"], "conv"),
+        helper.make_node("Clip", ["x", "low", "high"], ["denoised"], "clip"),
+    ]
+    for high, weight, said in ((np.inf, 1, ""), (np.nan, 1, "'high' has 1 of 1"), (1, np.inf, "'w' has 1 of 1")):
+        weights = {"low": np.float32(0), "high": np.float32(high), "w": np.float32([weight]).reshape(1, 1, 1, 1)}
+        path = saved(graph(nodes, weights=weights), tmp_path / "net.onnx")
+        if said:
+            with pytest.raises(InputError, match=said):
+                checks.load_onnx(path)
+        else:
+            checks.load_onnx(path)
+
+
+def test_shapes_behind_a_group_normalization_are_known():
+    nodes = [
+        helper.make_node("Conv", ["noisy", "w"], ["x"], "conv", pads=[1] * 4, kernel_shape=[3, 3]),
+        helper.make_node("GroupNormalization", ["x", "ones", "ones"], ["y"], "norm", num_groups=2),
+        helper.make_node("Conv", ["y", "v"], ["denoised"], "last", kernel_shape=[1, 1]),
+    ]
+    weights = {
+        "w": np.ones((4, 1, 3, 3), np.float32),
+        "ones": np.ones(4, np.float32),
+        "v": np.ones((1, 4, 1, 1), np.float32),
+    }
+    model = graph(nodes, weights=weights)
+    model.opset_import[0].version = 21
+    onnx.checker.check_model(model, full_check=True)
+    assert cost.infer_shapes(model, 16, 24)["denoised"] == (1, 1, 16, 24)
+    field = receptive_field.receptive_field(model)
+    assert (field.halo_px, field.global_nodes) == (1, ("norm",))
 
 
 def test_a_size_that_does_not_fit_the_graph_has_no_cost(tmp_path):
@@ -396,6 +443,13 @@ def test_global_operators_are_named(tmp_path):
 def test_the_halo_is_rounded_up_to_the_stride():
     field = receptive_field.ReceptiveField(halo_px=35, global_nodes=(), grid_px=1)
     assert (field.aligned(8), field.aligned(35)) == (40, 35)
+
+
+def test_a_halo_is_not_aligned_to_less_than_the_networks_own_grid():
+    field = receptive_field.ReceptiveField(halo_px=35, global_nodes=(), grid_px=16)
+    assert field.aligned(32) == 64
+    with pytest.raises(UnsupportedError, match=r"multiples of 8 pixels.*grid of 16; say .* stride = 16"):
+        field.aligned(8)
 
 
 @pytest.mark.parametrize(

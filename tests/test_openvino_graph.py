@@ -166,6 +166,46 @@ def test_a_shuffle_behind_groups_keeps_its_order(groups):
     assert np.abs(Reference(after)(noisy, SIGMA) - Reference(before)(noisy, SIGMA)).max() < 1e-5
 
 
+@pytest.mark.parametrize("apart", [1, 2])
+def test_a_window_of_one_column_gets_zeros_beside_it(apart):
+    before = exact_graph(0)
+    tail = next(n for n in before.graph.node if n.name == "tail")
+    integers = next(t for t in before.graph.initializer if t.name == "tail.q")
+    values = np.random.default_rng(3).integers(-8, 9, (1, 4, 3, 1)).astype(np.int8)
+    integers.CopyFrom(numpy_helper.from_array(values, "tail.q"))
+    del tail.attribute[:]
+    window = {"kernel_shape": [3, 1], "pads": [apart, 0, apart, 0], "dilations": [apart, 1]}
+    tail.attribute.extend(helper.make_attribute(key, given) for key, given in window.items())
+    after = openvino_graph.without_columns(before)
+    onnx.checker.check_model(after)
+    wide = next(n for n in after.graph.node if n.name == "tail")
+    assert list(walk.attribute(wide, "kernel_shape")) == [3, 3]
+    assert [n for n in after.graph.node if n.name == "expand"] == [n for n in before.graph.node if n.name == "expand"]
+    noisy = np.random.default_rng(1).integers(-64, 65, (1, 1, 16, 16)).astype(np.float32) / 16
+    assert np.array_equal(Reference(after)(noisy, SIGMA), Reference(before)(noisy, SIGMA))
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+def test_a_gray_residual_is_added_to_a_colour_picture_where_it_was(planes):
+    weights = {"w": (np.random.default_rng(0).standard_normal((4 * planes, 12, 3, 3)) / 9).astype(np.float32)}
+    make = helper.make_node
+    nodes = [
+        make("SpaceToDepth", [NOISY], ["spread"], "spread", blocksize=2),
+        make("Conv", ["spread", "w"], ["parts"], "conv", pads=[1] * 4),
+        make("DepthToSpace", ["parts"], ["noise"], "shuffle", blocksize=2, mode="DCR"),
+        make("Add", [NOISY, "noise"], [DENOISED], "add"),
+    ]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3, "h", "w"]) for n in (NOISY, DENOISED)]
+    stored = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    graph = helper.make_graph(nodes, "made", values[:1], values[1:], stored)
+    before = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    after = openvino_graph.rewritten(before)
+    onnx.checker.check_model(after, full_check=True)
+    assert walk.producers(after)[DENOISED].op_type == ("Add" if planes == 1 else "DepthToSpace")
+    noisy = probe(16, 24, 3, seed=3)
+    assert np.abs(Reference(after)(noisy, SIGMA) - Reference(before)(noisy, SIGMA)).max() < 1e-6
+
+
 def test_a_map_that_something_else_reads_too_stays():
     before = exact_graph(0)
     before.graph.node.append(helper.make_node("Relu", ["sum_dq"], ["seen"]))

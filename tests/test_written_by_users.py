@@ -35,6 +35,7 @@ from edgekit.graph.receptive_field import receptive_field
 from edgekit.graph.reference import Reference, agreement_db, probe, relative_change
 from edgekit.models import weights
 from edgekit.pipeline import compile as compiling
+from edgekit.pipeline import denoise as denoising
 from edgekit.pipeline import int8, networks
 from edgekit.recipe import Quantization
 
@@ -347,6 +348,137 @@ def test_a_border_that_depends_on_the_picture_stays_with_its_operator(tmp_path):
     model = checks.load_onnx(simplify(tmp_path / "net.onnx", tmp_path / "simple.onnx"))
     automatic = {node.name for node in model.graph.node if walk.attribute(node, "auto_pad") is not None}
     assert automatic == {"down"}
+
+
+class Factorised(nn.Module):
+    """A block of ERFNet: 3x1 behind 1x3, in a trunk whose values have either sign."""
+
+    channels, stride, takes_sigma = 1, 8, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.tail = conv(1, 16), conv(16, 1)
+        self.down = nn.ModuleList(nn.Conv2d(16, 16, (3, 1), padding=(1, 0)) for _ in range(2))
+        self.along = nn.ModuleList(nn.Conv2d(16, 16, (1, 3), padding=(0, 1)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(x)
+        for down, along in zip(self.down, self.along, strict=True):
+            y = y + along(F.relu(down(y)))
+        return x - self.tail(y)
+
+
+def test_openvino_computes_the_borders_of_windows_of_one_column(tmp_path):
+    pytest.importorskip("openvino")
+    fp32 = simplified(Factorised(), tmp_path)
+    made = prepared(fp32, "openvino")
+    graph = placed(made, "openvino")
+    (tmp_path / "int8.onnx").write_bytes(graph.SerializeToString())
+    source = Source(
+        name="factorised",
+        fp32_onnx=fp32,
+        int8_onnx=tmp_path / "int8.onnx",
+        module=Factorised,
+        takes_sigma=False,
+        channels=1,
+        stride=8,
+        calibration=list(made.pictures),
+    )
+    door, wanted = backends.load("openvino"), target.load("linux-x86_64")
+    built = door.build(source, wanted, tmp_path / "built")
+    ((_, session),) = door.open_session(tmp_path / "built", built, wanted)
+    noisy = probe(72, 56, 1, seed=9)
+    assert agreement_db(session(noisy, LEVEL), Reference(graph, exact=True)(noisy, LEVEL)) > 50
+
+
+class Milesial(nn.Module):
+    """A UNet that takes any size: what is sampled up is padded to the size of what it meets (github.com/milesial)."""
+
+    channels, stride, takes_sigma = 1, 8, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList([conv(1, 8), *(conv(8, 8) for _ in range(4))])
+        self.up = nn.ModuleList(nn.ConvTranspose2d(8, 8, 2, 2) for _ in range(4))
+        self.tail = conv(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [F.relu(self.levels[0](x))]
+        for level in self.levels[1:]:
+            maps.append(F.relu(level(F.max_pool2d(maps[-1], 2))))
+        y = maps.pop()
+        for up in self.up:
+            wide, there = up(y), maps.pop()
+            down, right = there.size(2) - wide.size(2), there.size(3) - wide.size(3)
+            y = there + F.pad(wide, (right // 2, right - right // 2, down // 2, down - down // 2))
+        return x - self.tail(y)
+
+
+def test_pieces_of_a_picture_start_on_the_networks_own_grid(tmp_path, monkeypatch):
+    path = as_others_export(seeded(Milesial()), tmp_path / "net.onnx")
+    opened = denoising.open_model(path)
+    assert (cost.stride(checks.load_onnx(path), path), opened.stride) == (8, 16)
+    noisy = probe(312, 328, 1, seed=3)
+    whole = opened(noisy, LEVEL)
+    monkeypatch.setattr(denoising, "_AT_ONCE", 1)
+    monkeypatch.setattr(denoising, "_PIECE", 40)
+    assert opened.reach() < 150
+    assert relative_change(opened(noisy, LEVEL), whole) < 1e-5
+
+
+def test_a_class_whose_own_grid_is_coarser_than_its_stride_has_no_halo(tmp_path):
+    net = networks.Foreign(seeded(Milesial()), channels=1, stride=8, takes_sigma=False)
+    field, why = compiling._receptive_field(checks.load_onnx(compiling.float_graph(net, tmp_path)), 8)
+    assert field is None
+    assert "grid of 16" in why
+
+
+class InPlace(Body):
+    """Its input is another after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2).sub_(1)
+        return (x - self.body(x) + 1) / 2
+
+
+class ByKeyword(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        head, norm, tail = self.body
+        return x - tail(norm(input=head(x)))
+
+
+@pytest.mark.parametrize("kind", [InPlace, ByKeyword])
+def test_python_that_is_seldom_written_is_carried_over(tmp_path, kind):
+    norm = nn.BatchNorm2d(8)
+    nn.init.uniform_(norm.running_mean)
+    net = seeded(kind(conv(1, 8), norm, conv(8, 1)))
+    fp32 = compiling.float_graph(networks.Foreign(net, channels=1, stride=8, takes_sigma=False), tmp_path)
+    noisy = probe(40, 48, 1, seed=3)
+    with torch.no_grad():
+        want = net(torch.tensor(noisy)).numpy()
+    assert relative_change(Reference(checks.load_onnx(fp32))(noisy, LEVEL), want) < 1e-5
+    before = noisy.copy()
+    networks.as_function(networks.Foreign(net, channels=1, stride=8, takes_sigma=False))(noisy, LEVEL)
+    assert np.array_equal(noisy, before)
+
+
+def test_a_norm_that_was_exported_for_training_is_refused(tmp_path):
+    net = seeded(Body(conv(1, 8), nn.BatchNorm2d(8), conv(8, 1)))
+    path = as_others_export(net, tmp_path / "net.onnx")
+    simplify(path, tmp_path / "simple.onnx")
+    noisy, modes = torch.from_numpy(probe(64, 96, 1, seed=0)), torch.onnx.TrainingMode
+    torch.onnx.export(
+        net.train(),
+        (noisy,),
+        path,
+        dynamo=False,
+        training=modes.TRAINING,
+        input_names=[NOISY],
+        output_names=[DENOISED],
+        dynamic_axes={name: {2: "height", 3: "width"} for name in (NOISY, DENOISED)},
+    )
+    with pytest.raises(UnsupportedError, match=r"BatchNormalization\) was exported for training.*net\.eval\(\)"):
+        simplify(path, tmp_path / "simple.onnx")
 
 
 class ToMultiple(nn.Module):

@@ -36,6 +36,8 @@ LEAST_AGREEMENT_DB: dict[Precision, float] = {"float32": 80.0, "float16": 50.0, 
 # whose roundings fall otherwise here and there.
 LEAST_WITH_INT8_DB = 40.0
 _CHECK_PICTURES = 4
+# Of its errors: they say where in its own source, and through which call, an error came.
+_SOURCE_LINES = ("Exception from", "Check '", "FrontEnd API failed")
 _COUNTED = re.compile(r"[A-Za-z]+_\d+")
 
 
@@ -201,7 +203,7 @@ def _compile(model: openvino.Model, threads: int, *, profiled: bool = False) -> 
 def _reason(error: Exception) -> str:
     """Return the line of an OpenVINO error that says what is wrong; those before it are its own source lines."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if not line.startswith(("Exception from", "Check '"))), lines[0])
+    return next((line for line in lines if not line.startswith(_SOURCE_LINES)), lines[0])
 
 
 def _float_note(int8_onnx: Path) -> str:

@@ -48,7 +48,9 @@ def fuse(net: nn.Module, example_noisy: Tensor, example_sigma: Tensor | None) ->
     original = copy.deepcopy(net).eval()
     with torch.inference_mode():
         arguments = (example_noisy,) if example_sigma is None else (example_noisy, example_sigma)
-        change = relative_change(fused(*arguments).cpu().numpy(), original(*arguments).cpu().numpy())
+        # Either may change its input in place.
+        after, before = (run(*(tensor.clone() for tensor in arguments)).cpu().numpy() for run in (fused, original))
+    change = relative_change(after, before)
     if not change <= MOST_CHANGE:
         raise IntegrityError(
             f"folding BatchNorm moved the output by {change:.2g} of its largest value; the bound is {MOST_CHANGE:g}",
@@ -100,7 +102,7 @@ def _fold(net: nn.Module, graph: fx.Graph, norms: set[str]) -> None:
     for node in graph.nodes:
         if node.op != "call_module" or str(node.target) not in norms:
             continue
-        name, source = str(node.target), node.args[0]
+        name, source = str(node.target), node.args[0] if node.args else node.kwargs["input"]
         norm, conv = cast(_BatchNorm, net.get_submodule(name)), _convolution(net, source)
         if conv is None:
             raise _refused(name, f"its input is {_described(net, source)}, not the output of a convolution")

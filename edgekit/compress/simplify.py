@@ -56,10 +56,12 @@ def simplify(onnx_in: Path, out: Path, *, step: int | None = None, simplifier: S
 
     Raises:
         InputError: `onnx_in` is not a whole denoiser, or ONNX Runtime does not load or run it.
-        UnsupportedError: An opset that cannot be converted, or an operator that ONNX Runtime does not have.
+        UnsupportedError: An opset that cannot be converted, an operator that ONNX Runtime does not have, or a
+            BatchNormalization that was exported for training.
         IntegrityError: An output moved by more than 1e-5 of its largest value, or the result is not valid ONNX.
     """
     before = load_onnx(onnx_in)
+    _refuse_training(before, onnx_in)
     run_before = Reference(before, name=str(onnx_in))
     given = _with_enough_opset(copied(before), onnx_in)
     after = constants_stored(simplifier(shuffles_named(idle_left_out(given, onnx_in, step))))
@@ -157,6 +159,17 @@ def _set_pads(node: onnx.NodeProto, widths: Sequence[int]) -> None:
     pads = less + more if attribute(node, "auto_pad") == b"SAME_UPPER" else more + less
     node.attribute.remove(next(a for a in node.attribute if a.name == "auto_pad"))
     node.attribute.append(helper.make_attribute("pads", pads))
+
+
+def _refuse_training(model: onnx.ModelProto, path: Path) -> None:
+    """Raise UnsupportedError where a BatchNormalization takes its statistics from the picture itself."""
+    for node in model.graph.node:
+        if node.op_type == "BatchNormalization" and (attribute(node, "training_mode") or len(node.output) > 1):
+            raise UnsupportedError(
+                f"{path}: node '{node.name}' (BatchNormalization) was exported for training: it takes mean and "
+                "variance from each picture",
+                remedy="export the network after net.eval()",
+            )
 
 
 def _refuse_half(model: onnx.ModelProto, path: Path) -> None:

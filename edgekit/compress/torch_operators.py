@@ -148,10 +148,10 @@ def _conv_transpose(node: Node, given: Given) -> Tensor:
 
 
 def _clip(node: Node, given: Given) -> Tensor:
-    low, high = _optional(given, 1), _optional(given, 2)
-    return torch.clamp(
-        _tensor(node, given, 0), None if low is None else float(low), None if high is None else float(high)
-    )
+    x, low, high = _tensor(node, given, 0), _optional(given, 1), _optional(given, 2)
+    if low is None and high is None:
+        return x
+    return torch.clamp(x, None if low is None else float(low), None if high is None else float(high))
 
 
 def _prelu(node: Node, given: Given) -> Tensor:

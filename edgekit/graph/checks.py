@@ -50,6 +50,7 @@ def load_onnx(path: Path) -> onnx.ModelProto:
     """
     model = read_onnx(path)
     interface(model, path)
+    weighing = {name for node in model.graph.node if node.op_type != "Clip" for name in node.input}
     for tensor in model.graph.initializer:
         try:
             values = numpy_helper.to_array(tensor)
@@ -58,7 +59,11 @@ def load_onnx(path: Path) -> onnx.ModelProto:
                 f"{path}: weight '{tensor.name}' has other data than its shape {tuple(tensor.dims)} says: {error}",
                 remedy="export it again, or copy it again with the files that lie beside it",
             ) from error
-        if values.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(values)))):
+        if values.dtype.kind != "f":
+            continue
+        # A bound of a Clip may be infinite.
+        wrong = ~np.isfinite(values) if tensor.name in weighing else np.isnan(values)
+        if bad := int(np.count_nonzero(wrong)):
             raise InputError(
                 f"{path}: weight '{tensor.name}' has {bad} of {values.size} values that are NaN or infinite",
                 remedy="train again from a checkpoint before the loss became NaN",

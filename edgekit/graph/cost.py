@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 import onnxsim
+from onnx import helper
 
 from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY
@@ -18,6 +19,8 @@ WEIGHT_INPUT = {
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger"), 1),
     **dict.fromkeys(("QLinearConv", "QLinearMatMul"), 3),
 }
+# Whatever they read beside their map sets what they do.
+_SET_BY_INPUTS = frozenset({"Clip", "Pad", "Resize"})
 Shape = tuple[int, ...]
 STRIDES = (8, 16, 32)
 
@@ -44,15 +47,21 @@ def cost(model: onnx.ModelProto, height: int, width: int) -> Cost:
 
 
 def parameters(model: onnx.ModelProto) -> int:
-    """Return the number of learned parameters: float tensors and the integers that are dequantized to them."""
+    """Return the number of learned parameters: float tensors and the integers that are dequantized to them.
+
+    Scales, what bounds, pads and sizes are given by, and numbers without an axis, as of a formula, are not learned.
+    """
     scales = {
         name for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear") for name in n.input[1:]
     }
     stored = {n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    settings = {n for node in model.graph.node if node.op_type in _SET_BY_INPUTS for n in node.input[1:]}
     return sum(
         math.prod(tensor.dims)
         for name, tensor in initializers(constants_stored(model)).items()
-        if name not in scales and (tensor.data_type == onnx.TensorProto.FLOAT or name in stored)
+        if tensor.dims
+        and name not in scales | settings
+        and (tensor.data_type == onnx.TensorProto.FLOAT or name in stored)
     )
 
 
@@ -109,6 +118,10 @@ def infer_shapes(model: onnx.ModelProto, height: int, width: int) -> dict[str, S
         UnsupportedError: The size does not fit the graph.
     """
     fixed = _of_size(model, height, width)
+    for node in fixed.graph.node:
+        # onnx's inference does not know it. It keeps its map's shape.
+        if node.op_type == "GroupNormalization":
+            node.CopyFrom(helper.make_node("Identity", node.input[:1], node.output[:1], node.name))
     try:
         shapes = _inferred(fixed)
         if any(name and name not in shapes for node in fixed.graph.node for name in node.output):

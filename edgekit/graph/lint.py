@@ -24,10 +24,9 @@ SIDE = 256
 CHANNELS = 16
 _SMOOTH = frozenset({"HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "Erf", "Gelu", "Softplus", "Elu", "Mish"})
 _OTHER_ACTIVATIONS = frozenset({"PRelu", "LeakyRelu"})
-_GLOBAL = frozenset({"GlobalAveragePool", "GlobalMaxPool", "InstanceNormalization"})
+_GLOBAL = frozenset({"GlobalAveragePool", "GlobalMaxPool", "InstanceNormalization", "GroupNormalization"})
 # Over an axis, and for a LayerNormalization over all behind it too.
-_OVER_AXES = frozenset({"LayerNormalization", "Softmax"})
-_REDUCTIONS = frozenset({"ReduceMean", "ReduceMax", "ReduceSum"})
+_OVER_AXES = frozenset({"LayerNormalization", "Softmax", "LogSoftmax", "LpNormalization"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +145,7 @@ def _global(graph: _Graph) -> Iterable[Finding]:
 
 def _reduces_space(node: onnx.NodeProto, graph: _Graph) -> bool:
     """Return whether a reduction is over an axis that grows with the picture."""
-    if node.op_type not in _REDUCTIONS:
+    if not node.op_type.startswith("Reduce"):
         return False
     axes = next((set(a.ints) for a in node.attribute if a.name == "axes"), set[int]())
     if not axes and len(node.input) > 1 and node.input[1] in (constants := initializers(graph.model)):
@@ -157,9 +156,11 @@ def _reduces_space(node: onnx.NodeProto, graph: _Graph) -> bool:
 
 def _mixes_places(node: onnx.NodeProto, graph: _Graph) -> bool:
     """Return whether an operator over axes mixes what lies along an axis that grows with the picture."""
-    if node.op_type not in _OVER_AXES:
+    if node.op_type not in (*_OVER_AXES, "MatMul"):
         return False
     shape, larger = graph.both(node.input[0])
+    if node.op_type == "MatMul":
+        return shape[-1:] != larger[-1:]
     axis = attribute(node, "axis")
     first = -1 if axis is None else int(axis)
     axes = slice(first, None) if node.op_type == "LayerNormalization" else slice(first, first + 1 or None)

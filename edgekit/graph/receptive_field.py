@@ -87,7 +87,7 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
         if node.output[0] in kept:
             spans[node.output[0]] = _union(node, operands)
             continue
-        if node.op_type not in _RULES:
+        if node.op_type not in _RULES or node.domain not in _ONNX:
             raise UnsupportedError(
                 f"node '{node.name}' ({node.op_type}): how far it looks is not known",
                 remedy="export the network with convolutions, SpaceToDepth, DepthToSpace and element-wise operators",
@@ -206,10 +206,11 @@ _RULES: dict[str, _Rule] = {
     "Slice": _shifted,
     **dict.fromkeys(_ELEMENTWISE, _same),
 }
+_ONNX = ("", "ai.onnx")
 _INPUTS = {"Pad": ("pads", "value", "axes"), "Slice": ("starts", "ends", "axes", "steps")}
 _CHANNEL_AXES = ((1,), (-3,))
 # They give pixels by means over the whole picture.
-_NORMALIZE = frozenset({"InstanceNormalization", "LayerNormalization"})
+_NORMALIZE = frozenset({"InstanceNormalization", "LayerNormalization", "GroupNormalization"})
 # Pixels: any multiple of 32, and of no other power of two, so that what pads to more does pad.
 _LOOKED_AT = (33 * 32, 35 * 32)
 # They give sizes, on which no pixel's value has a bearing.

@@ -307,7 +307,8 @@ def as_function(net: Denoiser) -> Callable[[Array, float], Array]:
     def denoise(noisy: Array, sigma: float) -> Array:
         device = next(net.parameters()).device
         level = torch.full((1, 1, 1, 1), sigma, device=device) if net.takes_sigma else None
-        denoised: Array = net(torch.from_numpy(noisy).to(device), level).cpu().numpy()
+        # A copy: a network may change its input in place.
+        denoised: Array = net(torch.tensor(noisy, device=device), level).cpu().numpy()
         return denoised
 
     return denoise
