@@ -798,7 +798,9 @@ def models(as_json: bool) -> None:
         named.append({"name": name, "parameters": count, "shipped": name in cards, "sigma_25_psnr_mdb": psnr_mdb})
         figures = "; ".join(f"{mdb / 1000:.2f} dB on {pictures}" for pictures, mdb in psnr_mdb.items())
         rows.append((name, f"{count:,}", "yes" if name in cards else "no", figures))
-    _emit(named, as_json, lambda: _table("", ("model", "parameters", "weights shipped", "PSNR at sigma 25"), rows))
+    draws = max(m.seeds for card in cards.values() for m in card.measured)
+    header = ("model", "parameters", "weights shipped", f"PSNR at sigma 25, mean of {draws} draws of the noise")
+    _emit(named, as_json, lambda: _table("", header, rows))
 
 
 @cli.command()
