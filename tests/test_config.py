@@ -134,7 +134,7 @@ def test_an_option_that_may_be_of_several_types_names_them_all(tiny):
     ("override", "of"),
     [
         ("training.steps=7", lambda r: r.training.steps == 7),
-        ("noise.train=[1, 2]", lambda r: r.noise.train == (1.0, 2.0)),
+        ("noise.train=[1, 30]", lambda r: r.noise.train == (1.0, 30.0)),
         ("teacher=null", lambda r: r.teacher is None),
         ("student.options.activation=hardswish", lambda r: r.student.options == {"activation": "hardswish"}),
         ("training.peak_rate=1e-4", lambda r: r.training.peak_rate == 1e-4),
@@ -188,6 +188,14 @@ def test_the_last_of_several_overrides_wins(tiny):
         ("data.train=[]", "'data.train' is []; Tuple should have at least 1 item"),
         ("noise.train=[55, 0]", "'noise.train' is [55, 0]; give the lower noise level first"),
         ("noise.train=[0, 0.2]", "'noise.train' is [0, 0.2]; noise levels are on the scale of 0 to 255"),
+        (
+            "noise.train=[60, 99]",
+            "'noise' is {'train': [60, 99]}; give as `evaluate`, which is 25 unless told, a noise",
+        ),
+        (
+            "noise.evaluate=56",
+            "'noise' is {'evaluate': 56}; give as `evaluate`, which is 25 unless told, a noise level",
+        ),
         ("noise.seed=4001", "'noise.seed' is 4001; expected less than or equal to 4000"),
         ("noise.seed=-1", "'noise.seed' is -1; expected greater than or equal to 0"),
         ("training.steps=", "'training.steps' is None; expected a valid integer"),

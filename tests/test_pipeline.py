@@ -1079,6 +1079,25 @@ def test_calibration_meets_the_levels_that_the_network_was_trained_for(photos):
     assert len({noisy.tobytes() for noisy, _ in samples}) == 9
 
 
+@pytest.mark.parametrize(
+    ("train", "evaluate", "calibrated", "judged"),
+    [
+        ((0, 55), 25, (5, 15, 25, 40, 50, 25), (15, 25, 50)),
+        ((0, 100), 25, (5, 15, 25, 40, 50, 75, 100, 25), (15, 25, 50, 100)),
+        ((60, 130), 80, (75, 100, 80, 130), (80, 100, 130)),
+        ((15, 15), 15, (15, 15), (15,)),
+        ((0, 20), 10, (5, 15, 10, 20), (10, 15, 20)),
+    ],
+)
+def test_int8_is_looked_at_with_all_noise_that_a_network_is_for(photos, train, evaluate, calibrated, judged):
+    noise = Noise(train=train, evaluate=evaluate)
+    samples = pictures.noisy_samples(
+        pictures.evaluation(tiny.recipe(photos).data), noise, count=len(calibrated), stride=8
+    )
+    assert tuple(round(255 * sigma) for _, sigma in samples) == calibrated
+    assert int8.levels(noise) == judged
+
+
 def test_golden_files_of_long_names_can_be_written_and_told_apart(photos, tmp_path):
     (picture, *_) = pictures.evaluation(tiny.recipe(photos).data)
     alike = [dataclasses.replace(picture, name=chr(0x68EE) * 79 + ending) for ending in ("a.png", "b.png")]
