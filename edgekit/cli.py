@@ -152,7 +152,7 @@ def distill(
 
     \b
     edgekit distill
-    edgekit distill quickstart --set training.steps=2000 -o runs/longer
+    edgekit distill quickstart --set training.steps=2000 --set training.max_minutes=0 -o runs/longer
     """
     _distill(recipe_name, output, overrides, overwrite=overwrite, dry_run=dry_run, as_json=as_json, alone=False)
 
@@ -172,7 +172,7 @@ def train(
     RECIPE is a name of `edgekit recipes`, or a YAML file.
 
     \b
-    edgekit train teacher-unet --set training.max_minutes=20
+    edgekit train teacher-unet --set training.steps=0 --set training.max_minutes=20
     """
     _distill(recipe_name, output, overrides, overwrite=overwrite, dry_run=dry_run, as_json=as_json, alone=True)
 

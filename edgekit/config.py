@@ -198,8 +198,13 @@ def _override(tree: CommentedMap, text: str, flag: str = "--set") -> None:
         raise InputError(f"{flag} {text}: expected NAME=VALUE", remedy=f"for example {flag} {example}")
     at: CommentedMap = tree
     *parents, last = name.split(".")
-    for parent in parents:
+    for depth, parent in enumerate(parents, start=1):
         known = at.get(parent)
+        if known is not None and not isinstance(known, CommentedMap):
+            raise InputError(
+                f"{flag} {text}: '{'.'.join(parents[:depth])}' is {repr(known)[:80]}, which holds no settings",
+                remedy="mend it, or set it as a whole",
+            )
         # A copy, for YAML's aliases are one object in all their places.
         at[parent] = copy.copy(known) if isinstance(known, CommentedMap) else CommentedMap()
         at = at[parent]
@@ -256,7 +261,8 @@ def _is_union_tag(part: str | int) -> bool:
 def _line(tree: CommentedMap, location: Location) -> int:
     """Return the line of a key or item, or of the nearest thing around it that has one; from 1."""
     line, at = 1, tree
-    for part in location:
+    for name in location:
+        part = _own_key(at, name) if isinstance(at, CommentedMap) else name
         known = (isinstance(at, CommentedMap) and part in at) or (
             isinstance(at, CommentedSeq) and isinstance(part, int) and part < len(at)
         )
@@ -267,6 +273,12 @@ def _line(tree: CommentedMap, location: Location) -> int:
         line = marks[0] + 1 if marks else line
         at = at[part]
     return line
+
+
+def _own_key(at: CommentedMap, name: str | int) -> object:
+    """Return the key of a mapping that JSON calls by this name: YAML has numbers and nothing as keys, too."""
+    spelled = {key if isinstance(key, str) else json.dumps(key): key for key in at}
+    return spelled.get(str(name), name)
 
 
 def _fields(into: type[T], location: Location) -> list[str]:

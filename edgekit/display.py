@@ -70,6 +70,10 @@ def print_distilled(result: Distilled) -> None:
     print_table(f"{result.folder}: evaluation pictures", ("what", "PSNR dB"), shown)
     if result.teacher_refused:
         _console().print(Text(f"note: {result.teacher_refused}", style="yellow"), soft_wrap=True)
+    if result.ended_by == "time" and result.steps_asked:
+        said = f"the time limit ended training after {result.steps} of {result.steps_asked} steps, at a rate that had"
+        remedy = "set training.max_minutes higher, or training.steps=0 to let the rate follow time"
+        _console().print(Text(f"note: {said} not fallen to its end; {remedy}", style="yellow"), soft_wrap=True)
     if result.kept == "start":
         why = result.harmed or "training did not better the starting weights, which were kept"
         _console().print(Text(f"note: {why}", style="yellow"), soft_wrap=True)

@@ -17,8 +17,9 @@ Option = bool | int | str
 LEAST_CALIBRATION_PICTURES = 8
 # A noise level this much above another is another level: an activation that is wide enough for one is not for both.
 _NEAR = 1.2
-Count = Annotated[int, Bound(least=1)]
+Count = Annotated[int, Bound(least=1, most=2**31 - 1)]
 Fraction = Annotated[float, Bound(least=0.0, most=1.0)]
+Source = Annotated[str, Check(lambda text: text != "", "name a folder, or embedded")]
 NotNegative = Annotated[float, Bound(least=0.0)]
 Positive = Annotated[float, Bound(above=0.0)]
 Sigma = Annotated[float, Bound(least=0.0, most=255.0)]
@@ -56,9 +57,9 @@ class Data:
     """
 
     __pydantic_config__: ClassVar = STRICT
-    train: Annotated[tuple[str, ...], Bound(entries=1)] = ("embedded",)
-    evaluation: str = "embedded"
-    calibration: str | None = None
+    train: Annotated[tuple[Source, ...], Bound(entries=1)] = ("embedded",)
+    evaluation: Source = "embedded"
+    calibration: Source | None = None
     channels: Literal[1, 3] = 1
     evaluation_pictures: Count = 4
 
@@ -87,6 +88,15 @@ class Noise:
         low, high = self.train
         found = (*(sigma255 for sigma255 in usual if low <= sigma255 <= high), self.evaluate)
         return found if high <= _NEAR * max(found) else (*found, high)
+
+
+NoiseSettings = Annotated[
+    Noise,
+    Check(
+        lambda noise: noise.train[0] <= noise.evaluate <= noise.train[1],
+        "give as `evaluate`, which is 25 unless told, a noise level within `train`",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,13 +265,7 @@ class Recipe:
     teacher: Model | None = None
     student: Model
     data: Data = field(default_factory=Data)
-    noise: Annotated[
-        Noise,
-        Check(
-            lambda noise: noise.train[0] <= noise.evaluate <= noise.train[1],
-            "give as `evaluate`, which is 25 unless told, a noise level within `train`",
-        ),
-    ] = field(default_factory=Noise)
+    noise: NoiseSettings = field(default_factory=Noise)
     training: Training = field(default_factory=Training)
     distillation: Distillation = field(default_factory=Distillation)
     quantization: Quantization = field(default_factory=Quantization)

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -70,6 +70,7 @@ class Run:
         packages: Sequence[str],
         work: Callable[[Path], Facts],
         again: Callable[[Stage], bool] = lambda known: False,
+        lasting: Collection[str] | None = None,
     ) -> Stage:
         """Return a stage's record; `work` fills its folder if it is not there already, made from the same things.
 
@@ -82,6 +83,8 @@ class Run:
             packages: Distributions whose version decides the result.
             work: Writes the stage's files into the folder that it is given, and returns the stage's facts.
             again: Whether a stage that is there is to be made again all the same.
+            lasting: Of a stage that took hours, which settings only say where it was made: where these, the code or the
+                versions are others, it is re-used all the same, with a warning. None for a stage that is made again.
 
         Raises:
             InputError: The name is no folder's; a target's may come from anywhere, and what lies there is replaced.
@@ -91,11 +94,19 @@ class Run:
             raise InputError(f"'{name}' cannot be a folder of a run", remedy="use letters, digits, '-', '_' and '.'")
         tools = versions(packages)
         key = json_sha256([name, dict(inputs), dict(settings), code_sha256(tuple(code)), tools])
-        if (known := self._stages.get(name)) and known.key == key and (self.root / known.folder).is_dir():
+        known = self._stages.get(name)
+        lasts = lasting is not None and known is not None and _is_of(known, inputs, settings, lasting)
+        if known and (known.key == key or lasts) and (self.root / known.folder).is_dir():
             _check(self.root, known)
             if not again(known):
                 self.reused.append(name)
                 log.info("%s: re-used", name)
+                if known.key != key:
+                    log.warning(
+                        "%s: made with other code, versions, threads or on another device; delete %s to make it again",
+                        name,
+                        self.root / known.folder,
+                    )
                 return known
         folder = f"{number:02d}-{name}" if number else name
         began = time.monotonic()
@@ -338,6 +349,17 @@ def _flat(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     for name, value in tree.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
+
+
+def _is_of(
+    stage: Stage, inputs: Mapping[str, str], settings: Mapping[str, object], apart_from: Collection[str]
+) -> bool:
+    """Return whether a stage was made from these inputs and settings, apart from some settings by their names."""
+
+    def decides(from_: Mapping[str, str], by: Mapping[str, object]) -> str:
+        return json_sha256([dict(from_), {name: value for name, value in by.items() if name not in apart_from}])
+
+    return decides(stage.inputs, stage.settings) == decides(inputs, settings)
 
 
 def _check(root: Path, stage: Stage) -> None:

@@ -193,6 +193,25 @@ def test_a_setting_that_layers_are_measured_without_is_refused(call, cwd, settin
     call("sensitivity", "nano", "--set", setting).refused(2, told)
 
 
+@pytest.mark.parametrize(
+    ("setting", "of"),
+    [
+        ("data={train: [/nowhere]}", "data.train"),
+        ("noise={seed: 1}", "noise.seed"),
+        ("quantization={qat: {steps: 0}}", "quantization.qat"),
+    ],
+)
+def test_a_section_that_holds_what_layers_are_measured_without_is_refused(call, cwd, setting, of):
+    told = f"--set {setting}: layers are measured without '{of}'; leave that out"
+    call("-q", "sensitivity", "nano", "--set", "quantization.equalize=false", "--set", setting).refused(2, told)
+
+
+def test_layers_of_a_file_of_any_name_are_measured_with_settings(call, cwd, finished):
+    shutil.copyfile(finished / "05-simplify/student.fp32.onnx", "my net.onnx")
+    told = "nowhere: no such folder"
+    call("-q", "sensitivity", "my net.onnx", "--set", "data.calibration=nowhere").refused(2, told)
+
+
 def test_layers_are_not_measured_in_an_int8_that_was_not_asked_for(call, cwd):
     told = "quantization.mode is dynamic, and layers are measured in static INT8; leave it out"
     call("sensitivity", "nano", "--set", "quantization.mode=dynamic").refused(2, told)

@@ -421,7 +421,7 @@ def test_what_a_training_had_when_it_died_comes_home(tmp_path, piece, monkeypatc
     assert ("nano: FAILED" in said) is failed
     card = collected(tmp_path)["nano"]
     assert (card["steps"], card["minutes"]) == (700, 1.5)
-    assert "ended by: failed; patches of 192 from 80% of the run on; the averages of its last checkpoint" in str(
+    assert "ended by: failed; patches of 184 from 80% of the run on; the averages of its last checkpoint" in str(
         card["stages"]
     )
     home = weights.read(tmp_path / "home/nano.safetensors")

@@ -343,6 +343,38 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(call, tiny):
     call("compile", "nano", "-t", "onxx", "--dry-run").refused(2, "unknown target 'onxx'; did you mean 'onnx'?")
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("training.steps=0", "training.steps and training.max_minutes are both 0; set one of them"),
+        ("training.patch=50", "training.patch is 50, no multiple of the networks' stride 8"),
+        ("training.late_patch=50", "training.late_patch is 50, no multiple of the networks' stride 8"),
+        ("student.model=dncnn", "training.rounding_from: DnCnn has no INT8 form to be trained for"),
+    ],
+)
+def test_settings_that_no_pictures_make_right_are_refused_before_any_is_read(call, cwd, tiny, setting, told):
+    more = ["--set", "student.weights=random", "--set", "training.rounding_from=0.5", "--set", setting]
+    call("-q", "distill", tiny, *more, "--set", "data.calibration=none").refused(2, told)
+    for arguments in (["distill", tiny, "--dry-run"], ["run", tiny, "--dry-run"], ["plan", tiny]):
+        call(*arguments, *more).refused(2, told)
+
+
+def test_a_dry_run_of_an_onnx_file_asks_for_the_run_that_compiling_would_make(call, cwd, finished):
+    shutil.copyfile(finished / "05-simplify/student.fp32.onnx", "my-net.onnx")
+    shutil.copytree(finished, "runs/my_net")
+    for more in ([], ["--dry-run"]):
+        call("compile", "my-net.onnx", "-t", "onnx", *more).refused(2, "runs/my_net: holds another run (")
+
+
+@pytest.mark.parametrize("command", ["distill", "train"])
+def test_an_example_of_a_longer_training_is_not_cut_off(call, command):
+    lines = [line.split() for line in call(command, "--help").out.splitlines() if "--set training." in line]
+    assert lines
+    for _, _, name, *arguments in lines:
+        settings = recipe.load(name, tuple(a for a in arguments if a.startswith("training."))).training
+        assert (settings.steps > 0) != (settings.max_minutes > 0)
+
+
 def test_a_dry_run_knows_a_run_from_another_one(call, tiny, finished):
     for way in (["distill", tiny], ["run", tiny, "-t", "onnx"]):
         changed = [*way, "--set", "data.evaluation_pictures=1", "-o", finished, "--dry-run"]
@@ -365,6 +397,11 @@ def test_a_shipped_name_is_the_shipped_model_where_a_folder_is_called_so_too(cal
     picture = next(leaves.iterdir())
     assert call("denoise", picture, "-m", "nano", "-o", "out.png").code == 0
     call("denoise", picture, "-m", "./nano", "-o", "out.png").refused(2, "nano: is not a run folder")
+    manifest = Path("nano/manifest.json")
+    manifest.write_text("{}", encoding="utf-8")
+    assert call("denoise", picture, "-m", "nano", "-o", "out.png").code == 0
+    call("denoise", picture, "-m", "./nano", "-o", "out.png").refused(6, "nano/manifest.json: damaged")
+    manifest.unlink()
     settings = ("--set", "quantization.qat.steps=0", "--set", "quantization.change_basis=false")
     for _ in range(2):
         assert call("compile", "nano", "-t", "onnx", "-o", "nano", *settings).code == 0
@@ -478,6 +515,10 @@ def test_int8_is_trained_from_half_of_its_budget_on(call, cwd):
     assert "it learns from patches of 64 pixels, not 96: a training picture has a side of 64" in done.err
     assert quantization(Path("tight"))["trained"] is True
     assert not list(Path("tight").glob("qat-*")), "checkpoints of a training that is done"
+    Path("tight/qat-onnxruntime/left").mkdir(parents=True)
+    Path("tight/qat-arm").mkdir()
+    assert call("compile", "nano", "-t", "onnx", "-o", "tight", *settings, "--set", budget).code == 0
+    assert [p.name for p in Path("tight").glob("qat-*")] == ["qat-arm"], "checkpoints of a training that is to go on"
 
 
 def test_a_graph_that_is_trained_for_its_worst_picture_is_said_to_be(call, cwd):
@@ -625,6 +666,22 @@ def test_a_pictures_name_is_shown_with_its_brackets(capsys):
 
     harmed = "scan[bold].png lost 3 dB, so the starting weights were kept"
     psnr = {"noisy_mdb": 20_000, "nlm_mdb": 27_000, "start_mdb": 30_000, "student_mdb": 30_000, "teacher_mdb": None}
-    result = Distilled(folder=Path("runs/mine"), teacher_refused="", kept="start", harmed=harmed, **psnr)
+    ended = {"steps": 400, "steps_asked": 400, "ended_by": "steps"}
+    result = Distilled(folder=Path("runs/mine"), teacher_refused="", kept="start", harmed=harmed, **psnr, **ended)
     display.print_distilled(result)
     assert f"note: {harmed}" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("steps_asked", "ended_by", "noted"), [(2000, "time", True), (0, "time", False), (120, "steps", False)]
+)
+def test_a_training_that_the_clock_cut_off_is_shown_so(capsys, steps_asked, ended_by, noted):
+    from edgekit import display
+    from edgekit.pipeline.distill import Distilled
+
+    psnr = {"noisy_mdb": 20_000, "nlm_mdb": 27_000, "start_mdb": None, "student_mdb": 30_000, "teacher_mdb": None}
+    ended = {"steps": 120, "steps_asked": steps_asked, "ended_by": ended_by}
+    result = Distilled(folder=Path("r"), teacher_refused="", kept="trained", harmed="", **psnr, **ended)
+    display.print_distilled(result)
+    told = "note: the time limit ended training after 120 of 2000 steps, at a rate that had not fallen to its end; "
+    assert (told in capsys.readouterr().out) is noted

@@ -99,6 +99,54 @@ def test_what_is_wrong_is_told_with_its_line_and_what_is_meant(tiny, old, new, l
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "line", "told"),
+    [
+        (
+            "  batch: 2",
+            "  batch: 9999999999",
+            "batch:",
+            "'training.batch' is 9999999999; expected less than or equal to",
+        ),
+        ("  batch: 2", f"  batch: {10**20}", "batch:", f"'training.batch' is {10**20}; expected less than or equal to"),
+        ("  batch: 2", "  3: 4", "  3: 4", "unknown key 'training.3'; "),
+        ("budgets:", "null: 3\nbudgets:", "null: 3", "unknown key 'null'; "),
+        ("budgets:", "true: 3\nbudgets:", "true: 3", "unknown key 'true'; "),
+        ("  evaluation_pictures: 2", "  calibration: ''", "calibration: ''", "'data.calibration' is ''; name a folder"),
+    ],
+    ids=lambda value: value.strip(),
+)
+def test_a_number_without_an_end_or_a_key_or_folder_without_a_name_is_told_with_its_line(tiny, old, new, line, told):
+    replaced(tiny, old, new)
+    assert refusal(tiny).startswith(f"{line_of(tiny, line)}: {told}")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "override", "told"),
+    [
+        ("  calibration_pictures: 8\n  change_basis: false", "", "quantization.mode=static", ""),
+        (
+            "quantization:\n  calibration_pictures: 8\n  change_basis: false",
+            "quantization: nonsense",
+            "quantization.mode=static",
+            "'quantization' is 'nonsense'",
+        ),
+        ("student:\n  model: nano", "student: nano", "student.weights=random", "'student' is 'nano'"),
+        ("budgets:", "noise: [1, 2]\nbudgets:", "noise.seed=7", "'noise' is [1, 2]"),
+        ("  calibration_pictures: 8", "  qat: 5", "quantization.qat.steps=7", "'quantization.qat' is 5"),
+    ],
+    ids=lambda value: value.strip(),
+)
+def test_what_stands_in_place_of_a_section_is_not_dropped_for_an_override(tiny, old, new, override, told):
+    replaced(tiny, old, new)
+    if not told:
+        assert recipe.load(tiny, (override,)).quantization == recipe.Quantization()
+        return
+    assert (
+        refusal(tiny, override) == f"--set {override}: {told}, which holds no settings; mend it, or set it as a whole"
+    )
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("", "1: expected settings as 'key: value' lines"),
@@ -199,7 +247,9 @@ def test_the_last_of_several_overrides_wins(tiny):
         ("noise.seed=4001", "'noise.seed' is 4001; expected less than or equal to 4000"),
         ("noise.seed=-1", "'noise.seed' is -1; expected greater than or equal to 0"),
         ("training.steps=", "'training.steps' is None; expected a valid integer"),
-        ("name.x=1", "'name' is {'x': 1}; expected a valid string"),
+        ("name.x=1", "'name' is 'tiny', which holds no settings; mend it, or set it as a whole"),
+        ("data.train=['']", "'data.train.0' is ''; name a folder, or embedded"),
+        ("data.evaluation=''", "'data.evaluation' is ''; name a folder, or embedded"),
         ("training.steps=[", "the value is not YAML"),
         ("training.steps", "expected NAME=VALUE"),
         ("=3", "expected NAME=VALUE"),

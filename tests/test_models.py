@@ -189,6 +189,17 @@ def test_an_option_of_the_wrong_kind_is_refused(given, said):
         models.create("nano", given)
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "least"), [("dncnn", "depth", 2), ("teacher", "blocks", 1)], ids=lambda value: str(value)
+)
+def test_a_number_of_layers_that_make_no_network_is_refused(name, option, least):
+    picture = pictures()
+    assert models.create(name, {option: least})(picture, level(25)).shape == picture.shape
+    for value in (least - 1, -7):
+        with pytest.raises(InputError, match=f"model '{name}': option '{option}' is {value}; the least is {least}"):
+            models.create(name, {option: value})
+
+
 @pytest.mark.parametrize("channels", [0, 2, 4, -3])
 def test_a_number_of_channels_that_no_picture_has_is_refused(channels):
     with pytest.raises(InputError, match=f"option 'channels' is {channels}; known: 1, 3"):

@@ -27,6 +27,7 @@ from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, IntegrityError, LimitError, ToolMissingError, UnsupportedError
 from edgekit.graph.checks import is_quantized
 from edgekit.graph.reference import agreement_db
+from edgekit.measure import quality
 from edgekit.measure.quality import PictureQuality, Protocol, QualityReport
 from edgekit.models import weights
 from edgekit.pipeline import compile as compiling
@@ -223,13 +224,35 @@ def test_a_bundle_is_made_anew_where_code_behind_its_manifest_or_pages_changed(c
     assert f"bundles/{FLOAT.name}" not in compiling.compile_model(str(copied), [FLOAT]).reused
 
 
-def test_a_student_is_made_anew_where_the_code_that_judges_it_changed(copied, recipe, changed_code):
-    """Its figures are what it was kept for."""
-    before = {s.name: s.key for s in run.read_stages(copied)}
-    changed_code("measure/quality")
+@pytest.mark.parametrize("module", ["measure/quality", "training"])
+def test_a_student_that_other_code_made_or_judged_is_kept_with_a_warning(copied, recipe, changed_code, caplog, module):
+    """Its training took hours; whoever wants today's figures deletes it."""
+    before = run.read_stages(copied)
+    changed_code(module)
     distill.distill(recipe, copied)
-    after = {s.name: s.key for s in run.read_stages(copied)}
-    assert (after["pictures"] == before["pictures"], after["student"] == before["student"]) == (True, False)
+    assert run.read_stages(copied) == before
+    assert f"delete {copied}/02-student to make it again" in caplog.text
+    shutil.rmtree(copied / "02-student")
+    distill.distill(recipe, copied)
+    keys = [{s.name: s.key for s in stages} for stages in (before, run.read_stages(copied))]
+    assert keys[0]["student"] != keys[1]["student"]
+
+
+def test_a_student_is_judged_with_the_noise_of_its_recipe(photos, tmp_path):
+    noise = Noise(train=(5.0, 50.0), seed=3)
+    found, _ = distilled(photos, tmp_path / "run", noise=noise, training=tiny.training(steps=2))
+    evaluation = sets.folder(photos / "evaluation", channels=1)
+    noisy, other = (
+        quality.evaluate(quality.noisy_input, evaluation, sigma255=25.0, seeds=(seed,)).psnr_mdb for seed in (3, 0)
+    )
+    assert found.noisy_mdb == noisy != other
+
+
+def test_a_training_that_its_time_limit_cut_off_says_so(photos, tmp_path):
+    cut = tiny.training(steps=100_000, max_minutes=0.01)
+    found, _ = distilled(photos, tmp_path / "run", training=cut)
+    assert (found.ended_by, found.steps_asked) == ("time", 100_000)
+    assert 0 < found.steps < 100_000
 
 
 def test_the_teachers_graph_depends_on_the_tools_that_simplify_it(made):
@@ -743,7 +766,7 @@ def test_int8_that_training_does_not_follow_is_made_without_it(own_weights, tmp_
 
 
 def test_int8_is_trained_once_more_at_lower_rates_where_that_was_not_enough(photos, tmp_path, monkeypatch, caplog):
-    """Whoever stops the second training goes on to the same graph."""
+    """Whoever stops the second training, or what comes after it, goes on to the same graph."""
     told = ["budgets.int8_drop_db=0.001", "teacher=null", "quantization.change_basis=false"]
     told += [
         f"quantization.qat.{setting}" for setting in ("steps=4", "patch=32", "rate=0.2", "checkpoint_seconds=1e-9")
@@ -767,6 +790,9 @@ def test_int8_is_trained_once_more_at_lower_rates_where_that_was_not_enough(phot
             raise KeyboardInterrupt
         return counted(**given)
 
+    def interrupted(*given, **more):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(int8.qat, "finetune", counted)
     with caplog.at_level(logging.INFO, logger="edgekit"):
         whole_way = compiled("whole")
@@ -776,7 +802,14 @@ def test_int8_is_trained_once_more_at_lower_rates_where_that_was_not_enough(phot
     monkeypatch.setattr(int8.qat, "finetune", stopped)
     with pytest.raises(KeyboardInterrupt):
         compiled("parts")
-    assert len(list((tmp_path / "parts").glob("qat-*"))) == 2
+    assert len(list((tmp_path / "parts").glob("qat-onnxruntime/*"))) == 2
+    monkeypatch.setattr(int8.qat, "finetune", train)
+    keep = int8.budget.keep
+    monkeypatch.setattr(int8.budget, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compiled("parts")
+    monkeypatch.setattr(int8.budget, "keep", keep)
+    assert len(list((tmp_path / "parts").glob("qat-onnxruntime/*"))) == 2
     rates.clear()
     monkeypatch.setattr(int8.qat, "finetune", counted)
     assert compiled("parts") == whole_way

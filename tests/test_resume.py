@@ -103,6 +103,23 @@ def test_a_run_that_is_finished_is_not_trained_again(tmp_path, pictures):
     assert (tmp_path / "run" / "run.json").read_bytes() == record
 
 
+def test_a_run_that_is_finished_is_not_trained_again_for_another_number_of_threads(tmp_path, pictures, caplog):
+    recipe = tiny.recipe(pictures)
+    first = distill.distill(recipe, tmp_path / "run")
+    torch.set_num_threads(2)
+    assert distill.distill(recipe, tmp_path / "run", progress=stop_at(set(range(1000)))) == first
+    assert any(text.startswith("student: made with other code, versions, threads or") for text in caplog.messages)
+
+
+def test_a_run_does_not_go_on_with_another_number_of_threads(tmp_path, pictures):
+    recipe = tiny.recipe(pictures, training=tiny.training(steps=30, checkpoint_seconds=1e-9))
+    with pytest.raises(StopError):
+        distill.distill(recipe, tmp_path / "run", progress=stop_at({20}))
+    torch.set_num_threads(2)
+    with pytest.raises(InputError, match="is the checkpoint of another run"):
+        distill.distill(recipe, tmp_path / "run")
+
+
 def test_a_run_without_any_checkpoint_starts_over(tmp_path, pictures):
     recipe = tiny.recipe(pictures, training=tiny.training(steps=30, checkpoint_seconds=1000.0))
     with pytest.raises(StopError):

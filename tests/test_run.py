@@ -98,6 +98,27 @@ def test_a_stage_is_made_again_when_a_tool_has_another_version(cwd, monkeypatch)
     assert made == ["first", "first"]
 
 
+@pytest.mark.parametrize(
+    ("change", "warned"),
+    [({}, False), ({"settings": {"size": 3, "threads": 2}}, True), ({"code": ("errors", "files")}, True)],
+    ids=["nothing", "threads", "code"],
+)
+def test_a_lasting_stage_is_kept_where_only_where_and_how_it_was_made_is_another(cwd, caplog, change, warned):
+    made: list[str] = []
+    told = {"settings": {"size": 3, "threads": 1}, "lasting": ("threads",)}
+    with run.open_run(cwd / "r", IDENTITY) as opened:
+        first = make(opened, made, **told)
+    with run.open_run(cwd / "r", IDENTITY) as opened:
+        assert make(opened, made, **told | change) == first
+    assert made == ["first"]
+    told_so = f"first: made with other code, versions, threads or on another device; delete {cwd}/r/01-first to make it"
+    assert any(text.startswith(told_so) for text in caplog.messages) is warned
+    with run.open_run(cwd / "r", IDENTITY) as opened:
+        make(opened, made, **told | change | {"inputs": {"data": "4567"}})
+        make(opened, made, **told | {"settings": {"size": 4, "threads": 1}})
+    assert made == ["first"] * 3
+
+
 def test_the_code_that_makes_a_stage_counts_with_its_templates(cwd, monkeypatch):
     shutil.copytree(Path(run.__file__).parent / "backends/tvm", cwd / "backends/tvm")
     monkeypatch.setattr(run, "__file__", str(cwd / "run.py"))

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from edgekit import models, zoo
+from edgekit import models, recipe, zoo
 from edgekit.data import sets
 from edgekit.data.synthetic import dead_leaves
 from edgekit.errors import InputError, IntegrityError
@@ -348,7 +348,7 @@ def test_a_run_with_rounding_goes_on_where_it_was_cut_off(tmp_path):
 
 @pytest.mark.parametrize("name", ["teacher", "dncnn"])
 def test_a_network_without_an_int8_form_is_not_trained_for_it(tmp_path, name):
-    with pytest.raises(InputError, match=r"training\.rounding: .* has no INT8 form to be trained for"):
+    with pytest.raises(InputError, match=r"training\.rounding_from: .* has no INT8 form to be trained for"):
         loop.train(job(tiny.network(name), training=tiny.training(rounding_from=0.0)), tmp_path, silent)
 
 
@@ -586,6 +586,16 @@ def test_a_patch_has_to_suit_the_teachers_stride_too(tmp_path):
     taught = job(teacher=tiny.network("teacher-a"), training=tiny.training(patch=40))
     with pytest.raises(InputError, match="no multiple of the networks' stride 16"):
         loop.train(taught, tmp_path, silent)
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_the_patches_of_a_shipped_recipe_fit_its_pictures(name):
+    loaded = recipe.load(name)
+    assert loaded.data.train == ("embedded",)
+    pictures = sets.embedded("train", channels=loaded.data.channels, leaves=1)
+    wanted = [model for model in (loaded.student, loaded.teacher) if model is not None]
+    nets = [networks.architecture(model, loaded.data.channels) for model in wanted]
+    loop.check(loaded.training, nets, [p.pixels for p in pictures], [p.name for p in pictures])
 
 
 def test_a_run_without_a_number_of_steps_ends_by_the_clock(tmp_path):
@@ -880,7 +890,10 @@ def test_a_job_whose_weights_are_not_those_it_was_written_with_is_refused(writte
         ("{", "is not a training job"),
         ("[]", "is not a training job"),
         ('{"kind": "edgekit-bundle", "schema_version": 1}', "not a training job of this version"),
-        ('{"kind": "edgekit-training-job", "schema_version": 1, "files": {}}', "is not a training job: 'student'"),
+        (
+            '{"kind": "edgekit-training-job", "schema_version": 1, "files": {}, "name": "x", "channels": 1}',
+            "is not a training job: 'student' is missing",
+        ),
     ],
     ids=["missing", "cut short", "another shape", "another file of edgekit's", "without a student"],
 )
@@ -891,6 +904,52 @@ def test_a_file_that_is_no_job_is_refused_by_name(tmp_path, content, said):
     with pytest.raises(InputError, match=said) as error:
         job_file.read(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "said"),
+    [
+        ("training", {"optimizer": "adam"}, "'training.optimizer' is 'adam'; expected 'muon' or 'adamw'"),
+        ("training", {"loss": "mse"}, "'training.loss' is 'mse'; expected 'charbonnier' or 'psnr'"),
+        ("training", {"precision": "fp16"}, "'training.precision' is 'fp16'; expected 'bf16' or 'float32'"),
+        ("training", {"batch": 0}, "'training.batch' is 0; expected 1 or more"),
+        ("training", {"accumulate": 0}, "'training.accumulate' is 0; expected 1 or more"),
+        ("training", {"batch": True}, "'training.batch' is True; expected a whole number"),
+        ("training", {"steps": "40"}, "'training.steps' is '40'; expected a whole number"),
+        ("training", {"peak_rate": 0}, "'training.peak_rate' is 0; expected more than 0.0"),
+        ("training", {"peak_rate": math.nan}, "'training.peak_rate' is nan; expected a number"),
+        ("training", {"peak_rate": 10**400}, "too large"),
+        ("training", {"rounding_bits": 9}, "'training.rounding_bits' is 9; expected 8 or less"),
+        ("training", {"late_patch": "no"}, "'training.late_patch' is 'no'; expected a whole number"),
+        ("training", {"stepps": 4}, "unknown key 'training.stepps'; did you mean 'steps'?"),
+        ("noise", {"train": [55, 5]}, "'noise.train' is [55, 5]; give the lower noise level first"),
+        ("noise", {"train": [5]}, "'noise.train' is [5]; expected 2 values"),
+        ("noise", {"train": 5}, "'noise.train' is 5; expected a list"),
+        ("noise", {"train": [5, 300]}, "'noise.train.1' is 300; expected 255.0 or less"),
+        ("noise", {"evaluate": 60}, "give as `evaluate`, which is 25 unless told, a noise level within `train`"),
+        ("student", {"options": {"se": 1.5}}, "'student.options.se' is 1.5; expected true or false or"),
+        ("student", {"options": 3}, "'student.options' is 3; expected a section"),
+        ("teacher", {"model": None}, "'teacher.model' is None; expected text"),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
+)
+def test_a_setting_of_a_job_that_was_changed_by_hand_is_checked(written, section, changes, said):
+    settings = json.loads(written.read_text())
+    settings[section] |= changes
+    written.write_text(json.dumps(settings))
+    with pytest.raises(InputError) as error:
+        job_file.read(written)
+    assert str(error.value).startswith(f"{written}: is not a training job: ")
+    assert said in str(error.value)
+
+
+def test_a_whole_number_in_a_job_does_where_any_number_is_wanted(written):
+    settings = json.loads(written.read_text())
+    settings["training"] |= {"peak_rate": 1}
+    settings["noise"] |= {"train": [5, 50]}
+    written.write_text(json.dumps(settings))
+    read = job_file.read(written)
+    assert (repr(read.training.peak_rate), repr(read.noise.train)) == ("1.0", "(5.0, 50.0)")
 
 
 def test_a_job_refuses_options_that_the_shipped_weights_were_not_trained_with(tmp_path, photos):
@@ -940,6 +999,29 @@ def test_no_picture_that_a_figure_will_be_taken_on_is_learned_or_chosen_from(wri
         command.train(
             job_file.read(written), [folders / "train"], folders / "held_out", tmp_path / "out", kept_out=[kept_out]
         )
+
+
+def test_pictures_that_are_kept_out_later_are_looked_for_and_the_same_ones_not_twice(
+    written, photos, tmp_path, monkeypatch
+):
+    job, looked = job_file.read(written), list[str]()
+    refuse = command.overlap.refuse_overlaps
+    monkeypatch.setattr(
+        command.overlap, "refuse_overlaps", lambda one, *others: looked.append(one.name) or refuse(one, *others)
+    )
+
+    def sitting(*kept_out: Path) -> str:
+        folders = [photos / "train"], photos / "held_out", tmp_path / "out"
+        return command.train(job, *folders, kept_out=kept_out, pause_at=0.0)[1].ended_by
+
+    shown = shutil.copytree(photos / "evaluation", tmp_path / "shown")
+    assert [sitting(), sitting()] == ["pause", "pause"]
+    assert looked == ["train", "held_out"]
+    assert sitting(photos / "evaluation") == "pause"
+    assert looked == ["train", "held_out"] * 2
+    shutil.copyfile(photos / "train" / "0.png", shown / "0.png")
+    with pytest.raises(InputError, match=r"'0\.png' of train and '0\.png' of shown are the same picture"):
+        sitting(shown)
 
 
 def test_two_folders_to_learn_from_may_share_a_picture(written, photos, tmp_path):
@@ -1078,6 +1160,14 @@ def test_each_machine_says_why_it_cannot_go_on(written, photos, tmp_path, rank, 
     code, said = two_machines(written, photos, tmp_path)
     assert code != 0
     assert f"error: {tmp_path}/{rank}/checkpoint.safetensors: {told}" in said
+
+
+@pytest.mark.slow
+def test_two_machines_with_different_jobs_do_not_train_together(written, photos, tmp_path):
+    code, said = two_machines(written, photos, tmp_path, "--max-minutes 1", "--max-minutes 2")
+    assert code != 0
+    assert "error: process 1 has another job than the main one (other settings, pictures, weights" in said
+    assert not list(tmp_path.rglob("log.jsonl"))
     assert "Connection closed" not in said
 
 
@@ -1262,21 +1352,26 @@ def test_one_folder_gives_both_pictures_to_learn_from_and_held_out_ones(written,
     assert result.is_file()
 
 
-def test_of_large_held_out_pictures_the_middle_is_looked_at(written, photos, tmp_path, monkeypatch):
+def test_of_large_held_out_pictures_the_middle_is_looked_at_with_the_jobs_noise(written, photos, tmp_path, monkeypatch):
     from PIL import Image
 
     large = tmp_path / "large"
     large.mkdir()
     Image.fromarray(dead_leaves(7, 520, 600)[0]).save(large / "0.png")
     seen: list[tuple[int, ...]] = []
+    seeds: list[int] = []
 
-    def look(net: Denoiser, pictures: sets.PictureSet, sigma255: float) -> float:
+    def look(net: Denoiser, pictures: sets.PictureSet, sigma255: float, *, seed: int) -> float:
         seen.extend(p.pixels.shape for p in pictures)
+        seeds.append(seed)
         return 0.0
 
     monkeypatch.setattr(command, "psnr_db", look)
-    command.train(job_file.read(written), [photos / "train"], large, tmp_path / "out")
+    job = job_file.read(written)
+    job = dataclasses.replace(job, noise=dataclasses.replace(job.noise, seed=7))
+    command.train(job, [photos / "train"], large, tmp_path / "out")
     assert set(seen) == {(1, 512, 512)}
+    assert set(seeds) == {7}
 
 
 def test_a_noise_range_survives_the_job_file(tmp_path, photos):

@@ -20,7 +20,7 @@ from edgekit import run
 from edgekit.compress.budget import Budget, Judge, Loss
 from edgekit.compress.export import write
 from edgekit.compress.torch_graph import TorchGraph, WeightQuantizer, lowest
-from edgekit.errors import EdgekitError, InputError, IntegrityError
+from edgekit.errors import InputError, IntegrityError
 from edgekit.files import atomic_file, json_sha256, sha256
 from edgekit.graph import cost
 from edgekit.graph.checks import DENOISED, interface, is_quantized, load_onnx
@@ -100,10 +100,10 @@ def finetune(
 
     Raises:
         InputError: A graph is no denoiser, the two have different inputs, one is quantized and should not be (or the
-            reverse), a patch does not suit the pictures, there are no steps, or the checkpoint is of another training.
+            reverse), a patch does not suit the pictures, there are no steps, the checkpoint is of another training, or
+            the loss is not finite; the last checkpoint is from before that.
         UnsupportedError: An operator that is not followed; names it and its node.
         IntegrityError: A damaged checkpoint, or ONNX Runtime computes something else than was trained.
-        EdgekitError: The loss is not finite; the last checkpoint is from before that.
     """
     integer, floating = _read(qdq, fp32)
     bank = PatchBank(pictures, torch.device("cpu"))
@@ -301,7 +301,7 @@ def _check_finite(student: TorchGraph, losses: Sequence[float], step: int, path:
     if math.isfinite(sum(losses)) and all(torch.isfinite(p).all() for p in student.parameters()):
         return
     kept = f"the last good state is kept in {path}" if path.exists() else "no state was saved yet"
-    raise EdgekitError(
+    raise InputError(
         f"the loss or a weight is not finite at step {step} of quantization-aware training; {kept}",
         remedy="lower quantization.qat.rate",
     )

@@ -25,6 +25,7 @@ _BUILDERS: dict[str, Callable[..., Denoiser]] = {
     "dncnn": DnCnn,
 }
 _VALUES: dict[str, tuple[Option, ...]] = {"activation": ("relu", "hardswish"), "channels": (1, 3)}
+_LEAST = {"depth": 2, "blocks": 1}
 _SHAPE = {"widths", "encoder", "decoder", "expansion"}
 
 
@@ -58,6 +59,8 @@ def create(name: str, given: Mapping[str, Option] | None = None) -> Denoiser:
         if key in _VALUES and value not in _VALUES[key]:
             choices = ", ".join(str(v) for v in _VALUES[key])
             raise InputError(f"model '{name}': option '{key}' is {value!r}; known: {choices}")
+        if isinstance(value, int) and value < _LEAST.get(key, value):
+            raise InputError(f"model '{name}': option '{key}' is {value}; the least is {_LEAST[key]}")
     return _builder(name)(**(given or {}))
 
 

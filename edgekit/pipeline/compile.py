@@ -221,7 +221,7 @@ def _compile_onnx(
 ) -> Compiled:
     interface = checks.interface(loaded := checks.load_float_onnx(path), path)
     stride = tile_stride(loaded, path)
-    name = _identifier(path.stem)
+    name = identifier(path.stem)
     check_onnx(name, targets)
     recipe = default_recipe(name, interface.channels, overrides)
     check_tiles(name, tile_step(stride, recipe), targets)
@@ -248,7 +248,7 @@ def identity(recipe: Recipe, model: str, sha256: str) -> Mapping[str, object]:
     return {"recipe": asdict(recipe), "compiles": {"model": model, "sha256": sha256}}
 
 
-def _identifier(name: str) -> str:
+def identifier(name: str) -> str:
     """Return a name that may stand in a file name and in C."""
     return re.sub(r"\W", "_", name, flags=re.ASCII)
 
@@ -532,7 +532,7 @@ def _source(recipe: Recipe, graph: _Graph, quantized: Path | None, target: Targe
         return fuse.fuse(graph.network.net, *networks.example(graph.network.net))
 
     return Source(
-        name=_identifier(graph.name),
+        name=identifier(graph.name),
         fp32_onnx=graph.fp32,
         int8_onnx=quantized,
         module=module,

@@ -94,7 +94,7 @@ def open_model(what: str | Path, *, weights: str | Path | None = None, threads: 
     what, weights = str(what), None if weights is None else Path(weights)
     networks.refuse_ignored(what, weights=weights)
     path = Path(what)
-    if (path / bundle.MANIFEST).is_file():
+    if networks.is_run(what) and (path / bundle.MANIFEST).is_file():
         return _open_bundle(path, threads)
     if what.endswith(".onnx"):
         model = checks.load_onnx(path)

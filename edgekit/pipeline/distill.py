@@ -21,7 +21,7 @@ from edgekit.models.denoiser import Denoiser
 from edgekit.pipeline import networks, pictures
 from edgekit.pipeline.networks import Network
 from edgekit.pipeline.pictures import Pictures
-from edgekit.recipe import Recipe
+from edgekit.recipe import Noise, Recipe
 from edgekit.run import Run, Stage
 from edgekit.training import loop, patches
 from edgekit.training.loop import Moment
@@ -29,6 +29,7 @@ from edgekit.training.loop import Moment
 log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "accelerate", "safetensors", "numpy", "pillow", "scikit-image", "scikit-learn")
 _CODE = ("models", "data", "measure/quality", "training", "recipe", "pipeline/distill")
+_WHERE = ("threads", "device")
 HARM_MDB = 20
 _STATE = "02-student.state"
 Progress = Callable[[Moment], None]
@@ -39,6 +40,8 @@ class Distilled:
     """What a run's student came to, on the evaluation pictures; PSNR in thousandths of a dB, None where nothing ran.
 
     teacher_refused: Why the student learned from the clean pictures alone; empty when it had a teacher.
+    steps: Optimizer steps that were made. steps_asked: By the recipe; 0 where time alone ends the training.
+    ended_by: `steps` or `time`.
     kept: `trained`, or `start` when training did not better the starting weights on the held-out pictures.
     harmed: Why the starting weights were kept although the mean got better; else empty.
     """
@@ -50,6 +53,9 @@ class Distilled:
     student_mdb: int
     teacher_mdb: int | None
     teacher_refused: str
+    steps: int
+    steps_asked: int
+    ended_by: str
     kept: str
     harmed: str
 
@@ -89,11 +95,29 @@ def identity(recipe: Recipe, *, alone: bool = False) -> Mapping[str, object]:
     return {"recipe": asdict(recipe)} | ({"alone": True} if alone and recipe.teacher else {})
 
 
+def check_recipe(recipe: Recipe, *, alone: bool = False) -> None:
+    """Refuse what cannot be trained, before any picture is read; the weights make no difference.
+
+    Args:
+        recipe: The recipe.
+        alone: Train without the recipe's teacher.
+
+    Raises:
+        InputError: Unknown model or option, a training without an end, a patch that does not suit the networks, or
+            rounding for a network that has no INT8 form.
+    """
+    nets = [networks.architecture(recipe.student, recipe.data.channels)]
+    if recipe.teacher and not alone:
+        teacher = networks.architecture(recipe.teacher, recipe.data.channels)
+        # One with random weights teaches nothing.
+        nets += [teacher] if recipe.teacher.weights != "random" else []
+    loop.check_settings(recipe.training, nets)
+
+
 def train_student(opened: Run, recipe: Recipe, *, progress: Progress, alone: bool = False) -> Distilled:
     """Make the stages `pictures` and `student` of an open run; raises as `distill`."""
+    check_recipe(recipe, alone=alone)
     taught_by = None if alone else recipe.teacher
-    for wanted in filter(None, (recipe.student, taught_by)):
-        networks.architecture(wanted, recipe.data.channels)
     start = networks.from_recipe(recipe.student, recipe.data.channels)
     teacher = networks.from_recipe(taught_by, recipe.data.channels) if taught_by else None
     chosen = pictures.load(recipe.data)
@@ -114,9 +138,10 @@ def train_student(opened: Run, recipe: Recipe, *, progress: Progress, alone: boo
         code=_CODE,
         packages=_PACKAGES,
         work=lambda out: _train(opened, recipe, chosen, start, teacher, inputs, out, progress),
+        lasting=_WHERE,
     )
     shutil.rmtree(opened.root / _STATE, ignore_errors=True)
-    return _distilled(opened, stage)
+    return _distilled(opened, stage, recipe.training.steps)
 
 
 def _list_pictures(opened: Run, chosen: Pictures) -> Stage:
@@ -137,13 +162,13 @@ def _list_pictures(opened: Run, chosen: Pictures) -> Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class _Judge:
-    """Measures networks by the recipe's noise level, on the scale of 0 to 255."""
+    """Measures networks by the recipe's noise."""
 
-    sigma255: float
+    noise: Noise
 
     def report(self, network: Denoiser, on: PictureSet) -> QualityReport:
         """Return the figures of a network."""
-        return quality.evaluate(networks.as_function(network), on, sigma255=self.sigma255, stride=network.stride)
+        return self._evaluate(networks.as_function(network), on, network.stride)
 
     def psnr_mdb(self, network: Denoiser, on: PictureSet) -> int:
         """Return the PSNR of a network in thousandths of a dB."""
@@ -151,7 +176,10 @@ class _Judge:
 
     def classic_mdb(self, denoise: Denoise, on: PictureSet) -> int:
         """Return the PSNR of what is no network in thousandths of a dB."""
-        return quality.evaluate(denoise, on, sigma255=self.sigma255).psnr_mdb
+        return self._evaluate(denoise, on).psnr_mdb
+
+    def _evaluate(self, denoise: Denoise, on: PictureSet, stride: int = 8) -> QualityReport:
+        return quality.evaluate(denoise, on, sigma255=self.noise.evaluate, seeds=(self.noise.seed,), stride=stride)
 
 
 def _train(
@@ -169,7 +197,7 @@ def _train(
     made = recipe.student
     options = made.options_for(recipe.data.channels)
     net = start.net if start else models.create(made.model, options)
-    judge, held_out = _Judge(sigma255=recipe.noise.evaluate), sets.middles(chosen.held_out)
+    judge, held_out = _Judge(noise=recipe.noise), sets.middles(chosen.held_out)
     job = _job(recipe, net, chosen.train, inputs, lambda network: judge.psnr_mdb(network, held_out) / 1000)
     loop.check(recipe.training, [net, teacher.net] if teacher else [net], job.pictures, job.names)
     start_mdb = judge.psnr_mdb(start.net, chosen.evaluation) if start else None
@@ -280,7 +308,7 @@ def _refusal(
     )
 
 
-def _distilled(opened: Run, stage: Stage) -> Distilled:
+def _distilled(opened: Run, stage: Stage, steps_asked: int) -> Distilled:
     facts = stage.facts
     return Distilled(
         folder=opened.root,
@@ -290,6 +318,9 @@ def _distilled(opened: Run, stage: Stage) -> Distilled:
         student_mdb=_whole(facts["student_mdb"]),
         teacher_mdb=_maybe(facts["teacher_mdb"]),
         teacher_refused=str(facts["teacher_refused"]),
+        steps=_whole(facts["steps"]),
+        steps_asked=steps_asked,
+        ended_by=str(facts["ended_by"]),
         kept=str(facts["kept"]),
         harmed=str(facts["harmed"]),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from edgekit.compress.quantize import Prepared
 from edgekit.compress.ranges import Calibration
 from edgekit.data import sets
 from edgekit.data.sets import PictureSet
-from edgekit.errors import UnsupportedError
+from edgekit.errors import LimitError, UnsupportedError
 from edgekit.files import sha256
 from edgekit.graph import checks, walk
 from edgekit.graph.reference import probe
@@ -86,6 +86,7 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
     settings = recipe.quantization
     refuse(engine, settings)
     where = placement.PLACEMENTS[PLACEMENTS[engine]]
+    checkpoints = opened.root / f"qat-{PLACEMENTS[engine]}"
 
     def work(out: Path) -> Mapping[str, object]:
         if settings.mode == "dynamic":
@@ -95,7 +96,12 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
         if listed and any(listed.inputs.get(role) != digest for role, digest in shown.digests().items()):
             # The run's folders hold other pictures than when its student was trained.
             pictures.refuse_leaks(shown)
-        return _static(opened, recipe, shown, student, where, out)
+        try:
+            return _static(recipe, shown, student, where, out, checkpoints)
+        except LimitError:
+            # Its trainings are over, and the same settings come to the same end.
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            raise
 
     shown = pictures.load(recipe.data, learns=trains(settings))
     inputs = {"simplified": sha256(student.fp32), "held_out": sets.digest(shown.held_out)}
@@ -127,6 +133,8 @@ def quantized(opened: Run, recipe: Recipe, student: Student, engine: Engine) -> 
         packages=("onnxruntime", "onnx", "numpy", "torch"),
         work=work,
     )
+    # Of any training for this engine that was begun here; till the stage is recorded, a kill costs none of them.
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return opened.file(stage, FILE)
 
 
@@ -183,12 +191,12 @@ def calibration(recipe: Recipe, stride: int) -> Calibration:
 
 
 def _static(
-    opened: Run, recipe: Recipe, shown: Pictures, student: Student, where: Placement, out: Path
+    recipe: Recipe, shown: Pictures, student: Student, where: Placement, out: Path, checkpoints: Path
 ) -> Mapping[str, object]:
     prepared = quantize.prepare(student.fp32, calibration(recipe, student.stride), recipe.quantization, where)
     if not where.floats:
         _check_kernels(quantize.placed(prepared, where, recipe.quantization), student, out)
-    reached = within_budget(prepared, recipe, shown, student, where, out, checkpoints=opened.root)
+    reached = within_budget(prepared, recipe, shown, student, where, out, checkpoints=checkpoints)
     report = quantize.written(reached.kept.model, prepared, student.fp32, out / FILE)
     return {
         "loss_before_mdb": reached.before.mean_mdb,
@@ -243,7 +251,7 @@ def within_budget(
         student: What was prepared.
         where: The engine's placement.
         out: Folder that gets the graphs on the way.
-        checkpoints: Folder of what an interrupted training goes on from.
+        checkpoints: Folder of what an interrupted training goes on from; it may go when the graph is kept.
 
     Raises:
         LimitError: The budget cannot be kept.
@@ -318,35 +326,30 @@ def _trained(
     """
     untrained, trained = out / "untrained.int8.onnx", out / "trained.int8.onnx"
     slower = replace(told, rate=told.rate / _SLOWER, scale_rate=told.scale_rate / _SLOWER)
-    folders, learned_from = list[Path](), _pixels(shown.train)
-    try:
-        for settings in (told, slower):
-            if settings is slower:
-                log.info("INT8 still loses too much: training it once more, at a tenth of the rates")
-            export.write(graph, untrained)
-            # By all that decides it: the checkpoint of another training, as by another edgekit, is in no one's way.
-            known_by = qat.identity(untrained, out / EQUALIZED, learned_from, recipe.noise.train, settings)
-            folders.append(checkpoints / f"qat-{known_by[:12]}")
-            folders[-1].mkdir(exist_ok=True)
-            report = qat.finetune(
-                qdq=untrained,
-                fp32=out / EQUALIZED,
-                pictures=learned_from,
-                judge=judge,
-                limit=limit,
-                sigma=recipe.noise.train,
-                settings=settings,
-                out=trained,
-                folder=folders[-1],
-                report=_log_every(100),
-            )
-            graph = checks.load_onnx(trained)
-            if limit.holds(report.after if report.kept == "trained" else report.before):
-                break
-    except UnsupportedError:
-        _remove(folders)
-        raise
-    _remove(folders)
+    learned_from = _pixels(shown.train)
+    for settings in (told, slower):
+        if settings is slower:
+            log.info("INT8 still loses too much: training it once more, at a tenth of the rates")
+        export.write(graph, untrained)
+        # By all that decides it: the checkpoint of another training, as by another edgekit, is in no one's way.
+        known_by = qat.identity(untrained, out / EQUALIZED, learned_from, recipe.noise.train, settings)
+        folder = checkpoints / known_by[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        report = qat.finetune(
+            qdq=untrained,
+            fp32=out / EQUALIZED,
+            pictures=learned_from,
+            judge=judge,
+            limit=limit,
+            sigma=recipe.noise.train,
+            settings=settings,
+            out=trained,
+            folder=folder,
+            report=_log_every(100),
+        )
+        graph = checks.load_onnx(trained)
+        if limit.holds(report.after if report.kept == "trained" else report.before):
+            break
     return graph
 
 
@@ -360,11 +363,6 @@ def _fitting(told: Qat, train: PictureSet, stride: int) -> Qat:
         "it learns from patches of %d pixels, not %d: a training picture has a side of %d", fits, told.patch, smallest
     )
     return replace(told, patch=fits)
-
-
-def _remove(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder)
 
 
 def _pixels(found: PictureSet) -> list[budget.Picture]:

@@ -82,7 +82,8 @@ def check_model(
     path, is_run = Path(what), networks.is_run(what)
     if what.endswith(".onnx") and not is_run:
         graph = checks.load_float_onnx(path)
-        name, channels, stride = path.stem, checks.interface(graph, path).channels, tile_stride(graph, path)
+        name = compiling.identifier(path.stem)
+        channels, stride = checks.interface(graph, path).channels, tile_stride(graph, path)
         compiling.check_onnx(name, targets)
         model, sha256 = path.name, bundle.combined_sha256(checks.files_of(path))
     else:
@@ -113,8 +114,7 @@ def plan_training(
         overwrite: Replace another run that is in the folder.
     """
     pictures.refuse_absent(recipe.data)
-    if recipe.teacher and not alone:
-        networks.architecture(recipe.teacher, recipe.data.channels)
+    distill.check_recipe(recipe, alone=alone)
     made = _made(recipe, folder, alone=alone, overwrite=overwrite)
     return [
         Step(name="pictures", what=_pictures(recipe), state=_state("pictures", made)),

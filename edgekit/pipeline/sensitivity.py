@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -57,16 +58,27 @@ def of_model(
             raise InputError(f"--set {override}: layers are measured without it", remedy="leave it out")
     if what.endswith(".onnx"):
         path, model = Path(what), compiling.simplified(Path(what))
-        recipe = compiling.default_recipe(path.stem, checks.interface(model, path).channels, overrides)
+        name = compiling.identifier(path.stem)
+        recipe = _recipe(name, checks.interface(model, path).channels, overrides)
         with tempfile.TemporaryDirectory() as folder:
             export.write(model, fp32 := Path(folder, path.name))
             found = table(fp32, recipe, engine, stride=tile_stride(model, path))
-            return path.stem, _of(combined_sha256(checks.files_of(path)), found)
+            return name, _of(combined_sha256(checks.files_of(path)), found)
     network = networks.named(what, weights)
     with tempfile.TemporaryDirectory() as folder:
         fp32 = compiling.float_graph(network.net, Path(folder))
-        recipe = compiling.default_recipe(network.name, network.net.channels, overrides)
+        recipe = _recipe(network.name, network.net.channels, overrides)
         return network.name, _of(network.sha256, table(fp32, recipe, engine, stride=network.net.stride))
+
+
+def _recipe(name: str, channels: int, overrides: Sequence[str]) -> Recipe:
+    """Return the settings of a MODEL, after a look for what is not heeded in sections that were set as a whole."""
+    told, usual = compiling.default_recipe(name, channels, overrides), compiling.default_recipe(name, channels)
+    for unheeded in _UNHEEDED:
+        if attrgetter(unheeded)(told) != attrgetter(unheeded)(usual):
+            of_it = [o for o in overrides if unheeded.startswith(f"{o.partition('=')[0]}.")]
+            raise InputError(f"--set {of_it[-1]}: layers are measured without '{unheeded}'", remedy="leave that out")
+    return told
 
 
 def table(

@@ -27,7 +27,7 @@ from edgekit.data.noise import add_gaussian
 from edgekit.data.photos import Channels
 from edgekit.data.sets import PictureSet, Shares, Split
 from edgekit.errors import INTERRUPTED, EdgekitError, InputError
-from edgekit.files import json_sha256, sha256, storage_errors
+from edgekit.files import atomic_file, json_sha256, sha256, storage_errors
 from edgekit.models import weights
 from edgekit.models.denoiser import Denoiser
 from edgekit.recipe import Model
@@ -36,6 +36,7 @@ from edgekit.training.job_file import JobFile
 from edgekit.training.patches import SEEDS
 
 log = logging.getLogger("edgekit.training")
+_LOOKED = "looked-through.sha256"
 _WITHOUT_HELD_OUT = Shares(train=85, calibration=15, evaluation=0)
 
 
@@ -135,9 +136,20 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         # The main process alone writes there, and the others may see the same folder.
         with run.lock(out) if _is_main_process() else nullcontext():
-            if not checked and not (out / "checkpoint.safetensors").exists() and _is_main_process():
-                _refuse_leaks(learned, kept_back, [sets.folder(folder, channels=channels) for folder in kept_out])
+            if not checked and _is_main_process():
+                _look_once(learned, kept_back, [sets.folder(folder, channels=channels) for folder in kept_out], out)
             return _train(job, learned, kept_back, out, pause_at=pause_at)
+
+
+def _look_once(learned: Sequence[PictureSet], kept_back: PictureSet, kept_out: Sequence[PictureSet], out: Path) -> None:
+    """Refuse leaks; a run that goes on with the same pictures, of which `out` keeps a hash, does not look again."""
+    digests = [[sets.digest(s) for s in group] for group in (learned, (kept_back,), kept_out)]
+    path, found = out / _LOOKED, json_sha256(digests)
+    if path.is_file() and path.read_bytes() == found.encode():
+        return
+    _refuse_leaks(learned, kept_back, kept_out)
+    with atomic_file(path) as temporary:
+        temporary.write_text(found, encoding="utf-8")
 
 
 def _refuse_leaks(learned: Sequence[PictureSet], kept_back: PictureSet, kept_out: Sequence[PictureSet]) -> None:
@@ -180,7 +192,7 @@ def _train(
             sigma=job.noise.train,
             training=job.training,
             distillation=job.distillation,
-            validate=lambda net: psnr_db(net, judged, job.noise.evaluate),
+            validate=lambda net: psnr_db(net, judged, job.noise.evaluate, seed=job.noise.seed),
             identity=json_sha256(
                 [
                     asdict(_by_bytes(job)),

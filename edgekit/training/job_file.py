@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from edgekit import models, zoo
 from edgekit.errors import InputError, IntegrityError
 from edgekit.files import sha256, write_json
-from edgekit.recipe import Distillation, Model, Noise, Recipe, Training
+from edgekit.recipe import Distillation, Model, NoiseSettings, Recipe, Training
+from edgekit.training import schema
 
 RANDOM = "random"
 _KIND = "edgekit-training-job"
@@ -29,10 +30,10 @@ class JobFile:
     """What `read` returns: the part of a recipe that training needs; weights are `random` or the path of a file."""
 
     name: str
-    channels: int
+    channels: Literal[1, 3]
     student: Model
     teacher: Model | None
-    noise: Noise
+    noise: NoiseSettings
     training: Training
     distillation: Distillation
 
@@ -61,7 +62,8 @@ def read(path: Path) -> JobFile:
     """Return the job in a file that `write` made, with the paths of its weights.
 
     Raises:
-        InputError: No such file, or it is no job. IntegrityError: Weights are missing or changed.
+        InputError: No such file, it is no job, or a setting in it is wrong, by its name. IntegrityError: Weights are
+            missing or changed.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file", remedy="make one: edgekit.training.job_file.write")
@@ -69,12 +71,9 @@ def read(path: Path) -> JobFile:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw.pop("kind") != _KIND or raw.pop("schema_version") != 1:
             raise InputError(f"{path}: is not a training job of this version", remedy="write it again")
-        files: Mapping[str, str] = raw.pop("files")
-        raw["student"], raw["teacher"] = Model(**raw["student"]), Model(**raw["teacher"]) if raw["teacher"] else None
-        raw["noise"] = Noise(**(raw["noise"] | {"train": tuple(raw["noise"]["train"])}))
-        raw["training"], raw["distillation"] = Training(**raw["training"]), Distillation(**raw["distillation"])
-        job = JobFile(**raw)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = dict[str, str](raw.pop("files"))
+        job = schema.checked(JobFile, raw)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: is not a training job: {error}", remedy="write it again") from error
     for name, recorded in files.items():
         if not (path.parent / name).is_file() or sha256(path.parent / name) != recorded:

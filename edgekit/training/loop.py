@@ -106,8 +106,8 @@ def train(
 
     Raises:
         InputError: The loss or a gradient is not finite (the last checkpoint is from before that), memory ran out, the
-            folder holds the checkpoint of another job, another process has one and the main one has not, the settings
-            never end, or a patch does not fit.
+            folder holds the checkpoint of another job, another process has one and the main one has not, or has another
+            job, the settings never end, or a patch does not fit.
         IntegrityError: The checkpoint is damaged.
     """
     # Accelerate keeps its mixed precision for the whole process; the next run in it may want another.
@@ -134,6 +134,7 @@ def _train(
 ) -> tuple[dict[str, Tensor], Outcome]:
     settings = job.training
     check(settings, [net for net in (job.net, job.teacher) if net is not None], job.pictures, job.names)
+    _refuse_other_jobs(job.identity, accelerator)
     learner, optimizer = _learner(job, accelerator.device)
     start = {name: t.detach().clone() for name, t in job.net.state_dict().items()}
     ema = {name: t.clone() for name, t in start.items()}
@@ -200,6 +201,19 @@ def _train(
         ended_by="pause" if not over else "steps" if settings.steps and step >= settings.steps else "time",
     )
     return (ema if better else start), outcome
+
+
+def _refuse_other_jobs(identity: str, accelerator: Accelerator) -> None:
+    """Raise InputError, in every process, where not all of them have one job."""
+    if accelerator.num_processes == 1:
+        return
+    jobs = gather_object([identity])
+    if others := [rank for rank, other in enumerate(jobs) if other != jobs[0]]:
+        raise InputError(
+            f"process {others[0]} has another job than the main one (other settings, pictures, weights, code or "
+            "versions)",
+            remedy="start all of them with the same job, options and pictures",
+        )
 
 
 def _learner(job: Job, device: torch.device) -> tuple[Learner, torch.optim.Optimizer]:
@@ -397,24 +411,34 @@ def check(
         pictures: Training pictures (c, h, w), at least one.
         names: Of the pictures; without them the message tells the size alone.
     """
-    if not settings.steps and not settings.max_minutes:
-        raise InputError("training.steps and training.max_minutes are both 0", remedy="set one of them")
-    if settings.rounding_from < 1:
-        rounding.places(nets[0])
-    stride = max(net.stride for net in nets)
+    check_settings(settings, nets)
     sides = [min(picture.shape[1:]) for picture in pictures]
     smallest = min(sides)
     named = f" ('{names[sides.index(smallest)]}')" if names else ""
-    for name, side in (("patch", settings.patch), ("late_patch", settings.late_patch)):
-        if side is None:
-            continue
-        if side % stride:
-            raise InputError(f"training.{name} is {side}, no multiple of the networks' stride {stride}")
+    for name, side in _patches(settings):
         if side > smallest:
             raise InputError(
                 f"training.{name} is {side}, and the smallest training picture{named} has a side of {smallest}",
                 remedy="set it lower, or remove the picture",
             )
+
+
+def check_settings(settings: Training, nets: Sequence[Denoiser]) -> None:
+    """Raise InputError for settings that no pictures make right; `nets` as in `check`, whose weights do not count."""
+    if not settings.steps and not settings.max_minutes:
+        raise InputError("training.steps and training.max_minutes are both 0", remedy="set one of them")
+    if settings.rounding_from < 1:
+        rounding.places(nets[0])
+    stride = max(net.stride for net in nets)
+    for name, side in _patches(settings):
+        if side % stride:
+            raise InputError(f"training.{name} is {side}, no multiple of the networks' stride {stride}")
+
+
+def _patches(settings: Training) -> list[tuple[str, int]]:
+    """Return the sides of patches by their settings' names."""
+    named = (("patch", settings.patch), ("late_patch", settings.late_patch))
+    return [(name, side) for name, side in named if side is not None]
 
 
 @contextmanager

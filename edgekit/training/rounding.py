@@ -162,7 +162,7 @@ def places(net: Denoiser) -> tuple[list[nn.Module], list[nn.Module]]:
     """Return the modules whose first input is rounded, and those whose result is; raises as `Rounding`."""
     if not has_form(net):
         raise InputError(
-            f"training.rounding: {type(net).__name__} has no INT8 form to be trained for",
+            f"training.rounding_from: {type(net).__name__} has no INT8 form to be trained for",
             remedy="leave it out, or take a student",
         )
     # What enters a decoder is the sum of a skip, which no module gives.
