@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,25 @@ def placed(made: Prepared, engine: str) -> onnx.ModelProto:
     return place(made.model, made.ranges, PLACEMENTS[engine], weight_limit=made.weight_limit)
 
 
+def for_openvino(make: Callable[[], nn.Module], folder: Path) -> tuple[Source, onnx.ModelProto]:
+    """Return what OpenVINO compiles of a gray, blind network in INT8, and its graph."""
+    fp32 = simplified(make(), folder)
+    made = prepared(fp32, "openvino")
+    graph = placed(made, "openvino")
+    (folder / "int8.onnx").write_bytes(graph.SerializeToString())
+    source = Source(
+        name="net",
+        fp32_onnx=fp32,
+        int8_onnx=folder / "int8.onnx",
+        module=make,
+        takes_sigma=False,
+        channels=1,
+        stride=8,
+        calibration=list(made.pictures),
+    )
+    return source, graph
+
+
 PUBLISHED = {"ffdnet": FfdNet, "by hand": ByHand, "drunet": DruNet, "nafnet": NafNet}
 
 
@@ -370,20 +390,7 @@ class Factorised(nn.Module):
 
 def test_openvino_computes_the_borders_of_windows_of_one_column(tmp_path):
     pytest.importorskip("openvino")
-    fp32 = simplified(Factorised(), tmp_path)
-    made = prepared(fp32, "openvino")
-    graph = placed(made, "openvino")
-    (tmp_path / "int8.onnx").write_bytes(graph.SerializeToString())
-    source = Source(
-        name="factorised",
-        fp32_onnx=fp32,
-        int8_onnx=tmp_path / "int8.onnx",
-        module=Factorised,
-        takes_sigma=False,
-        channels=1,
-        stride=8,
-        calibration=list(made.pictures),
-    )
+    source, graph = for_openvino(Factorised, tmp_path)
     door, wanted = backends.load("openvino"), target.load("linux-x86_64")
     built = door.build(source, wanted, tmp_path / "built")
     ((_, session),) = door.open_session(tmp_path / "built", built, wanted)
@@ -551,20 +558,7 @@ def test_a_norm_over_the_picture_does_not_hide_what_is_before_it(tmp_path, norm)
 @pytest.mark.parametrize("kind", ["norm", "scaled", "gated"])
 def test_openvino_takes_convolutions_without_a_bias(tmp_path, monkeypatch, kind):
     pytest.importorskip("openvino")
-    fp32 = simplified(WithoutBias(kind), tmp_path)
-    made = prepared(fp32, "openvino")
-    graph = placed(made, "openvino")
-    (tmp_path / "int8.onnx").write_bytes(graph.SerializeToString())
-    source = Source(
-        name=kind,
-        fp32_onnx=fp32,
-        int8_onnx=tmp_path / "int8.onnx",
-        module=lambda: WithoutBias(kind),
-        takes_sigma=False,
-        channels=1,
-        stride=8,
-        calibration=list(made.pictures),
-    )
+    source, graph = for_openvino(lambda: WithoutBias(kind), tmp_path)
     door, wanted = backends.load("openvino"), target.load("linux-x86_64")
     built = door.build(source, wanted, tmp_path / "built")
     ((_, session),) = door.open_session(tmp_path / "built", built, wanted)
