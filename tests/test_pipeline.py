@@ -227,6 +227,7 @@ def test_a_bundle_is_made_anew_where_code_behind_its_manifest_or_pages_changed(c
 @pytest.mark.parametrize("module", ["measure/quality", "training"])
 def test_a_student_that_other_code_made_or_judged_is_kept_with_a_warning(copied, recipe, changed_code, caplog, module):
     """Its training took hours; whoever wants today's figures deletes it."""
+    caplog.set_level(logging.WARNING, logger="edgekit")
     before = run.read_stages(copied)
     changed_code(module)
     distill.distill(recipe, copied)

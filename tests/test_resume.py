@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import random
 import signal
@@ -104,6 +105,7 @@ def test_a_run_that_is_finished_is_not_trained_again(tmp_path, pictures):
 
 
 def test_a_run_that_is_finished_is_not_trained_again_for_another_number_of_threads(tmp_path, pictures, caplog):
+    caplog.set_level(logging.WARNING, logger="edgekit")
     recipe = tiny.recipe(pictures)
     first = distill.distill(recipe, tmp_path / "run")
     torch.set_num_threads(2)

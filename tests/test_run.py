@@ -1,6 +1,7 @@
 import errno
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import signal
@@ -104,6 +105,7 @@ def test_a_stage_is_made_again_when_a_tool_has_another_version(cwd, monkeypatch)
     ids=["nothing", "threads", "code"],
 )
 def test_a_lasting_stage_is_kept_where_only_where_and_how_it_was_made_is_another(cwd, caplog, change, warned):
+    caplog.set_level(logging.WARNING, logger="edgekit")
     made: list[str] = []
     told = {"settings": {"size": 3, "threads": 1}, "lasting": ("threads",)}
     with run.open_run(cwd / "r", IDENTITY) as opened:
