@@ -80,6 +80,30 @@ def test_the_readmes_lines_compute_what_is_verified(built, tmp_path, monkeypatch
     assert agreement_db(given["denoised"], session(noisy, SIGMA)) > 80
 
 
+INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from edgekit.backends import openvino
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+first, second = (openvino.open_onnx(Path(sys.argv[1]), 1) for _ in range(2))
+del first
+del second
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interruption_finds_its_stack_after_sessions_have_gone(built):
+    """Each of OpenVINO's cores puts a stack for signals in place of another's, and takes it away in any order."""
+    folder, made = built
+    command = [sys.executable, "-c", INTERRUPTED, str(folder / made.files["artifact"])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
 def test_the_int8_artifact_denoises_like_the_network(source, built):
     folder, made = built
     assert made.precision == "int8"

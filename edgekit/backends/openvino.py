@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -172,14 +173,24 @@ def node_times_us(path: Path, noisy: Array, *, runs: int = 10) -> dict[str, int]
     return shortest
 
 
+@functools.cache
+def _core() -> openvino.Core:
+    """Return the core of this process, the only one, which stays.
+
+    A core's CPU plugin puts a stack for signals in place of the one before, and the one before back when it goes. Where
+    the first of two goes first, that is memory which is no longer there: Ctrl-C then ends in a segmentation fault.
+    """
+    return openvino.Core()
+
+
 def _read(path: Path) -> openvino.Model:
     """Return the model in a file; one that is ONNX as OpenVINO's kernels want it, which computes the same."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
         if path.suffix != ".onnx":
-            return openvino.Core().read_model(path)
-        return openvino.Core().read_model(openvino_graph.rewritten(read_onnx(path)).SerializeToString(), b"")
+            return _core().read_model(path)
+        return _core().read_model(openvino_graph.rewritten(read_onnx(path)).SerializeToString(), b"")
     except RuntimeError as error:
         raise InputError(
             f"{path}: OpenVINO cannot read it ({path.stat().st_size} bytes): {_reason(error)}", remedy="make it again"
@@ -195,7 +206,7 @@ def _compile(model: openvino.Model, threads: int, *, profiled: bool = False) -> 
         "PERF_COUNT": "YES" if profiled else "NO",
     }
     try:
-        return openvino.Core().compile_model(model, "CPU", settings)
+        return _core().compile_model(model, "CPU", settings)
     except RuntimeError as error:
         raise UnsupportedError(f"OpenVINO's CPU plugin does not take the model: {_reason(error)}") from error
 
