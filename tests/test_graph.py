@@ -477,6 +477,9 @@ def test_a_halo_is_not_aligned_to_less_than_the_networks_own_grid():
         ),
         pytest.param([helper.make_node("Softmax", ["noisy"], ["denoised"], "mix")], "'mix' (Softmax)", id="unknown"),
         pytest.param(
+            [helper.make_node("Relu", ["noisy"], ["denoised"], "mine", domain="mine")], "'mine' (Relu)", id="another's"
+        ),
+        pytest.param(
             [
                 helper.make_node("SpaceToDepth", ["noisy"], ["small"], "shrink", blocksize=2),
                 helper.make_node("Add", ["small", "noisy"], ["denoised"], "mix"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
+from torch.nn import functional
 
 from edgekit import target
 from edgekit.cli import cli
@@ -95,6 +96,36 @@ def test_each_rule_finds_its_own_and_nothing_else(what, rule):
     finding = found(f"test_lint:{what}")
     assert list(finding) == [rule]
     assert finding[rule].where
+
+
+@pytest.mark.parametrize(
+    ("mix", "kind"),
+    [
+        (lambda x: x / x.pow(2).sum((2, 3), keepdim=True).sqrt(), "ReduceSum"),
+        (lambda x: functional.normalize(x, dim=-1), "ReduceL2"),
+        (lambda x: x - x.amin((2, 3), keepdim=True), "ReduceMin"),
+        (lambda x: x + (x.flatten(2) @ x.flatten(2).transpose(1, 2))[..., None].mean(2, keepdim=True), "MatMul"),
+    ],
+    ids=["sum", "norm", "least", "attention between channels"],
+)
+def test_what_looks_at_the_whole_picture_is_named(tmp_path, mix, kind):
+    class Mixed(FullSize):
+        def forward(self, noisy: Tensor) -> Tensor:
+            return noisy - self.body[2](mix(self.body[0](noisy)))
+
+    path = tmp_path / "mixed.onnx"
+    sides = {name: {2: "height", 3: "width"} for name in ("noisy", "denoised")}
+    torch.onnx.export(
+        Mixed(),
+        (torch.rand(1, 1, 64, 96),),
+        path,
+        dynamo=False,
+        input_names=["noisy"],
+        output_names=["denoised"],
+        dynamic_axes=sides,
+    )
+    (finding,) = (f for f in lint.lint(str(path)) if f.rule == "global_operator")
+    assert kind in finding.what
 
 
 @pytest.mark.parametrize(("what", "mode"), [("Nearest", "resize_nearest"), ("Bilinear", "resize_linear")])

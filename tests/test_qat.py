@@ -132,6 +132,7 @@ OPERATORS = {
     ),
     "Relu": ("Relu", [], {}),
     "Clip": ("Clip", [np.array(-0.1), np.array(0.3)], {}),
+    "Clip of nothing": ("Clip", [], {}),
     "HardSwish": ("HardSwish", [], {}),
     "HardSigmoid": ("HardSigmoid", [], {"alpha": 1 / 6, "beta": 0.5}),
     "Sigmoid": ("Sigmoid", [], {}),
