@@ -19,9 +19,10 @@ $(VENV)/.ready: pyproject.toml
 quickstart: setup
 	$(BIN)/edgekit run quickstart -t android-arm64 -t linux-x86_64 -t ios-arm64 --allow-unverified
 
-# One process a core, and one thread each: the tests of a file share what they made, so they stay together.
+# One process a core, and one thread each: the tests of a file share what they made, so they stay together. A process that
+# dies ends the run: with another in its place pytest-xdist 3.8 may wait for ever.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .

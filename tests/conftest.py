@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -58,10 +59,21 @@ limits:
 LIMITS = {"kept": "size_mib: 8.0", "broken": "size_mib: 0.001", "undecided": "peak_memory_mib: 64.0"}
 
 
-def pytest_configure() -> None:
+STDERR = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Let Ctrl-C and a hangup reach the commands under test: a background job ignores them, and so do its children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    config.stash[STDERR] = os.dup(2)
+
+
+@pytest.fixture(autouse=True)
+def _crashes_are_told(pytestconfig: pytest.Config) -> None:
+    """TVM's own handler for crashes, once imported, writes to what a test prints, which is lost with the process."""
+    faulthandler.disable()
+    faulthandler.enable(pytestconfig.stash[STDERR])
 
 
 @dataclass(frozen=True, kw_only=True)

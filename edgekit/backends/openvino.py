@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
@@ -173,14 +173,21 @@ def node_times_us(path: Path, noisy: Array, *, runs: int = 10) -> dict[str, int]
     return shortest
 
 
-@functools.cache
 def _core() -> openvino.Core:
-    """Return the core of this process, the only one, which stays.
+    """Return a new core, whose CPU plugin was loaded by a thread that is no more.
 
-    A core's CPU plugin puts a stack for signals in place of the one before, and the one before back when it goes. Where
-    the first of two goes first, that is memory which is no longer there: Ctrl-C then ends in a segmentation fault.
+    The plugin puts a stack for signals in place of its thread's, and the one before back when it goes. Where the first
+    of two goes first, that is memory which is no longer there: Ctrl-C then ends in a segmentation fault. One core for
+    all is no way out: after an error of a network that has gone, the next one crashes (docs/int8-inside.md).
     """
-    return openvino.Core()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(_loaded_core).result()
+
+
+def _loaded_core() -> openvino.Core:
+    core = openvino.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")
+    return core
 
 
 def _read(path: Path) -> openvino.Model:
