@@ -66,6 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let Ctrl-C and a hangup reach the commands under test: a background job ignores them, and so do its children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # Where no test's output goes: nothing is caught yet.
     config.stash[STDERR] = os.dup(2)
 
 

@@ -100,8 +100,8 @@ for _ in range(20):
         refused(np.zeros((1, 1, 24, 40), np.float32), 0.1)
     except InputError:
         del refused
-        print(f"{opened()(np.zeros((1, 1, 32, 48), np.float32), 0.1).size} values, ", end="")
-print("sound")
+        opened()(np.zeros((1, 1, 32, 48), np.float32), 0.1)
+        print("sound")
 """,
 }
 BEFORE = """
@@ -114,12 +114,12 @@ opened = functools.partial(openvino.open_onnx, Path(sys.argv[1]), 1)
 """
 
 
-@pytest.mark.parametrize(("what", "values"), [("an interruption", 0), ("another network", 20)])
-def test_what_comes_after_sessions_that_have_gone_is_sound(tmp_path, what, values):
+@pytest.mark.parametrize(("what", "times"), [("an interruption", 1), ("another network", 20)])
+def test_what_comes_after_sessions_that_have_gone_is_sound(tmp_path, what, times):
     path = export_onnx(tiny.Deep().eval(), channels=1, takes_sigma=False, stride=16, out=tmp_path / "deep.onnx")
     command = [sys.executable, "-c", BEFORE + AFTER_OTHERS[what], str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout.count("1536 values"), done.stdout[-6:]) == (0, values, "sound\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, times * "sound\n"), done.stderr
 
 
 def test_the_int8_artifact_denoises_like_the_network(source, built):

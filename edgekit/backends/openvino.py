@@ -196,8 +196,8 @@ def _read(path: Path) -> openvino.Model:
         raise InputError(f"{path}: no such file")
     try:
         if path.suffix != ".onnx":
-            return _core().read_model(path)
-        return _core().read_model(openvino_graph.rewritten(read_onnx(path)).SerializeToString(), b"")
+            return openvino.Core().read_model(path)
+        return openvino.Core().read_model(openvino_graph.rewritten(read_onnx(path)).SerializeToString(), b"")
     except RuntimeError as error:
         raise InputError(
             f"{path}: OpenVINO cannot read it ({path.stat().st_size} bytes): {_reason(error)}", remedy="make it again"
