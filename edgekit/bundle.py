@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from edgekit.errors import InputError, IntegrityError
 from edgekit.files import json_sha256, sha256, write_json
-from edgekit.recipe import Budgets
+from edgekit.recipe import Budgets, Sigma
 from edgekit.report import Audit
 from edgekit.target import STRICT, Bound, Check, Precision, Target
 
@@ -51,15 +51,19 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How a manifest says that quality is measured. files: Names of the golden pictures."""
+    """How a manifest says that quality is measured.
+
+    files: Names of the golden pictures. levels: Noise levels that the loss of an INT8 artifact is taken over besides.
+    """
 
     __pydantic_config__: ClassVar = STRICT
     noise: Literal["gaussian"]
-    sigma255: Annotated[float, Bound(least=0.0, most=255.0)]
+    sigma255: Sigma
     seeds: Annotated[tuple[Annotated[int, Bound(least=0, most=4000)], ...], Bound(entries=1)]
     pictures: str
     files: Annotated[tuple[str, ...], Bound(entries=1)]
     golden_outputs: str
+    levels: tuple[Sigma, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

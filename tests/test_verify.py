@@ -123,8 +123,7 @@ def test_a_limit_that_is_broken_fails_the_bundle(copied, name):
     if name in ("int8_drop_db", "int8_worst_db"):
         _offset_artifact(copied, -0.5)
     found = judged(changed(copied, manifest=BROKEN[name]))
-    limit = only(found, name)
-    assert limit.verdict == "fail", limit
+    assert {x.verdict for x in found.limits if x.name == name} == {"fail"}
     assert (found.verdict, exit_code(found), exit_code(found, allow_unverified=True)) == ("fail", 3, 3)
     assert all(x.verdict == "pass" for x in found.limits if x.name not in (name, "golden_outputs"))
 
@@ -139,12 +138,54 @@ def _offset_artifact(folder: Path, offset: float) -> None:
     """Let the artifact add a number to every pixel that it gives."""
     path = folder / "model.int8.onnx"
     model = onnx.load(path)
+    _offset(model, offset)
+    path.unlink()
+    onnx.save(model, path)
+
+
+def _offset(model: onnx.ModelProto, offset: float) -> None:
     (last,) = (node for node in model.graph.node if "denoised" in node.output)
     last.output[0] = "before_offset"
     model.graph.initializer.append(numpy_helper.from_array(np.float32(offset), "offset"))
     model.graph.node.append(onnx.helper.make_node("Add", ["before_offset", "offset"], ["denoised"], "offset"))
+
+
+@pytest.mark.parametrize("wrong_at", [15, 50])
+def test_an_artifact_that_loses_too_much_at_another_noise_level_fails(copied, wrong_at):
+    path = copied / "model.int8.onnx"
+    model = onnx.load(path)
+    _offset(model, 5.0)
+    (added,) = (node for node in model.graph.node if node.name == "offset")
+    added.input[1] = "offset_there"
+    bounds = [np.float32((wrong_at + side) / 255) for side in (-1, 1)]
+    model.graph.initializer.extend(numpy_helper.from_array(b, n) for b, n in zip(bounds, ("low", "high"), strict=True))
+    nodes = [
+        onnx.helper.make_node("Greater", ["sigma", "low"], ["above"]),
+        onnx.helper.make_node("Less", ["sigma", "high"], ["below"]),
+        onnx.helper.make_node("And", ["above", "below"], ["there"]),
+        onnx.helper.make_node("Cast", ["there"], ["share"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Mul", ["share", "offset"], ["offset_there"]),
+    ]
+    for node in nodes:
+        model.graph.node.insert(len(model.graph.node) - 1, node)
     path.unlink()
     onnx.save(model, path)
+    found = judged(changed(copied, manifest={"budgets": {"int8_drop_db": 5.0, "int8_worst_db": 9.0}}))
+    verdicts = {(x.name, "noise levels 15, 25, 50" in x.reason): x.verdict for x in found.limits if "int8_" in x.name}
+    assert verdicts == {
+        ("int8_drop_db", False): "pass",
+        ("int8_drop_db", True): "fail",
+        ("int8_worst_db", False): "pass",
+        ("int8_worst_db", True): "fail",
+    }
+    assert found.verdict == "fail"
+
+
+def test_a_bundle_that_names_no_noise_levels_is_judged_at_its_own(copied):
+    raw = json.loads((copied / bundle.MANIFEST).read_text())
+    assert raw["protocol"].pop("levels") == [15.0, 25.0, 50.0]
+    (copied / bundle.MANIFEST).write_text(json.dumps(raw))
+    assert only(judged(copied), "int8_drop_db").reason == "onnxruntime (native)"
 
 
 @pytest.mark.parametrize("limit_db", [1.001, 1.003])
@@ -211,7 +252,7 @@ def test_an_artifact_that_gives_nan_fails_on_its_quality(copied):
     _offset_artifact(copied, np.nan)
     found = judged(changed(copied))
     assert found.rows[-1].psnr_mdb == 0
-    assert only(found, "int8_drop_db").verdict == "fail"
+    assert {x.verdict for x in found.limits if x.name == "int8_drop_db"} == {"fail"}
     assert only(found, "golden_outputs").verdict == "fail"
 
 
@@ -520,13 +561,13 @@ def test_the_pictures_of_a_device_are_judged_like_those_made_here(copied, tmp_pa
         ("pass", "equal"),
         ("fail", "30.0 dB"),
     ]
-    assert [x.verdict for x in found.limits if x.name == "int8_drop_db"] == ["pass", "pass", "fail"]
+    assert [x.verdict for x in found.limits if x.name == "int8_drop_db"] == ["pass", "pass", "fail", "pass"]
 
 
 def test_one_seed_of_several_says_nothing_of_their_mean(copied, tmp_path, timed):
     changed(copied, manifest={"protocol": {"seeds": [0, 1]}})
     found = verify.verify(copied, settings=QUICK, records=[kept(tmp_path, timed)])
-    here, there = (x for x in found.limits if x.name == "int8_drop_db")
+    here, there, _ = (x for x in found.limits if x.name == "int8_drop_db")
     assert (here.verdict, there.verdict) == ("pass", "incomplete")
     assert there.reason.endswith("its pictures are of one seed of several")
     assert [x.measured for x in found.limits if x.name == "golden_outputs"] == ["equal", "equal"]

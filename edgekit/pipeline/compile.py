@@ -593,6 +593,7 @@ def _manifest(
             pictures=golden.name,
             files=tuple(p.name for p in golden),
             golden_outputs=ran,
+            levels=int8.levels(recipe.noise) if built.precision == "int8" else (),
         ),
         built=built,
         chain=_chain(graph, quantized, teacher[1] if teacher else None, target, made),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -49,6 +50,20 @@ class Settings:
 
     threads: int = 1
     seconds: float = 12.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loss:
+    """What an INT8 artifact loses against its FP32 self over several noise levels, in thousandths of a dB.
+
+    levels: Which these are. mean_mdb: Over pictures and levels. worst_mdb: On that picture at that level that lose
+        most.
+    """
+
+    how: str
+    levels: str
+    mean_mdb: int
+    worst_mdb: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +163,7 @@ def _judged(
     sessions, missing = _open(path, built, target, settings)
     artifacts, agreements = _artifacts(judge, sessions, measured.devices, student, shipped, say)
     native = next((session for _, session in sessions if session.level == "native"), None)
+    losses = judge.losses([(label, session) for label, session in sessions if session.level == "native"], say)
     timing = None
     if native is not None and teacher is not None:
         say(f"{target.name}: timing against the FP32 teacher for {settings.seconds:g} s")
@@ -161,7 +177,7 @@ def _judged(
     baselines = baseline.recorded()
     limits = [
         *_student_limits(manifest, teacher, student, golden, baselines.records),
-        *_int8_limits(manifest.budgets, artifacts, missing),
+        *_int8_limits(manifest.budgets, artifacts, losses, missing),
         *_golden_limits(agreements, missing),
         *_deployment_limits(target, built, path, counted),
         *_speed_limits(target, timing, measured, [s.level for _, s in sessions], missing),
@@ -220,7 +236,7 @@ class _Judge:
         self, name: str, how: str, denoise: Callable[[Array, float], Array], before: Row | None, files: Sequence[Path]
     ) -> Row:
         """Return the quality of one denoiser."""
-        found = self._quality(denoise)
+        found = self._quality(denoise, self._manifest.protocol.sigma255)
         reference = None if before is None else self._found[before]
         row = Row(
             name=name,
@@ -258,6 +274,28 @@ class _Judge:
         session = backends.load_onnx(_REFERENCE_ENGINE).open_onnx(path, threads=2)
         return self.row(name, f"{_REFERENCE_ENGINE} (native)", session, None, (path,))
 
+    def losses(self, sessions: Sequence[tuple[str, Session]], say: Say) -> list[_Loss]:
+        """Return what the artifact loses in each session over the manifest's noise levels; none where it has one."""
+        student, levels = self._path / "reference" / "student.fp32.onnx", self._manifest.protocol.levels
+        if len(levels) < 2 or not sessions or not student.is_file():
+            return []
+        named = ", ".join(f"{level:g}" for level in levels)
+        reference = backends.load_onnx(_REFERENCE_ENGINE).open_onnx(student, threads=2)
+        before = [self._quality(reference, level) for level in levels]
+        found = []
+        for label, session in sessions:
+            say(self.told(f"the artifact ({label}) at noise levels {named}"))
+            pairs = [(b, self._quality(session, level)) for b, level in zip(before, levels, strict=True)]
+            found.append(
+                _Loss(
+                    how=f"{label} (native)",
+                    levels=f"noise levels {named}",
+                    mean_mdb=round(fmean(b.psnr_mdb - a.psnr_mdb for b, a in pairs)),
+                    worst_mdb=max(quality.worst_drop_mdb(b, a) for b, a in pairs),
+                )
+            )
+        return found
+
     def told(self, what: str) -> str:
         """Return the line that says what is being run."""
         return f"{self._manifest.target.name}: running {what} on {len(self._golden)} pictures"
@@ -271,11 +309,11 @@ class _Judge:
         # The golden outputs are of the first seed.
         return golden_agreement_db(self._path, self._golden, outputs[:: len(self._seeds)])
 
-    def _quality(self, denoise: Callable[[Array, float], Array]) -> QualityReport:
+    def _quality(self, denoise: Callable[[Array, float], Array], sigma255: float) -> QualityReport:
         return quality.evaluate(
             denoise,
             self._golden,
-            sigma255=self._manifest.protocol.sigma255,
+            sigma255=sigma255,
             seeds=self._seeds,
             stride=self._manifest.model.stride,
         )
@@ -502,13 +540,16 @@ def _student_limits(
     return [Limit(name="student_drop_db", limit=limit, measured=measured, verdict=verdict, reason=source)]
 
 
-def _int8_limits(budgets: Budgets, artifacts: Sequence[Row], missing: str) -> list[Limit]:
+def _int8_limits(budgets: Budgets, artifacts: Sequence[Row], losses: Sequence[_Loss], missing: str) -> list[Limit]:
     # The bundle's own; the name says nothing, for a user's own network may be called like a shipped one.
     mean_db = int8_drop_db(budgets, "")
+    mean = [(row.how, row.drop_mdb) for row in artifacts]
+    mean += [(f"{loss.how}, mean over {loss.levels}", loss.mean_mdb) for loss in losses]
     # Records of devices have no figures of single pictures.
     worst = [(row.how, row.worst_drop_mdb) for row in artifacts if row.worst_drop_mdb is not None]
+    worst += [(f"{loss.how}, any of {loss.levels}", loss.worst_mdb) for loss in losses]
     return [
-        *_drop_limits("int8_drop_db", mean_db, [(row.how, row.drop_mdb) for row in artifacts], missing),
+        *_drop_limits("int8_drop_db", mean_db, mean, missing),
         *_drop_limits("int8_worst_db", budgets.int8_worst_db, worst, missing),
     ]
 
@@ -518,7 +559,8 @@ def _drop_limits(
 ) -> list[Limit]:
     """Return the limit for each artifact; none where the budgets ask for nothing.
 
-    drops: How each was run, and what it loses in thousandths of a dB; None where a device saw one seed of several.
+    drops: How and over what each was measured, and what it loses in thousandths of a dB; None where a device saw one
+        seed of several.
     missing: Why none was run here; a device's figure is as good.
     """
     if most_db is None:
