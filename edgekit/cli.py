@@ -873,7 +873,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _interrupted(error: BaseException) -> int:
     """Say that a command was interrupted, and return its exit code; click has its own error around the real one."""
     click.echo("interrupted; start the same command again to go on", err=True)
-    cause = error.__cause__ if isinstance(error, click.exceptions.Abort) else error
+    # Not its __cause__, which click 8.1.0 does not name.
+    cause = error.__context__ if isinstance(error, click.exceptions.Abort) else error
     return cause.exit_code if isinstance(cause, _Terminated) else INTERRUPTED
 
 
