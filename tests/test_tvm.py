@@ -26,6 +26,9 @@ from edgekit import backends, models, target
 from edgekit.backends import Source
 from edgekit.bundle import Built
 from edgekit.errors import EdgekitError, IncompleteError, InputError, IntegrityError, ToolMissingError, UnsupportedError
+from edgekit.graph import checks
+from edgekit.pipeline import networks
+from edgekit.pipeline.compile import float_graph
 from edgekit.target import InputShape, Runner, Target
 
 pytest.importorskip("tvm")
@@ -234,6 +237,34 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 def test_kernels_of_every_kind_are_right(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     source = _source(NETS[name](), "net", tmp_path, channels=1, takes_sigma=False, stride=4)
+    assert _difference(source, 20, 28, tmp_path) < FLOAT_TOLERANCE
+
+
+class _MapOnUnshuffled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(15, 12, 3, padding=1), nn.PixelShuffle(2)
+
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        unshuffled = nn.functional.pixel_unshuffle(noisy, 2)
+        level = sigma.expand(1, 3, *unshuffled.shape[2:])
+        denoised: torch.Tensor = noisy - self.last(self.first(torch.cat([unshuffled, level], 1)))
+        return denoised
+
+
+def test_a_map_of_the_noise_level_beside_unshuffled_colour_is_compiled_in_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = networks.Foreign(_MapOnUnshuffled(), channels=3, stride=2, takes_sigma=True).eval()
+    source = Source(
+        name="net",
+        fp32_onnx=float_graph(net, tmp_path),
+        int8_onnx=None,
+        module=lambda: net,
+        channels=3,
+        takes_sigma=True,
+        stride=2,
+    )
+    assert "Gather" in checks.op_counts(checks.load_onnx(source.fp32_onnx))
     assert _difference(source, 20, 28, tmp_path) < FLOAT_TOLERANCE
 
 

@@ -13,8 +13,10 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import onnx
 import tvm
+from onnx import helper, numpy_helper
 from tvm import relax, s_tir, tirx
 from tvm.relax.backend.cpu_generic import pipeline as cpu_generic
 from tvm.relax.frontend.onnx import from_onnx
@@ -23,6 +25,8 @@ from tvm.tirx.build import codegen_build
 from edgekit.backends.tvm.schedule import schedule
 from edgekit.backends.tvm.transposed import without_transposed
 from edgekit.errors import UnsupportedError, nearest
+from edgekit.graph.cost import infer_shapes
+from edgekit.graph.walk import attribute, copied, free_name, initializers, names
 from edgekit.target import Isa
 
 LANES = 4
@@ -75,7 +79,7 @@ def fuse(path: Path, shapes: Mapping[str, tuple[int, ...]], target: tvm.target.T
         UnsupportedError: An operator that TVM does not take.
     """
     try:
-        graph = without_transposed(onnx.load(path))
+        graph = _reordered_by_convolutions(without_transposed(onnx.load(path)), shapes["noisy"])
         module = from_onnx(graph, shape_dict={name: list(shape) for name, shape in shapes.items()})
     except (tvm.error.OpError, ValueError) as error:
         raise UnsupportedError(f"{path.name}: TVM does not take an operator: {error}") from error
@@ -86,6 +90,29 @@ def fuse(path: Path, shapes: Mapping[str, tuple[int, ...]], target: tvm.target.T
     ]
     with target:
         return tvm.transform.Sequential(passes)(module)
+
+
+def _reordered_by_convolutions(model: onnx.ModelProto, picture: tuple[int, ...]) -> onnx.ModelProto:
+    """Return a float graph in which a 1x1 of ones and zeros, which is exact, picks channels as a Gather does.
+
+    Its constant is float32, and no other has a place in a library. PixelUnshuffle of a picture in colour has such a
+    Gather behind it where a map of the noise level is joined to it, as in FFDNet.
+    """
+    changed, stored, taken = copied(model), initializers(model), names(model)
+    picking = [
+        node
+        for node in changed.graph.node
+        if node.op_type == "Gather" and attribute(node, "axis") == 1 and node.input[1] in stored
+    ]
+    sizes = infer_shapes(changed, *picture[-2:]) if picking else {}
+    for node in picking:
+        places, size = numpy_helper.to_array(stored[node.input[1]]), sizes.get(node.input[0], ())
+        if places.ndim == 1 and len(size) == 4:
+            weights = np.eye(size[1], dtype=np.float32)[places, :, None, None]
+            name = free_name(f"{node.output[0]}_weights", taken)
+            changed.graph.initializer.append(numpy_helper.from_array(weights, name))
+            node.CopyFrom(helper.make_node("Conv", [node.input[0], name], list(node.output), node.name))
+    return changed
 
 
 def compile_kernels(
