@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgekit import bundle, recipe, target
+from edgekit.errors import InputError
 from edgekit.pipeline import compile as compiling
 from edgekit.pipeline import denoise, distill, plan, verify, whole
 
@@ -43,3 +46,21 @@ def test_a_path_may_be_of_either_kind(tiny, leaves, kind):
     assert denoise.denoise_file(opened, kind(picture), kind("out.png"), sigma255=25).is_file()
     found = whole.run_recipe(settings, [wanted], kind("made"), settings=verify.Settings(seconds=0.1))
     assert found.compiled.bundles["onnx"] == path
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        pytest.param((1, 1, 40, 40), np.uint8, id="bytes"),
+        pytest.param((1, 1, 40, 40), np.float64, id="float64"),
+        pytest.param((1, 3, 40, 40), np.float32, id="colour"),
+        pytest.param((2, 1, 40, 40), np.float32, id="two"),
+        pytest.param((40, 40), np.float32, id="a plane"),
+        pytest.param((1, 1, 0, 40), np.float32, id="none"),
+    ],
+)
+@pytest.mark.parametrize("tile", [None, (32, 32)], ids=["any size", "tiles"])
+def test_what_is_no_picture_in_float32_is_refused_and_not_denoised_otherwise(tile, shape, kind):
+    opened = dataclasses.replace(denoise.open_model("nano"), tile=tile)
+    with pytest.raises(InputError, match=r"not as \(1, 1, h, w\) in float32"):
+        opened(np.zeros(shape, kind), 25 / 255)

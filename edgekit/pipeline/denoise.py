@@ -60,8 +60,13 @@ class Opened:
         """Return a picture (1, c, h, w) of any size denoised.
 
         Raises:
-            InputError: It is larger than a tile, and cannot be cut into tiles.
+            InputError: It is no such picture in float32; or it is larger than a tile, and cannot be cut into tiles.
         """
+        if noisy.ndim != 4 or noisy.shape[:2] != (1, self.channels) or not noisy.size or noisy.dtype != np.float32:
+            raise InputError(
+                f"a picture is given as {noisy.shape} in {noisy.dtype}, not as (1, {self.channels}, h, w) in float32",
+                remedy="give one at a time, in [0, 1] plus noise: noisy.astype(np.float32), bytes divided by 255",
+            )
         if self.tile is not None:
             height, width = self.tile
             if self.one_piece and (noisy.shape[2] > height or noisy.shape[3] > width):
