@@ -20,7 +20,9 @@ def students(tmp_path_factory):
     }
 
 
-def compared(path, fp32_us: int, int8_us: int, *, spread_us: int = 0, released: bool = False) -> str:
+def compared(
+    path, fp32_us: int, int8_us: int, *, spread_us: int = 0, released: bool = False, dynamic: bool = False
+) -> str:
     """Return the sentence for run times that are made up; the programs themselves are real and run once."""
 
     def interleave(a, b, *, min_pairs, max_seconds):
@@ -38,6 +40,7 @@ def compared(path, fp32_us: int, int8_us: int, *, spread_us: int = 0, released: 
         threads=1,
         seconds=0.1,
         released=released,
+        dynamic=dynamic,
         interleave=interleave,
     )
     assert found is not None
@@ -67,7 +70,15 @@ def test_a_slow_plain_network_is_told_what_to_do_about_it(students):
 
 def test_a_slow_network_with_layers_in_float_is_told_of_the_budget(students):
     said = compared(students["plain"], 20_000, 25_000, released=True)
-    assert "convolutions are in float; raise budgets.int8_drop_db so that fewer are" in said
+    assert "convolutions are in float; raise budgets.int8_drop_db, or take a larger student, where the budget" in said
+    assert "else leave out quantization.keep_float and what `edgekit lint` names" in said
+
+
+def test_dynamic_int8_that_is_slower_is_told_that_its_mode_is_to_blame(students):
+    said = compared(students["v3"], 20_000, 40_000, released=True, dynamic=True)
+    assert "not worth it here: ranges are found in each picture; leave out quantization.mode=dynamic, or" in said
+    assert "budgets" not in said
+    assert "activation" not in said
 
 
 def test_a_difference_within_the_noise_is_no_speed_up(students):

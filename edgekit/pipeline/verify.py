@@ -358,6 +358,7 @@ def _notes_here(
             threads=settings.threads,
             seconds=settings.seconds / 2,
             released=isinstance(counted, Audit) and bool(counted.float_nodes),
+            dynamic=isinstance(counted, Audit) and "DynamicQuantizeLinear" in counted.float_ops_between,
         )
         if found is not None:
             yield found.sentence()

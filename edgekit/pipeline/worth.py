@@ -31,6 +31,7 @@ class Worth:
     """Run times of the FP32 student and the artifact.
 
     in_float: Operators that keep the engine going to and fro. released: Whether products run in float.
+    dynamic: Whether ranges are found in each picture.
     """
 
     engine: str
@@ -38,6 +39,7 @@ class Worth:
     ratio: Ratio
     in_float: tuple[str, ...]
     released: bool
+    dynamic: bool
 
     def sentence(self) -> str:
         """Return the fact, with advice where INT8 is not worth it, or where these runs do not tell."""
@@ -54,10 +56,13 @@ class Worth:
             return f"{fact} Whether INT8 is faster here is not decided: time it longer, with nothing beside it."
         advice = sorted({_COSTLY[name] for name in self.in_float})
         cause = (
-            f"{', '.join(self.in_float)} run in float between the integer convolutions; train the student with "
+            "ranges are found in each picture; leave out quantization.mode=dynamic"
+            if self.dynamic
+            else f"{', '.join(self.in_float)} run in float between the integer convolutions; train the student with "
             f"{' and '.join(advice)}, or take the 'control' network"
             if advice
-            else "convolutions are in float; raise budgets.int8_drop_db so that fewer are, or take a larger student"
+            else "convolutions are in float; raise budgets.int8_drop_db, or take a larger student, where the budget "
+            "put them there, else leave out quantization.keep_float and what `edgekit lint` names"
             if self.released
             else "too little of its time is spent in convolutions; take a larger student"
         )
@@ -73,6 +78,7 @@ def compare(
     threads: int,
     seconds: float,
     released: bool = False,
+    dynamic: bool = False,
     interleave: Callable[..., Paired] = latency.interleave,
 ) -> Worth | None:
     """Return how the artifact compares with the FP32 graph that it was made from; None for an engine that runs no ONNX.
@@ -85,6 +91,7 @@ def compare(
         threads: Of the engine.
         seconds: Time after which no further pair is begun.
         released: Whether products of the artifact run in float, as they do where its budget wants it.
+        dynamic: Whether the artifact finds its ranges in each picture.
         interleave: Measures.
     """
     if engine not in ("onnxruntime", "openvino"):
@@ -99,6 +106,7 @@ def compare(
         ratio=latency.ratio_with_bound(paired),
         in_float=tuple(name for name in _COSTLY if name in found),
         released=released,
+        dynamic=dynamic,
     )
 
 
