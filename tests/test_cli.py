@@ -256,6 +256,8 @@ _ARM = "isa: {{triple: aarch64-linux-gnu, cpu: {cpu}, features: [{features}]}}"
     ("engine", "precision", "more", "code", "told"),
     [
         ("onnxruntime", "float16", "", 4, "ONNX Runtime's CPU provider has no float16 convolutions"),
+        ("onnxruntime", "int8", "runner: {kind: qemu, cpus: [cortex-a76]}", 4, "and the runner is 'qemu'; set 'runner"),
+        ("openvino", "float32", "runner: {kind: reference}", 4, "'openvino' runs on this machine alone"),
         ("tvm", "float16", _ARM.format(cpu="generic", features=""), 4, "the engine 'tvm' has no float16 kernels"),
         ("tvm", "int8", "", 4, "has no 'isa'"),
         ("tvm", "int8", "isa: {triple: riscv64-linux-gnu, cpu: generic}", 4, "isa.triple 'riscv64-linux-gnu' is not"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from edgekit.bundle import Built
-from edgekit.errors import ToolMissingError
+from edgekit.errors import ToolMissingError, UnsupportedError
 from edgekit.report import Audit
 from edgekit.target import Engine, Target
 
@@ -117,6 +117,20 @@ class OnnxBackend(Backend, Protocol):
     def open_onnx(self, path: Path, *, threads: int = 1) -> Session:
         """Open an ONNX file in its own precision."""
         ...
+
+
+def check_local(target: Target) -> None:
+    """Refuse another runner than this machine, for an engine that runs here alone: it would not be what ran.
+
+    Raises:
+        UnsupportedError: The target names one.
+    """
+    if target.runner.kind != "local":
+        raise UnsupportedError(
+            f"target '{target.name}': the engine '{target.engine}' runs on this machine alone, and the runner is "
+            f"'{target.runner.kind}'",
+            remedy="set 'runner: {kind: local}'",
+        )
 
 
 def load_onnx(engine: Literal["onnxruntime", "openvino"]) -> OnnxBackend:

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from edgekit.backends import Source, onnxruntime_audit, onnxruntime_graph, onnxruntime_times
+from edgekit.backends import Source, check_local, onnxruntime_audit, onnxruntime_graph, onnxruntime_times
 from edgekit.backends.weight_bits import NOTES, weight_bits
 from edgekit.bundle import Built
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
@@ -47,7 +47,8 @@ class OnnxSession:
 
 
 def check(target: Target) -> None:
-    """Refuse float16; raises as the protocol says."""
+    """Refuse float16, and another runner than this machine; raises as the protocol says."""
+    check_local(target)
     if target.precision not in FILES:
         raise UnsupportedError(
             f"target '{target.name}': ONNX Runtime's CPU provider has no {target.precision} convolutions",

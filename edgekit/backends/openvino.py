@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.backends import Source, openvino_graph
+from edgekit.backends import Source, check_local, openvino_graph
 from edgekit.backends.weight_bits import NOTES, weight_bits
 from edgekit.bundle import Built
 from edgekit.errors import InputError, IntegrityError, UnsupportedError, is_out_of_memory
@@ -75,7 +75,8 @@ class OpenvinoSession:
 
 
 def check(target: Target) -> None:
-    """Refuse nothing: OpenVINO takes each precision and shape."""
+    """Refuse another runner than this machine; OpenVINO takes each precision and shape. Raises as the protocol says."""
+    check_local(target)
 
 
 def build(source: Source, target: Target, out: Path) -> Built:
