@@ -72,6 +72,11 @@ def test_programs_run_by_turns_after_a_warm_up(machine):
     assert (paired.a_median_us, paired.b_median_us) == (500, 100)
 
 
+def test_one_disturbed_run_does_not_move_the_times_which_are_whole_microseconds():
+    paired = Paired(a_us=(401, 400, 90_000, 400, 402, 400), b_us=(100, 101, 100, 100, 101, 7000))
+    assert (paired.a_median_us, paired.b_median_us) == (400, 100)
+
+
 def test_pairs_go_on_until_the_time_is_over(machine):
     paired = interleave(
         machine.program("a", 8000), machine.program("b", 2000), min_pairs=6, max_seconds=0.25, clock_ns=machine.clock_ns
@@ -138,6 +143,35 @@ def test_the_bound_is_the_same_for_the_same_seed_and_rounded_outwards():
     wider = ratio_with_bound(paired, confidence=0.999, seed=1)
     assert wider.low_e3 <= ratio.low_e3
     assert wider.high_e3 >= ratio.high_e3
+
+
+def test_the_bound_is_rounded_outwards_and_the_ratio_to_the_nearest():
+    # 1.33357.
+    ratio = ratio_with_bound(Paired(a_us=(40_007,) * 8, b_us=(30_000,) * 8))
+    assert (ratio.low_e3, ratio.ratio_e3, ratio.high_e3) == (1333, 1334, 1334)
+
+
+def test_the_bound_is_of_the_confidence_that_was_asked_for():
+    """Of 6 pairs the sign test makes it, of many the bootstrap."""
+    rng = np.random.default_rng(3)
+    for pairs, less in ((6, 0.5), (60, 0.8)):
+        paired = Paired(a_us=tuple(rng.integers(900, 1100, pairs).tolist()), b_us=(300,) * pairs)
+        narrow, wide = ratio_with_bound(paired, confidence=less), ratio_with_bound(paired)
+        assert narrow.low_e3 > wide.low_e3
+        assert narrow.high_e3 < wide.high_e3
+        assert (narrow.confidence, wide.confidence) == (less, 0.95)
+
+
+def test_pairs_that_are_like_their_neighbours_widen_the_bound():
+    """A machine that is slow for a while tells less than as many pairs that have nothing to do with each other."""
+    rng = np.random.default_rng(4)
+    slow = np.repeat(rng.normal(4000, 200, 25), 5).astype(int)
+    mixed = rng.permutation(slow)
+    widths = [
+        (bound := ratio_with_bound(Paired(a_us=tuple(times.tolist()), b_us=(1000,) * 125))).high_e3 - bound.low_e3
+        for times in (slow, mixed)
+    ]
+    assert widths[0] > 1.3 * widths[1]
 
 
 @pytest.mark.parametrize("pairs", [6, 8, 12])

@@ -76,6 +76,11 @@ def test_ssim_of_a_picture_below_its_window_is_refused():
         ssim(random_picture(1, 10, 30), random_picture(1, 10, 30))
 
 
+def test_ssim_of_a_picture_of_one_window_is_taken():
+    picture = random_picture(1, quality.SSIM_WINDOW, quality.SSIM_WINDOW)
+    assert ssim(picture, picture) == 1
+
+
 def test_the_noisy_input_scores_the_noise_alone(pictures):
     report = evaluate(noisy_input, pictures, sigma255=25, seeds=(0, 1, 2))
     assert report.psnr_mdb / 1000 == pytest.approx(-20 * math.log10(25 / 255), abs=0.1)
@@ -111,6 +116,13 @@ def test_a_picture_is_scored_with_the_mean_of_its_seeds(pictures):
     for i in range(3):
         mean = sum(one.pictures[i].psnr_mdb for one in single) / 2
         assert both.pictures[i].psnr_mdb == pytest.approx(mean, abs=1)
+
+
+@pytest.mark.parametrize("error", [0.0101, 0.0102, 0.0103, 0.0104])
+def test_figures_are_rounded_to_the_nearest(pictures, error):
+    report = evaluate(lambda noisy, sigma: noisy + np.float32(error), pictures, sigma255=0)
+    for figure in (report, *report.pictures):
+        assert figure.psnr_mdb == round(-20_000 * math.log10(error))
 
 
 def test_a_perfect_denoiser_scores_the_ceiling(pictures):
@@ -175,6 +187,33 @@ def test_a_drop_is_the_exact_difference_within_its_bounds(pictures):
     assert psnr_drop(after, before).drop_mdb == -300
 
 
+def test_the_worst_drop_is_that_of_the_picture_that_loses_most(pictures):
+    before = evaluate(noisy_input, pictures, sigma255=25)
+    losses = (100, 600, -200)
+    after = replace(
+        before,
+        pictures=tuple(
+            replace(one, psnr_mdb=one.psnr_mdb - loss) for one, loss in zip(before.pictures, losses, strict=True)
+        ),
+    )
+    assert quality.worst_drop_mdb(before, after) == 600
+    assert quality.worst_drop_mdb(after, before) == 200
+
+
+def test_the_bound_of_a_drop_is_rounded_outwards(pictures):
+    before = evaluate(noisy_input, pictures, sigma255=25)
+    losses = (1, 2, 2)
+    after = replace(
+        before,
+        pictures=tuple(
+            replace(one, psnr_mdb=one.psnr_mdb - loss) for one, loss in zip(before.pictures, losses, strict=True)
+        ),
+    )
+    # The quarter and three quarters of the resamples' means lie at 4/3 and 2.
+    drop = psnr_drop(before, after, confidence=0.5)
+    assert (drop.low_mdb, drop.high_mdb) == (1, 2)
+
+
 @pytest.mark.parametrize("channels", [1, 3], ids=["gray", "colour"])
 def test_non_local_means_beats_the_noisy_input_by_far(channels):
     small = sets.centred(sets.embedded("evaluation", channels=channels), 96, 96)
@@ -182,6 +221,11 @@ def test_non_local_means_beats_the_noisy_input_by_far(channels):
     after = evaluate(nlm, small, sigma255=25)
     assert after.psnr_mdb > before.psnr_mdb + 5000
     assert after.ssim_e5 > before.ssim_e5 + 15_000
+
+
+def test_non_local_means_smooths_in_proportion_to_the_noise():
+    noisy = random_picture(1, 1, 24, 24)
+    np.testing.assert_allclose(nlm(noisy / 4, 0.05), nlm(noisy, 0.2) / 4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 50), (37, 8), (321, 481)])
@@ -264,6 +308,18 @@ def test_every_tile_has_the_artifacts_own_shape():
 def test_tiles_that_cannot_work_are_refused(tile, halo, message):
     with pytest.raises(InputError, match=message):
         denoise_tiled(noisy_input, random_picture(1, 1, 80, 80), 0.1, tile_height=tile, tile_width=64, halo=halo)
+
+
+def test_a_picture_of_one_tile_needs_no_room_for_a_halo():
+    noisy = integer_picture(64, 64)
+    tiled = denoise_tiled(cross_of(32), noisy, 0.1, tile_height=64, tile_width=64, halo=32)
+    np.testing.assert_array_equal(tiled, cross_of(32)(noisy, 0.1))
+
+
+def test_what_looks_at_one_pixel_alone_needs_no_halo():
+    noisy = integer_picture(80, 100)
+    tiled = denoise_tiled(stamp, noisy, 0.1, tile_height=64, tile_width=64, halo=0)
+    np.testing.assert_array_equal(tiled, whole(stamp, noisy, 64, 64))
 
 
 def test_a_student_in_tiles_gives_the_picture_of_the_whole():

@@ -43,7 +43,7 @@ def test_many_values_take_no_more_memory_than_few():
 
 def test_estimates_are_the_mean_and_the_median(values):
     assert mean_interval(values).estimate == pytest.approx(np.mean(values))
-    assert median_interval(values).estimate == np.median(values)
+    assert median_interval(values).estimate == sign_test_interval(values).estimate == np.median(values)
 
 
 def test_the_interval_of_a_mean_is_that_of_theory_for_normal_values():
@@ -108,11 +108,13 @@ def test_equal_values_leave_no_doubt():
         (lambda: mean_interval([]), "no values"),
         (lambda: mean_interval([1.0, float("nan")]), "not finite: nan"),
         (lambda: mean_interval([1.0], confidence=95), "confidence 95"),
+        (lambda: mean_interval([1.0], confidence=1), "confidence 1 "),
+        (lambda: mean_interval([1.0], confidence=0), "confidence 0 "),
         (lambda: sign_test_interval([1.0], confidence=95), "confidence 95"),
         (lambda: median_interval([1.0, 2.0], block=3), "blocks of 3 .* 2 values"),
         (lambda: paired_difference([1.0], [1.0, 2.0]), "1 and 2 values"),
     ],
-    ids=["none", "nan", "confidence", "confidence of the sign test", "block", "pairs"],
+    ids=["none", "nan", "confidence", "certainty", "no confidence", "confidence of the sign test", "block", "pairs"],
 )
 def test_what_has_no_interval_is_refused(call, message):
     with pytest.raises(InputError, match=message):
