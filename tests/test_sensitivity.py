@@ -99,7 +99,7 @@ def test_a_limit_for_the_worst_picture_holds_where_the_mean_did_long_before(prep
 
 @pytest.mark.parametrize(
     ("mean", "worst", "limit", "over"),
-    [(60, 90, None, 10), (60, 190, 0.15, 40), (40, 140, 0.15, -10), (49, 10, 0.15, -1)],
+    [(60, 90, None, 10), (60, 190, 0.15, 40), (40, 140, 0.15, -10), (49, 10, 0.15, -1), (50, 150, 0.15, 0)],
 )
 def test_a_budget_says_by_how_much_it_is_missed(mean, worst, limit, over):
     allowed, loss = budget.Budget(mean_db=0.05, worst_db=limit), budget.Loss(mean_mdb=mean, worst_mdb=worst)

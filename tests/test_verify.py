@@ -376,6 +376,14 @@ def test_a_size_beside_its_limit_is_not_shown_as_the_limit(copied):
         assert (limit.verdict, shown > limit_mib) == (verdict, verdict == "fail")
 
 
+def test_a_figure_that_is_its_limit_keeps_it():
+    for found, verdict in ((64.0, "pass"), (np.nextafter(64.0, 65.0), "fail")):
+        assert verify._at_most("peak_memory_mib", 64.0, found, "MiB", "").verdict == verdict
+    for agreement, verdict in ((40.0, "pass"), (np.nextafter(40.0, 0.0), "fail"), (0.0, "fail"), (np.inf, "pass")):
+        (limit,) = verify._golden_limits([("here", agreement)], "")
+        assert limit.verdict == verdict
+
+
 @pytest.mark.parametrize(
     ("engine", "threads", "said"),
     [
