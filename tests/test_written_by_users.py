@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -396,6 +397,32 @@ def test_openvino_computes_the_borders_of_windows_of_one_column(tmp_path):
     ((_, session),) = door.open_session(tmp_path / "built", built, wanted)
     noisy = probe(72, 56, 1, seed=9)
     assert agreement_db(session(noisy, LEVEL), Reference(graph, exact=True)(noisy, LEVEL)) > 50
+
+
+class Reordered(nn.Module):
+    """Channels in an order of its own, which is not its own inverse."""
+
+    channels, stride, takes_sigma = 1, 8, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body, self.tail = conv(1, 16), conv(16, 16), conv(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.head(x))[:, [*range(1, 16), 0]]
+        return x - self.tail(torch.tanh(self.body(y)))
+
+
+@pytest.mark.parametrize("make", [Reordered])
+def test_openvino_computes_what_it_would_move_or_fold_wrongly(tmp_path, make):
+    pytest.importorskip("openvino")
+    source, graph = for_openvino(make, tmp_path)
+    door, noisy = backends.load("openvino"), probe(72, 56, 1, seed=9)
+    for precision, expected, least_db in (("float32", checks.load_onnx(source.fp32_onnx), 100), ("int8", graph, 60)):
+        wanted = dataclasses.replace(target.load("linux-x86_64"), precision=precision)
+        built = door.build(source, wanted, tmp_path / precision)
+        ((_, session),) = door.open_session(tmp_path / precision, built, wanted)
+        assert agreement_db(session(noisy, LEVEL), Reference(expected, exact=True)(noisy, LEVEL)) > least_db
 
 
 class Milesial(nn.Module):

@@ -42,8 +42,36 @@ _LOOKED_AT = (64, 96)
 
 def rewritten(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a float or QDQ graph that computes the same with all of these; what has none of them stays as it is."""
-    biased = without_columns(with_biases(constants_stored(model)))
-    return without_zero_points(subtraction_before_shuffle(channels_by_plane(biased)))
+    sound = without_columns(with_biases(without_folded_orders(constants_stored(model))))
+    return without_zero_points(subtraction_before_shuffle(channels_by_plane(sound)))
+
+
+def without_folded_orders(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph in which OpenVINO does not fold a Gather that puts channels in another order.
+
+    ```
+    Gather([1, 2, 0])  ->  Gather([[1, 2, 0]]) ─ Squeeze
+    ```
+    OpenVINO 2026.4 folds it into the weights of the convolutions behind it, as if each order were its own inverse:
+    right for [2, 1, 0], another network for [1, 2, 0].
+    """
+    changed = copied(model)
+    stored, taken = initializers(changed), names(changed)
+    for node in list(changed.graph.node):
+        if node.op_type != "Gather" or attribute(node, "axis") not in (1, -3) or node.input[1] not in stored:
+            continue
+        order = numpy_helper.to_array(stored[node.input[1]])
+        count = np.arange(order.size)
+        places = order % max(order.size, 1)
+        if order.ndim != 1 or not np.array_equal(np.sort(places), count) or np.array_equal(places[places], count):
+            continue
+        listed, axis, moved = (free_name(f"{node.output[0]}_{part}", taken) for part in ("order", "axis", "listed"))
+        changed.graph.initializer.append(numpy_helper.from_array(order[None], listed))
+        changed.graph.initializer.append(numpy_helper.from_array(np.array([1]), axis))
+        squeeze = helper.make_node("Squeeze", [moved, axis], node.output, free_name(f"{node.name}_squeezed", taken))
+        node.input[1], node.output[0] = listed, moved
+        changed.graph.node.insert(list(changed.graph.node).index(node) + 1, squeeze)
+    return changed
 
 
 def with_biases(model: onnx.ModelProto) -> onnx.ModelProto:
