@@ -413,7 +413,21 @@ class Reordered(nn.Module):
         return x - self.tail(torch.tanh(self.body(y)))
 
 
-@pytest.mark.parametrize("make", [Reordered])
+class Averaged(nn.Module):
+    """Pixels in [-1, 1], of which an average is taken that counts the border."""
+
+    channels, stride, takes_sigma = 1, 8, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(3, 1, padding=1)
+        self.head, self.body, self.tail = conv(1, 16), conv(16, 16), conv(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.tail(F.relu(self.body(F.relu(self.head(self.pool(2 * x - 1))))))
+
+
+@pytest.mark.parametrize("make", [Reordered, Averaged])
 def test_openvino_computes_what_it_would_move_or_fold_wrongly(tmp_path, make):
     pytest.importorskip("openvino")
     source, graph = for_openvino(make, tmp_path)
