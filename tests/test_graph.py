@@ -283,6 +283,28 @@ def test_the_cost_of_a_transposed_convolution_is_counted_at_its_input(tmp_path):
     assert macs["/up/ConvTranspose"] == (8 * 8) * 4 * 4 * 16
 
 
+@pytest.mark.parametrize("name", ["same", ""], ids=["one name", "no name"])
+def test_products_that_cannot_be_told_apart_are_not_counted_as_one(name):
+    model = graph(
+        [
+            helper.make_node("Conv", ["noisy", "w"], ["between"], name),
+            helper.make_node("Conv", ["between", "w"], ["denoised"], name),
+        ],
+        weights={"w": np.ones((1, 1, 1, 1), np.float32)},
+    )
+    with pytest.raises(UnsupportedError, match=f"two nodes are named '{name}'"):
+        cost.macs_by_node(model, 64, 64)
+
+
+def test_the_share_of_integers_is_rounded_down_as_an_engines_account_is():
+    """Else 94.96 % would be released as 95 % and judged as 94.9 %, and 99.96 % be told as 100 %."""
+    names = ["noisy", "a", "b", "denoised"]
+    nodes = [helper.make_node("Conv", [names[i], "w"], [names[i + 1]], f"conv{i}") for i in range(3)]
+    model = graph(nodes, weights={"w": np.ones((1, 1, 1, 1), np.float32)})
+    for count, permille in ((0, 0), (1, 333), (2, 666), (3, 1000)):
+        assert cost.integer_permille(model, frozenset(f"conv{i}" for i in range(count))) == permille
+
+
 def test_quantizing_changes_the_bytes_but_not_the_count(tmp_path):
     float_model = exported(models.create("nano"), tmp_path)
     pictures = [(reference.probe(32, 32, 1, seed=i), 0.1) for i in range(8)]

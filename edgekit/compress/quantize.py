@@ -71,7 +71,7 @@ class QuantizationReport:
     onnx: The QDQ graph.
     integer_nodes: Names of the convolutions that compute in integers.
     float_nodes: Names of the convolutions that were left in float.
-    integer_macs_permille: Share of the multiply-accumulates that are integers, in thousandths.
+    integer_macs_permille: Share of the multiply-accumulates that are integers, in thousandths, rounded down.
     calibration_pictures: Pictures that the ranges were taken from.
     agreement_millidb: PSNR of the INT8 graph's output against the float graph's on the calibration pictures, in
         thousandths of a dB: how far the two are apart, not how good either is.
