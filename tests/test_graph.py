@@ -455,6 +455,43 @@ def test_a_resizing_that_is_understood_is_what_onnx_runtime_does(mode, factors):
     )
 
 
+class Levelled(nn.Module):
+    """A map of the noise level, or of columns, goes through more convolutions than the picture."""
+
+    channels, stride, takes_sigma = 1, 1, True
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of = of
+        self.head, self.tail = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+        self.level = nn.Sequential(*(nn.Conv2d(n, 8, 3, padding=1) for n in (1, 8, 8, 8)))
+
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        level = torch.ones_like(noisy) * sigma if self.of == "ones" else sigma.expand(-1, -1, *noisy.shape[2:])
+        if self.of == "columns":
+            level = level * torch.arange(noisy.shape[3]).float().reshape(1, 1, 1, -1)
+        if self.of == "borders":
+            level = level * functional.avg_pool2d(torch.ones_like(noisy), 5, 1, 2)
+        return noisy - self.tail(torch.relu(self.head(noisy) + self.level(level)))
+
+
+@pytest.mark.parametrize(("of", "halo"), [("level", 5), ("ones", 5), ("borders", 7)])
+def test_maps_of_the_noise_level_show_where_the_picture_ends(tmp_path, of, halo):
+    torch.manual_seed(0)
+    model = exported(Levelled(of).eval(), tmp_path)
+    assert receptive_field.receptive_field(model).halo_px == halo
+    run, noisy = reference.Reference(model), reference.probe(48, 48, 1, seed=0)
+    whole, tile = run(noisy, 0.2)[:, :, 12:36, 12:36], run(np.ascontiguousarray(noisy[:, :, 12:36, 12:36]), 0.2)
+    differs = np.abs(whole - tile) > 1e-6
+    assert not differs[:, :, halo:-halo, halo:-halo].any()
+    assert differs[:, :, 2:-2, 2:-2].any()
+
+
+def test_what_depends_on_the_place_in_the_picture_has_no_halo(tmp_path):
+    with pytest.raises(UnsupportedError, match="depends on the place in the picture"):
+        receptive_field.receptive_field(exported(Levelled("columns").eval(), tmp_path))
+
+
 def test_global_operators_are_named(tmp_path):
     field = receptive_field.receptive_field(exported(models.create("nano", {"se": True}), tmp_path))
     assert len(field.global_nodes) == 1

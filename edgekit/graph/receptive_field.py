@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from edgekit.errors import UnsupportedError
 from edgekit.graph.checks import DENOISED, NOISY
-from edgekit.graph.cost import folded, infer_shapes, stride
+from edgekit.graph.cost import WEIGHT_INPUT, Shape, folded, infer_shapes, stride
 from edgekit.graph.resizing import resizing
 from edgekit.graph.walk import attribute, constants_stored, consumers, initializers, producers
 
@@ -63,11 +63,17 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
     Every tensor gets the span of input pixels that one of its elements depends on, along height and width (Araujo 2019,
     "Computing Receptive Fields of Convolutional Neural Networks", with rational strides for up-sampling).
 
+    Maps that hold no pixels but have the picture's size, as one of the noise level, count too: windows that reach
+    beyond their borders show where the picture ends.
+
     Raises:
-        UnsupportedError: An operator whose span is not known, or operands of different resolution.
+        UnsupportedError: An operator whose span is not known, operands of different resolution, or values that depend
+            on the place in the picture.
     """
+    shapes: Mapping[str, Shape] = {}
     if any(node.op_type in _SIZES for node in model.graph.node):
         model = constants_stored(folded(model, *_LOOKED_AT, without_idle=True))
+        shapes = infer_shapes(model, *_LOOKED_AT)
     kept = _kept_by_norms(model)
     unit = _Span(Fraction(1), Fraction(0), Fraction(0))
     spans: dict[str, tuple[_Span, _Span]] = {NOISY: (unit, unit)}
@@ -75,8 +81,12 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
     grid = 1
     constants = {name: numpy_helper.to_array(t) for name, t in initializers(model).items() if math.prod(t.dims) < 64}
     constants |= {n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in model.graph.node if _holds_tensor(n)}
+    stored = initializers(model) if shapes else {}
     for node in model.graph.node:
+        spans |= _maps_of_sizes(node, stored)
         operands = [spans[name] for name in node.input if name in spans]
+        if not operands and node.op_type in _SPREAD and _is_map(shape := shapes.get(node.output[0], ())):
+            spans[node.output[0]] = _over(shape)
         if not operands or node.op_type in _SIZES:
             continue
         if _is_global(node, constants):
@@ -119,6 +129,54 @@ def tile_stride(model: onnx.ModelProto, path: Path) -> int:
         return math.lcm(found, receptive_field(model).grid_px)
     except UnsupportedError:
         return found
+
+
+def _maps_of_sizes(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> dict[str, tuple[_Span, _Span]]:
+    """Return the spans of the constant maps that a node reads, in a graph that was folded at one size.
+
+    Raises:
+        UnsupportedError: Values that differ not at the borders alone.
+    """
+    found = dict[str, tuple[_Span, _Span]]()
+    if node.op_type == "DequantizeLinear":
+        return found
+    for name in node.input[: 1 if node.op_type in WEIGHT_INPUT else None]:
+        if name not in stored or len(stored[name].dims) != 4 or max(stored[name].dims[2:]) == 1:
+            continue
+        values = numpy_helper.to_array(stored[name])
+        border = _border(values)
+        if 4 * border > min(values.shape[2:]):
+            raise UnsupportedError(
+                f"node '{node.name}' ({node.op_type}): '{name}' depends on the place in the picture",
+                remedy="leave coordinates out where pictures are denoised in tiles",
+            )
+        if _is_map(values.shape):
+            found[name] = _over(values.shape, border=border)
+    return found
+
+
+def _border(values: NDArray[np.generic]) -> int:
+    """Return how wide the border of a map (n, c, h, w) is whose values differ from the one in the middle."""
+    height, width = values.shape[2:]
+    _, _, rows, columns = np.nonzero(values != values[:, :, height // 2, width // 2][:, :, None, None])
+    edges = np.minimum.reduce([rows, height - 1 - rows, columns, width - 1 - columns])
+    return int(edges.max(initial=-1)) + 1
+
+
+def _is_map(shape: Shape) -> bool:
+    return len(shape) == 4 and min(shape[2:]) > 1
+
+
+def _over(shape: Shape, *, border: int = 0) -> tuple[_Span, _Span]:
+    """Return the spans of a map that holds no pixels; `border` elements at its edges differ from those inside."""
+    spans = []
+    for size, side in zip(shape[2:], _LOOKED_AT, strict=True):
+        jump = Fraction(round(Fraction(side, size))) if size < side else 1 / Fraction(round(Fraction(size, side)))
+        # It may be larger or smaller than the picture by a border of its own.
+        reach = abs(jump * size - side) + jump * border
+        spans.append(_Span(jump, -reach, max(jump - 1, Fraction(0)) + reach))
+    height, width = spans
+    return height, width
 
 
 def _kept_by_norms(model: onnx.ModelProto) -> frozenset[str]:
@@ -213,6 +271,8 @@ _CHANNEL_AXES = ((1,), (-3,))
 _NORMALIZE = frozenset({"InstanceNormalization", "LayerNormalization", "GroupNormalization"})
 # Pixels: any multiple of 32, and of no other power of two, so that what pads to more does pad.
 _LOOKED_AT = (33 * 32, 35 * 32)
+# They spread what they read over a map.
+_SPREAD = frozenset({"Expand", "Tile"})
 # They give sizes, on which no pixel's value has a bearing.
 _SIZES = frozenset({"Shape", "Size"})
 
