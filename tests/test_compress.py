@@ -203,6 +203,14 @@ def test_folding_that_moves_the_output_stops_with_the_figure():
         fuse(net, *example(net))
 
 
+@pytest.mark.parametrize(("size", "pads"), [(3, [2, 2, 2, 2]), ((2, 4), [1, 3, 1, 3])], ids=str)
+def test_a_dilated_convolution_padded_as_same_says_by_how_much(tmp_path, size, pads):
+    net = nn.Conv2d(1, 1, size, padding="same", dilation=2)
+    path = export_onnx(net, channels=1, takes_sigma=False, stride=8, out=tmp_path / "same.onnx")
+    (node,) = onnx.load(path).graph.node
+    assert walk.attribute(node, "pads") == pads
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", ["nano", "control", "teacher-a"])
 def test_an_exported_network_is_clean_and_the_same_every_time(tmp_path, name, channels):

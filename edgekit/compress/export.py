@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from torch.onnx import register_custom_op_symbolic, symbolic_helper, unregister_custom_op_symbolic  # type: ignore[attr-defined]
 
@@ -26,7 +26,7 @@ from edgekit.files import atomic_file
 from edgekit.graph.checks import DENOISED, NOISY, SIGMA, interface, op_counts
 from edgekit.graph.cost import Shape, infer_shapes
 from edgekit.graph.reference import Reference, probe, relative_change
-from edgekit.graph.walk import consumers, group_count, initializers
+from edgekit.graph.walk import attribute, consumers, group_count, initializers
 
 OPSET = 17
 MOST_CHANGE = 1e-4
@@ -60,6 +60,7 @@ def export_onnx(net: nn.Module, *, channels: int, takes_sigma: bool, stride: int
         raise UnsupportedError(
             f"{type(net).__name__}: the exported graph has a BatchNormalization", remedy="fold it first: compress.fuse"
         )
+    _write_pads(model)
     shuffles = [node for node in model.graph.node if node.op_type == "SpaceToDepth"]
     restore_channel_order(model, shuffles, infer_shapes(model, *sizes[0]))
     strip(model)
@@ -82,6 +83,14 @@ def export_onnx(net: nn.Module, *, channels: int, takes_sigma: bool, stride: int
     return out
 
 
+def set_pads(node: onnx.NodeProto, widths: Sequence[int]) -> None:
+    """Have a node whose border was automatic pad by these widths, both sides of an axis together."""
+    less, more = [width // 2 for width in widths], [-(-width // 2) for width in widths]
+    pads = less + more if attribute(node, "auto_pad") == b"SAME_UPPER" else more + less
+    node.attribute.remove(next(a for a in node.attribute if a.name == "auto_pad"))
+    node.attribute.append(helper.make_attribute("pads", pads))
+
+
 def strip(model: onnx.ModelProto) -> None:
     """Take out of a model whatever does not compute: comments, inferred shapes, and the tools' versions and notes."""
     model.producer_name, model.producer_version, model.doc_string = "edgekit", "", ""
@@ -98,6 +107,15 @@ def write(model: onnx.ModelProto, out: Path) -> None:
     """Write a model, whole or not at all; equal models give equal bytes."""
     with atomic_file(out) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _write_pads(model: onnx.ModelProto) -> None:
+    """Say how wide the border is of what torch pads as `same`; ONNX Runtime finds none for a dilated window."""
+    for node in model.graph.node:
+        if node.op_type == "Conv" and attribute(node, "auto_pad") == b"SAME_UPPER":
+            axes = zip(attribute(node, "kernel_shape"), attribute(node, "dilations"), strict=True)
+            # It has no strides.
+            set_pads(node, [(size - 1) * apart for size, apart in axes])
 
 
 def _example(height: int, width: int, channels: int, sigma: float | None, *, seed: int) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import onnx
 import onnxsim
 from onnx import helper, version_converter
 
-from edgekit.compress.export import OPSET, strip, write
+from edgekit.compress.export import OPSET, set_pads, strip, write
 from edgekit.compress.idle import idle_left_out
 from edgekit.compress.shuffles import shuffles_named
 from edgekit.errors import InputError, IntegrityError, UnsupportedError
@@ -133,7 +133,7 @@ def _write_pads(model: onnx.ModelProto, path: Path) -> None:
             continue
         axes = zip(sides, window, strides, attribute(node, "dilations") or (1, 1), strict=True)
         # As many results as ceil(side / by); the odd pixel lies where the kind says.
-        _set_pads(node, [max((-(-n // by) - 1) * by + (size - 1) * apart + 1 - n, 0) for n, size, by, apart in axes])
+        set_pads(node, [max((-(-n // by) - 1) * by + (size - 1) * apart + 1 - n, 0) for n, size, by, apart in axes])
 
 
 def _write_pads_of_transposed(node: onnx.NodeProto) -> None:
@@ -150,15 +150,7 @@ def _write_pads_of_transposed(node: onnx.NodeProto) -> None:
     )
     widths = [(size - 1) * apart + 1 + more - by for size, by, apart, more in axes]
     if min(widths) >= 0:
-        _set_pads(node, widths)
-
-
-def _set_pads(node: onnx.NodeProto, widths: Sequence[int]) -> None:
-    """Have a node whose border was automatic pad by these widths, both sides of an axis together."""
-    less, more = [width // 2 for width in widths], [-(-width // 2) for width in widths]
-    pads = less + more if attribute(node, "auto_pad") == b"SAME_UPPER" else more + less
-    node.attribute.remove(next(a for a in node.attribute if a.name == "auto_pad"))
-    node.attribute.append(helper.make_attribute("pads", pads))
+        set_pads(node, widths)
 
 
 def _refuse_training(model: onnx.ModelProto, path: Path) -> None:
