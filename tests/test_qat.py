@@ -444,8 +444,9 @@ def test_training_wins_back_more_than_narrower_ranges_alone(coarse, tmp_path):
     narrowed = tune(coarse, tmp_path / "narrowed.onnx", untrained)
     assert found.kept == narrowed.kept == "trained"
     assert narrowed.after.mean_mdb < 0.6 * narrowed.before.mean_mdb
-    assert found.after.mean_mdb < 0.9 * narrowed.after.mean_mdb
-    assert found.after.worst_mdb < found.before.worst_mdb
+    assert found.after.mean_mdb < 0.6 * found.before.mean_mdb
+    # Their means lie about 0, for what is rounded may be better than float; nowhere is the worst picture's loss so.
+    assert found.after.worst_mdb < 0.9 * narrowed.after.worst_mdb
     assert [m.step for m in moments] == list(range(10, 201, 10))
     assert moments[-1].seconds_left == 0
 
