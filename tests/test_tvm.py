@@ -308,6 +308,14 @@ def test_a_blind_model_ignores_sigma(tmp_path: Path) -> None:
     assert "Ignored: this network estimates the noise" in (tmp_path / blind.built.files["header"]).read_text()
 
 
+def test_a_model_that_takes_a_sigma_and_never_reads_it_is_compiled(tmp_path: Path) -> None:
+    blind = _model("nano", tmp_path, noise_level=False)
+    built = tvm.build(dataclasses.replace(blind, takes_sigma=True), _target(32, 32), tmp_path)
+    ((_, denoise),) = tvm.open_session(tmp_path, built, _target(32, 32))
+    noisy = _photograph(1, 32, 32)
+    assert np.abs(denoise(noisy, SIGMA) - _expected(blind, noisy)).max() < FLOAT_TOLERANCE
+
+
 def test_a_call_leaves_nothing_behind_for_the_next(small_tile: Bundle) -> None:
     first, second = _photograph(1, 32, 64), 1 - _photograph(1, 32, 64)
     requests = [session.Request(noisy=noisy, sigma=SIGMA) for noisy in (first, second, first)]

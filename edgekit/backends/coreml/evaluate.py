@@ -320,6 +320,7 @@ OPERATORS: dict[str, Callable[[Operands], Tensor | tuple[Tensor, ...]]] = {
     "expand_dims": _expand_dims,
     "fill_like": _fill_like,
     "gelu": _gelu,
+    "identity": lambda op: op.tensor("x"),
     "instance_norm": _instance_norm,
     "layer_norm": _layer_norm,
     "leaky_relu": lambda op: F.leaky_relu(op.tensor("x"), op.number("alpha", 0.01)),
