@@ -19,6 +19,8 @@ from edgekit.recipe import Budgets, Quantization, int8_drop_db, int8_worst_db
 
 SIGMA = 25 / 255
 SETTINGS = Quantization(calibration_pictures=8, change_basis=False)
+# Nothing is half a decibel better than float; as good, or a little better, it may be.
+IMPOSSIBLE_DB = -0.5
 
 
 def clean(seed: int) -> np.ndarray:
@@ -113,8 +115,8 @@ def test_a_part_of_a_budget_is_that_part_of_both_limits():
 
 
 def test_a_budget_that_cannot_be_kept_exits_with_3_and_says_what_was_reached(prepared, judge, graph):
-    with pytest.raises(LimitError, match=r"0 may be lost; that is the best reached, .* % of the arithmetic") as error:
-        keep(prepared, judge, graph, 0.0)
+    with pytest.raises(LimitError, match=r"-0.5 may be lost; that is the best reached, .* % of the arithmetic") as error:
+        keep(prepared, judge, graph, IMPOSSIBLE_DB)
     assert isinstance(error.value, EdgekitError)
     assert error.value.exit_code == 3
 
@@ -129,8 +131,7 @@ def test_a_budget_that_cannot_be_kept_exits_with_3_and_says_what_was_reached(pre
 )
 def test_what_was_trained_already_is_not_told_to_train(prepared, judge, graph, trained, told):
     where, quantized = graph
-    # Nothing can be half a decibel better than float; as good as float something may be.
-    impossible = budget.Budget(mean_db=-0.5)
+    impossible = budget.Budget(mean_db=IMPOSSIBLE_DB)
     with pytest.raises(LimitError, match=re.escape(told)):
         budget.keep(quantized, prepared.model, where, judge, impossible, trained=trained, say=lambda line: None)
 
@@ -138,7 +139,7 @@ def test_what_was_trained_already_is_not_told_to_train(prepared, judge, graph, t
 def test_arm_has_no_float_to_go_back_to(prepared, judge):
     where = placement.PLACEMENTS["arm"]
     with pytest.raises(LimitError, match="no single layers in float"):
-        keep(prepared, judge, (where, placement.place(prepared.model, prepared.ranges, where)), 0.0)
+        keep(prepared, judge, (where, placement.place(prepared.model, prepared.ranges, where)), IMPOSSIBLE_DB)
 
 
 def test_a_loss_is_the_mean_and_the_worst_over_pictures_and_noise_levels(prepared, judge, graph):
