@@ -115,7 +115,8 @@ def test_a_part_of_a_budget_is_that_part_of_both_limits():
 
 
 def test_a_budget_that_cannot_be_kept_exits_with_3_and_says_what_was_reached(prepared, judge, graph):
-    with pytest.raises(LimitError, match=r"-0.5 may be lost; that is the best reached, .* % of the arithmetic") as error:
+    told = r"-0.5 may be lost; that is the best reached, .* % of the arithmetic"
+    with pytest.raises(LimitError, match=told) as error:
         keep(prepared, judge, graph, IMPOSSIBLE_DB)
     assert isinstance(error.value, EdgekitError)
     assert error.value.exit_code == 3
