@@ -10,7 +10,7 @@ from edgekit.data import sets
 from edgekit.data.sets import Picture, PictureSet
 from edgekit.errors import InputError
 from edgekit.measure import quality
-from edgekit.measure.quality import PictureQuality, denoise_tiled, evaluate, nlm, noisy_input, psnr, psnr_drop, ssim
+from edgekit.measure.quality import QualityReport, denoise_tiled, evaluate, nlm, noisy_input, psnr, psnr_drop, ssim
 
 
 @pytest.fixture
@@ -170,17 +170,15 @@ def test_clipped_input_is_another_protocol(pictures):
         psnr_drop(unclipped, clipped)
 
 
+def losing(before: QualityReport, *losses: int) -> QualityReport:
+    """Return a report whose pictures have lost so many thousandths of a dB."""
+    pictures = zip(before.pictures, losses, strict=True)
+    return replace(before, pictures=tuple(replace(one, psnr_mdb=one.psnr_mdb - loss) for one, loss in pictures))
+
+
 def test_a_drop_is_the_exact_difference_within_its_bounds(pictures):
     before = evaluate(noisy_input, pictures, sigma255=25)
-    losses = (100, 200, 600)
-    after = replace(
-        before,
-        pictures=tuple(
-            PictureQuality(name=one.name, psnr_mdb=one.psnr_mdb - loss, ssim_e5=one.ssim_e5)
-            for one, loss in zip(before.pictures, losses, strict=True)
-        ),
-        psnr_mdb=before.psnr_mdb - 300,
-    )
+    after = replace(losing(before, 100, 200, 600), psnr_mdb=before.psnr_mdb - 300)
     drop = psnr_drop(before, after)
     assert drop.drop_mdb == 300
     assert 100 <= drop.low_mdb < 300 < drop.high_mdb <= 600
@@ -189,26 +187,14 @@ def test_a_drop_is_the_exact_difference_within_its_bounds(pictures):
 
 def test_the_worst_drop_is_that_of_the_picture_that_loses_most(pictures):
     before = evaluate(noisy_input, pictures, sigma255=25)
-    losses = (100, 600, -200)
-    after = replace(
-        before,
-        pictures=tuple(
-            replace(one, psnr_mdb=one.psnr_mdb - loss) for one, loss in zip(before.pictures, losses, strict=True)
-        ),
-    )
+    after = losing(before, 100, 600, -200)
     assert quality.worst_drop_mdb(before, after) == 600
     assert quality.worst_drop_mdb(after, before) == 200
 
 
 def test_the_bound_of_a_drop_is_rounded_outwards(pictures):
     before = evaluate(noisy_input, pictures, sigma255=25)
-    losses = (1, 2, 2)
-    after = replace(
-        before,
-        pictures=tuple(
-            replace(one, psnr_mdb=one.psnr_mdb - loss) for one, loss in zip(before.pictures, losses, strict=True)
-        ),
-    )
+    after = losing(before, 1, 2, 2)
     # The quarter and three quarters of the resamples' means lie at 4/3 and 2.
     drop = psnr_drop(before, after, confidence=0.5)
     assert (drop.low_mdb, drop.high_mdb) == (1, 2)
