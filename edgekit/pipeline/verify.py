@@ -163,7 +163,8 @@ def _judged(
     sessions, missing = _open(path, built, target, settings)
     artifacts, agreements = _artifacts(judge, sessions, measured.devices, student, shipped, say)
     native = next((session for _, session in sessions if session.level == "native"), None)
-    losses = judge.losses([(label, session) for label, session in sessions if session.level == "native"], say)
+    here = [(row, session) for row, (_, session) in zip(artifacts, sessions, strict=False) if session.level == "native"]
+    losses = [] if student is None else judge.losses(student, here, say)
     timing = None
     if native is not None and teacher is not None:
         say(f"{target.name}: timing against the FP32 teacher for {settings.seconds:g} s")
@@ -172,8 +173,8 @@ def _judged(
         timed = "" if timing.engine == _REFERENCE_ENGINE else f", timed in {timing.engine}"
         teacher = replace(teacher, how=f"{teacher.how}{timed}", latency_us=timing.paired.a_median_us)
     counted = _audit(path, built, target)
-    here = () if native is None else _notes_here(path, manifest, native, counted, settings, say)
-    notes = (*_harm(manifest, student, noisy), *built.notes, *here)
+    notes_here = () if native is None else _notes_here(path, manifest, native, counted, settings, say)
+    notes = (*_harm(manifest, student, noisy), *built.notes, *notes_here)
     baselines = baseline.recorded()
     limits = [
         *_student_limits(manifest, teacher, student, golden, baselines.records),
@@ -274,26 +275,24 @@ class _Judge:
         session = backends.load_onnx(_REFERENCE_ENGINE).open_onnx(path, threads=2)
         return self.row(name, f"{_REFERENCE_ENGINE} (native)", session, None, (path,))
 
-    def losses(self, sessions: Sequence[tuple[str, Session]], say: Say) -> list[_Loss]:
+    def losses(self, student: Row, artifacts: Sequence[tuple[Row, Session]], say: Say) -> list[_Loss]:
         """Return what the artifact loses in each session over the manifest's noise levels; none where it has one."""
-        student, levels = self._path / "reference" / "student.fp32.onnx", self._manifest.protocol.levels
-        if len(levels) < 2 or not sessions or not student.is_file():
+        protocol = self._manifest.protocol
+        others = [level for level in protocol.levels if level != protocol.sigma255]
+        if not others or not artifacts:
             return []
-        named = ", ".join(f"{level:g}" for level in levels)
-        reference = backends.load_onnx(_REFERENCE_ENGINE).open_onnx(student, threads=2)
-        before = [self._quality(reference, level) for level in levels]
+        path = self._path / "reference" / "student.fp32.onnx"
+        reference = backends.load_onnx(_REFERENCE_ENGINE).open_onnx(path, threads=2)
+        before = [self._found[student], *(self._quality(reference, level) for level in others)]
+        named = f"noise levels {', '.join(f'{level:g}' for level in protocol.levels)}"
         found = []
-        for label, session in sessions:
-            say(self.told(f"the artifact ({label}) at noise levels {named}"))
-            pairs = [(b, self._quality(session, level)) for b, level in zip(before, levels, strict=True)]
-            found.append(
-                _Loss(
-                    how=f"{label} (native)",
-                    levels=f"noise levels {named}",
-                    mean_mdb=round(fmean(b.psnr_mdb - a.psnr_mdb for b, a in pairs)),
-                    worst_mdb=max(quality.worst_drop_mdb(b, a) for b, a in pairs),
-                )
-            )
+        for row, session in artifacts:
+            say(self.told(f"the artifact at {named}"))
+            after = [self._found[row], *(self._quality(session, level) for level in others)]
+            pairs = list(zip(before, after, strict=True))
+            mean_mdb = round(fmean(b.psnr_mdb - a.psnr_mdb for b, a in pairs))
+            worst_mdb = max(quality.worst_drop_mdb(b, a) for b, a in pairs)
+            found.append(_Loss(how=row.how, levels=named, mean_mdb=mean_mdb, worst_mdb=worst_mdb))
         return found
 
     def told(self, what: str) -> str:
