@@ -54,19 +54,24 @@ class Worth:
             return fact
         if ratio.high_e3 > 1000:
             return f"{fact} Whether INT8 is faster here is not decided: time it longer, with nothing beside it."
-        advice = sorted({_COSTLY[name] for name in self.in_float})
-        cause = (
-            "ranges are found in each picture; leave out quantization.mode=dynamic"
-            if self.dynamic
-            else f"{', '.join(self.in_float)} run in float between the integer convolutions; train the student with "
-            f"{' and '.join(advice)}, or take the 'control' network"
-            if advice
-            else "convolutions are in float; raise budgets.int8_drop_db, or take a larger student, where the budget "
-            "put them there, else leave out quantization.keep_float and what `edgekit lint` names"
-            if self.released
-            else "too little of its time is spent in convolutions; take a larger student"
-        )
-        return f"{fact} INT8 is not worth it here: {cause}, or ship float32."
+        return f"{fact} INT8 is not worth it here: {self._cause()}, or ship float32."
+
+    def _cause(self) -> str:
+        """Return why it is not, and what would be."""
+        if self.dynamic:
+            return "ranges are found in each picture; leave out quantization.mode=dynamic"
+        if self.in_float:
+            advice = sorted({_COSTLY[name] for name in self.in_float})
+            return (
+                f"{', '.join(self.in_float)} run in float between the integer convolutions; train the student with "
+                f"{' and '.join(advice)}, or take the 'control' network"
+            )
+        if self.released:
+            return (
+                "convolutions are in float; raise budgets.int8_drop_db, or take a larger student, where the budget "
+                "put them there, else leave out quantization.keep_float and what `edgekit lint` names"
+            )
+        return "too little of its time is spent in convolutions; take a larger student"
 
 
 def compare(
